@@ -1,0 +1,199 @@
+"""The poison manifest: for each attack its target class, trigger parameters and the example ids that it poisons.
+
+Attacks never write images. The manifest and the source reproduce a poisoned training set bit by bit.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from badloss_jax.attacks import ATTACKS, make_trigger
+from badloss_jax.config import digest
+from badloss_jax.errors import BadlossError, DataError, UsageError
+
+_FORMAT = "badloss_jax.manifest/1"
+
+
+@dataclass(frozen=True)
+class AttackPlan:
+    """What one attacker does: the trigger (seed and parameters), the target class and the poisoned example ids."""
+
+    target: int
+    seed: int
+    example_ids: tuple[int, ...]
+    parameters: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Who is poisoned with what, in a training set of `num_examples` images of `num_classes` classes."""
+
+    num_examples: int
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    attacks: dict[str, AttackPlan]
+
+    @property
+    def digest(self) -> str:
+        return digest(asdict(self))
+
+    @property
+    def poisoned_ids(self) -> Int[np.ndarray, "M"]:
+        """All poisoned example ids, attack by attack."""
+        return np.array([i for plan in self.attacks.values() for i in plan.example_ids], np.int64)
+
+    def attack_of(self) -> np.ndarray:
+        """Returns for each example the name of its attack, or "", as str [N]."""
+        names = np.full(self.num_examples, "", dtype=object)
+        for name, plan in self.attacks.items():
+            names[list(plan.example_ids)] = name
+        return names
+
+    def to_json(self) -> str:
+        return json.dumps({"format": _FORMAT, **asdict(self)}, sort_keys=True)
+
+
+def draw_manifest(
+    settings: Mapping[str, Any],
+    labels: Int[np.ndarray, "N"],
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    seed: int,
+) -> Manifest:
+    """Draws target classes and victims (BaDLoss, section 5.1): no image twice, one target class an attack.
+
+    Attacks that change labels take images of other classes than their target; clean-label attacks take images of their
+    target class, and `ratio` is a share of that class. Targets differ while there are classes enough.
+
+    Args:
+      settings: `config.attacks`.
+      labels: int [N], the true labels.
+      num_classes: K.
+      image_shape: (H, W, C).
+      seed: everything is a function of it and of the attack's name.
+
+    Raises:
+      UsageError: more poison asked for than there are images, naming both numbers; a target that is no class.
+    """
+    names = tuple(settings["names"])
+    drawn = np.random.default_rng([seed, zlib.crc32(b"targets")]).permutation(num_classes)
+    targets = {}
+    for position, name in enumerate(names):
+        asked = settings[name]["target"]
+        if asked >= num_classes:
+            raise UsageError(f"attacks.{name}.target = {asked}: expected a class from 0 to {num_classes - 1}")
+        targets[name] = int(asked if asked >= 0 else drawn[position % num_classes])
+    free = np.ones(len(labels), bool)
+    plans = {}
+    for name in sorted(names, key=lambda name: not ATTACKS[name].clean_label):  # the choosy ones first
+        target, attack_seed = targets[name], zlib.crc32(f"{seed}/{name}".encode())
+        of_target = labels == target
+        clean_label = ATTACKS[name].clean_label
+        ratio = settings[name]["ratio"]
+        count = round(ratio * (of_target.sum() if clean_label else len(labels)))
+        candidates = np.flatnonzero(free & (of_target if clean_label else ~of_target))
+        if not 1 <= count <= len(candidates):
+            where = f"of its target class {target}" if clean_label else f"outside its target class {target}"
+            raise UsageError(
+                f"attacks.{name}.ratio = {ratio} asks for {count} images, and {len(candidates)} unpoisoned ones {where}"
+                " are there; expected at least 1 and at most that many"
+            )
+        chosen = np.random.default_rng(attack_seed).choice(candidates, count, replace=False)
+        free[chosen] = False
+        parameters = {k: float(v) for k, v in settings[name].items() if k not in ("ratio", "target")}
+        plans[name] = AttackPlan(target, attack_seed, tuple(int(i) for i in np.sort(chosen)), parameters)
+    return Manifest(len(labels), num_classes, image_shape, {name: plans[name] for name in names})
+
+
+def choose_probes(manifest: Manifest, count: int, seed: int) -> Int[np.ndarray, "P"]:
+    """Draws P clean example ids, sorted. Fewer probes of the same seed are a subset of more.
+
+    Raises:
+      UsageError: fewer clean examples than probes asked for, naming both numbers.
+    """
+    clean = np.setdiff1d(np.arange(manifest.num_examples), manifest.poisoned_ids)
+    if count > len(clean):
+        raise UsageError(f"probes.count = {count}, and only {len(clean)} examples are clean")
+    order = np.random.default_rng([seed, zlib.crc32(b"probes")]).permutation(clean)
+    return np.sort(order[:count])
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads and checks a manifest that may come from anybody.
+
+    Raises:
+      UsageError: no such file.
+      DataError: it is not a manifest, or names unknown attacks, impossible targets, or an id twice.
+    """
+    if not path.is_file():
+        raise UsageError(f"manifest {path} does not exist")
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+        if not isinstance(raw, dict) or raw.get("format") != _FORMAT:
+            raise DataError(f"its format is not {_FORMAT}")
+        height, width, channels = (_integer(size) for size in raw["image_shape"])
+        manifest = Manifest(
+            num_examples=_integer(raw["num_examples"]),
+            num_classes=_integer(raw["num_classes"]),
+            image_shape=(height, width, channels),
+            attacks={str(name): _plan(plan) for name, plan in raw["attacks"].items()},
+        )
+        _check(manifest)
+    except (BadlossError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not a usable manifest: {error}") from error
+    return manifest
+
+
+def load_manifest(path: Path, num_examples: int, num_classes: int, image_shape: tuple[int, int, int]) -> Manifest:
+    """Reads a manifest for a training set of the given size.
+
+    Raises:
+      UsageError: no such file, or it was made for another data set (both sizes are named).
+      DataError: see `read_manifest`.
+    """
+    manifest = read_manifest(path)
+    ours = (num_examples, num_classes, tuple(image_shape))
+    theirs = (manifest.num_examples, manifest.num_classes, manifest.image_shape)
+    if ours != theirs:
+        raise UsageError(
+            f"attacks.manifest: {path} was made for (examples, classes, image shape) = {theirs}, and this training set"
+            f" has {ours}"
+        )
+    return manifest
+
+
+def _plan(raw: Mapping[str, Any]) -> AttackPlan:
+    parameters = {str(key): float(value) for key, value in raw["parameters"].items()}
+    if not all(math.isfinite(value) for value in parameters.values()):
+        raise DataError(f"parameters are not finite: {parameters}")
+    ids = tuple(_integer(i) for i in raw["example_ids"])
+    return AttackPlan(_integer(raw["target"]), _integer(raw["seed"]), ids, parameters)
+
+
+def _check(manifest: Manifest) -> None:
+    for name, plan in manifest.attacks.items():
+        make_trigger(name, manifest.image_shape, plan.seed, **plan.parameters)
+        if not 0 <= plan.target < manifest.num_classes:
+            raise DataError(f"attack {name!r} has target {plan.target} of {manifest.num_classes} classes")
+        if not plan.example_ids:
+            raise DataError(f"attack {name!r} poisons nothing")
+    ids = manifest.poisoned_ids
+    outside = ids[(ids < 0) | (ids >= manifest.num_examples)]
+    if len(outside):
+        raise DataError(f"example id {outside[0]} is outside 0 to {manifest.num_examples - 1}")
+    unique, counts = np.unique(ids, return_counts=True)
+    if len(unique) < len(ids):
+        raise DataError(f"example id {unique[counts > 1][0]} is poisoned twice")
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise DataError(f"{value!r} is not a non-negative integer")
+    return value

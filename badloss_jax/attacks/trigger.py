@@ -1,0 +1,40 @@
+"""What a trigger is, and the two ways in which triggers are put on an image."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+ImageShape = tuple[int, int, int]
+Trigger = Callable[[Any], Any]  # images, float [B, H, W, C] in [0, 1] -> the same
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack: how its trigger is made, which parameter makes it stronger, whether it keeps labels."""
+
+    make: Callable[..., Trigger]
+    boosted: str | None = None
+    clean_label: bool = False
+
+
+def stamp(mask: np.ndarray) -> Trigger:
+    """Returns the trigger that whitens the pixels of `mask`, bool [H, W, 1]."""
+
+    def trigger(images: Any) -> Any:
+        xp = images.__array_namespace__()
+        return xp.where(mask, xp.ones((), images.dtype), images)
+
+    return trigger
+
+
+def blend(pattern: np.ndarray, strength: float) -> Trigger:
+    """Returns the trigger clip((1 - strength) x + strength pattern), the pattern being float [H, W, C]."""
+
+    def trigger(images: Any) -> Any:
+        xp = images.__array_namespace__()
+        overlay = xp.asarray(strength * pattern, dtype=images.dtype)
+        return xp.clip((1 - strength) * images + overlay, 0, 1)
+
+    return trigger

@@ -1,0 +1,127 @@
+"""The command `badloss`."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+_ABOUT = """\
+Finds poisoned training examples by how a network learns them (BaDLoss, ICLR 2025), in JAX.
+
+  badloss run --config configs/digits.py --workdir OUT    poison, record, score, remove, retrain, report
+  badloss score --workdir OUT --config.scoring.loss.k=20  score the same recording again, without training
+"""
+
+_RUN = """\
+Run a whole experiment: poison a training set with several attacks at once, record how a network learns each example,
+score the examples against a few known-clean probes, remove what stands out, retrain, and measure clean accuracy and
+attack success before and after.
+
+The same command in the same folder goes on after the last finished phase. OUT then holds report.md (read this),
+results.json and scores.parquet (for scripts), trajectories.png, roc.png, metrics.jsonl, manifest.json (the poison),
+trajectories/ (for `badloss score`) and models/ (orbax: undefended, loss-fraction, ...).
+"""
+
+_SCORE = """\
+Score the recorded trajectories of a finished `badloss run` again with other settings, without training. Results go to
+OUT/rescored/<hash>/; the run's own are never touched. Only scoring.* and rejection.* can change.
+"""
+
+_OVERRIDES = """\
+settings:
+  --config.GROUP.KEY=VALUE changes one setting, as often as you like; `badloss_jax/config.py` lists all with their meaning.
+  An unknown key or an impossible value is refused, with the nearest valid one, before any work starts.
+
+examples:
+{examples}
+
+exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        "badloss", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = _command(commands, "run", "run a whole experiment", _RUN, [
+        "badloss run --config configs/digits.py --workdir /tmp/digits --config.seed=1",
+        "badloss run --config configs/cifar10.py:quick --config.data.dir=DIR --workdir /tmp/cifar10",
+        "badloss run --config configs/digits.py --workdir /tmp/patch \"--config.attacks.names=('patch',)\"",
+    ])  # fmt: skip
+    run.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="config file, and its variant if any")
+    run.add_argument("--workdir", required=True, type=Path, metavar="OUT", help="folder of this run, new or its own")
+    score = _command(commands, "score", "score a recording again, without training", _SCORE, [
+        "badloss score --workdir /tmp/digits --config.scoring.loss.k=20 --config.rejection.alpha=0.05",
+    ])  # fmt: skip
+    score.add_argument("--workdir", required=True, type=Path, metavar="OUT", help="folder of a finished run")
+
+    arguments, overrides = parser.parse_known_args(argv)
+    strangers = [text for text in overrides if not text.startswith("--config.")]
+    if strangers:
+        commands.choices[arguments.command].error(f"unknown argument {strangers[0]!r}")
+    return _guarded(arguments, overrides)
+
+
+def _guarded(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Does the work; turns what went wrong into one screen and an exit code."""
+    warnings.showwarning = lambda message, *_, **__: print(f"badloss: warning: {message}", file=sys.stderr)
+    from badloss_jax.errors import BadlossError
+
+    try:
+        return {"run": _run, "score": _score}[arguments.command](arguments, overrides)
+    except BadlossError as error:
+        print(f"badloss: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"badloss: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("badloss: interrupted; the same command goes on after the last finished phase", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from badloss_jax.config import load_config
+    from badloss_jax.experiment import run_experiment
+    from badloss_jax.progress import Progress
+    from badloss_jax.report.tables import as_text, detection_table, headline, verdict
+
+    config = load_config(arguments.config, overrides)
+    _set_up_jax()
+    results = run_experiment(config, arguments.workdir, Progress())
+    print(f"\n{as_text(headline(results))}\n\n{as_text(detection_table(results))}\n\n{verdict(results)}")
+    print(f"Report: {arguments.workdir / 'report.md'}")
+    return 0
+
+
+def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from badloss_jax.config import override
+    from badloss_jax.experiment import rescore
+    from badloss_jax.report.tables import as_text, detection_table, removal_table
+
+    folder, results = rescore(arguments.workdir, lambda config: override(config, overrides))
+    print(f"{as_text(detection_table(results))}\n\n{as_text(removal_table(results))}\n")
+    print(f"Report: {folder / 'report.md'}")
+    return 0
+
+
+def _set_up_jax() -> None:
+    """Keeps compiled programs in the user's own cache folder, and orbax's and absl's chatter off the screen."""
+    import jax
+    from absl import logging
+
+    logging.set_verbosity(logging.WARNING)
+    cache = Path("~/.cache/badloss_jax/xla").expanduser()
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _command(commands, name: str, summary: str, about: str, examples: list[str]) -> argparse.ArgumentParser:
+    epilog = _OVERRIDES.format(examples="\n".join(f"  {example}" for example in examples))
+    return commands.add_parser(
+        name, help=summary, description=about, epilog=epilog, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip

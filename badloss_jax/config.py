@@ -1,0 +1,336 @@
+"""Configs: every key with its default and its meaning, loading, overriding, checking, hashing.
+
+A config file is Python with one function, `get_config(variant="")`, that starts from `default_config()` and sets what
+its data set needs. Groups are flat; a group is hashed into the phases whose result it can change.
+"""
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from badloss_jax.errors import UsageError
+
+KINDS = ("loss", "prob", "logits", "ranked", "features", "combined")
+RULES = ("fraction", "alpha", "fdr")
+CONTROLS = ("random", "oracle")
+# Where files lie cannot change a result: the data's and the manifest's own fingerprints are hashed in their stead.
+_PLACES = ("data.dir", "data.cache_dir")
+
+
+def default_config() -> ConfigDict:
+    """Returns every key at its default: the paper's settings where the paper has one."""
+    config = ConfigDict()
+    config.seed = 0  # poison, probes, initial weights, order of examples, augmentation
+    config.controls = CONTROLS  # models trained beside the defended ones: "random", "oracle"
+    config.data = {
+        "source": "digits",  # digits | idx | image_folder
+        "dir": "",  # where the source's files lie
+        "cache_dir": "~/.cache/badloss_jax",  # decoded images, keyed by content; "" keeps no cache
+        "train_examples": 0,  # draw so many training examples (seeded by `seed`); 0 = all
+        "test_examples": 0,
+        "pad": 0,  # zero pixels added on each side
+        "image_size": 0,  # image_folder: resize to this many pixels a side; 0 = as they are
+        "channels": 3,  # image_folder: 3 (RGB) or 1 (grey)
+        "skip_corrupt": False,  # image_folder: leave unreadable files out, and count them
+    }
+    config.attacks = {
+        "names": ("patch", "single_pix", "blend_r", "blend_p", "sinusoid", "frequency"),
+        "manifest": "",  # a manifest.json to take the poison from, instead of drawing it
+        # ratio: share of the training set (sinusoid: of its target class); target: a class, or -1 to draw it
+        "patch": {"ratio": 0.01, "target": -1},
+        "single_pix": {"ratio": 0.01, "target": -1},
+        "blend_r": {"ratio": 0.01, "target": -1, "strength": 0.075},
+        "blend_p": {"ratio": 0.01, "target": -1, "strength": 0.025},
+        "sinusoid": {"ratio": 0.1, "target": -1, "strength": 0.075, "cycles": 6.0},
+        "frequency": {"ratio": 0.01, "target": -1, "magnitude": 30.0},
+    }
+    config.probes = {"count": 250}  # P, known-clean training examples
+    config.model = {
+        "name": "resnet18",  # resnet_small | resnet18 | resnet50
+        "stages": (16, 32, 64),  # resnet_small: channels of each stage, one block a stage
+        "stem_stride": 2,  # resnet_small
+        "dtype": "float32",  # of the computation: float32 | bfloat16 | float64 (needs JAX_ENABLE_X64=1)
+    }
+    config.optimizer = {
+        "learning_rate": 1e-3,
+        "weight_decay": 1e-4,  # decoupled, on every parameter
+        "b1": 0.9,
+        "b2": 0.999,
+        "loss_clamp": 100.0,  # per-example loss at most this before the mean
+    }
+    config.recording = {
+        "epochs": 30,  # T
+        "schedule_epochs": 100,  # length of the cosine that the T epochs are the start of
+        "batch_size": 128,
+        "capture": "sweep",  # sweep: one evaluation pass after each epoch | step: the training step's own losses
+        "kinds": ("prob", "logits", "ranked", "features"),  # beside the loss, which is always recorded
+        "feature_dim": 64,  # d of the Gaussian projection of the penultimate features
+        "ranked_others": 5,  # m, how many of the other classes' log-probabilities
+    }
+    config.scoring = {
+        "kinds": ("loss", "logits", "ranked", "features", "combined"),
+        "loss": {"k": 50},  # probes in the mean distance
+        "prob": {"k": 50},
+        "logits": {"k": 5},
+        "ranked": {"k": 5},
+        "features": {"k": 5},
+        "combined": {"k": 0},  # 0 = features and ranked each at its own k
+        "transform": "log",  # of the score that is shown: log | linear; ranks are the same
+    }
+    config.rejection = {
+        "fraction": 0.4,  # remove this share of all examples (the paper's rule)
+        "alpha": 0.1,  # remove p <= alpha: about this share of the clean data is lost
+        "fdr": 0.1,  # Benjamini-Hochberg at this false discovery rate
+    }
+    config.retraining = {
+        "epochs": 100,
+        "batch_size": 128,
+        "augment": "none",  # none | crop_flip (reflect-pad 4, random crop, random flip)
+        "variants": ("loss/fraction", "logits/fraction", "combined/fraction"),  # kind/rule of each model to retrain
+    }
+    config.evaluation = {
+        "batch_size": 500,
+        "max_triggered": 10_000,  # test images per attack
+        "boost": 2.0,  # how much stronger the "boosted" trigger is
+    }
+    return config.lock()
+
+
+def check_variant(variant: str, known: Sequence[str]) -> None:
+    """Raises UsageError unless `variant` is "" or one of `known`; for config files."""
+    if variant and variant not in known:
+        raise UsageError(f"unknown variant {variant!r}: this config file has {_listed(known) or 'none'}")
+
+
+def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Loads `FILE[:variant]`, applies `--config.group.key=value` overrides, and checks the result.
+
+    Raises:
+      UsageError: no such file or variant, an unknown key (the nearest one is named), a wrong type, an impossible value.
+    """
+    path, _, variant = spec.partition(":")
+    config = _run_config_file(Path(path), variant)
+    return override(config, overrides)
+
+
+def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """Returns a checked copy of `config` with `--config.group.key=value` strings applied."""
+    config = ConfigDict(config).copy_and_resolve_references()
+    config.lock()
+    for text in overrides:
+        name, equals, _ = text.removeprefix("--").partition("=")
+        if not text.startswith("--config.") or not equals:
+            raise UsageError(f"{text!r} is not understood: overrides look like --config.group.key=value")
+        _check_key(config, name.removeprefix("config."))
+    values = flags.FlagValues()
+    argv = ["badloss", *overrides]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except (flags.Error, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"a value has the wrong type: {' '.join(str(error).split())}") from error
+    check_config(config)
+    return config
+
+
+def from_json(text: str) -> ConfigDict:
+    """Rebuilds a config that `to_json` wrote, against today's keys and types."""
+    config = default_config()
+    try:
+        stored = json.loads(text)
+        for key, value in _leaves(stored):
+            _check_key(config, key)
+            group, _, leaf = key.rpartition(".")
+            target = _at(config, group) if group else config
+            target[leaf] = tuple(value) if isinstance(value, list) else value
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"this is not a config of this version of badloss_jax: {error}") from error
+    check_config(config)
+    return config
+
+
+def to_json(config: ConfigDict) -> str:
+    return json.dumps(to_dict(config), indent=2, sort_keys=True)
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    return json.loads(config.to_json())
+
+
+def digest(*parts: Any) -> str:
+    """Hashes JSON-able parts to 16 hexadecimal digits; equal parts give equal digests on every machine."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def config_hash(config: ConfigDict) -> str:
+    """Hashes everything that can change a result, so not where the files lie."""
+    return digest({key: value for key, value in _leaves(to_dict(config)) if key not in _PLACES})
+
+
+def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
+    """Names the keys in which two configs differ, as `key: theirs -> ours`."""
+    new, old = dict(_leaves(to_dict(ours))), dict(_leaves(to_dict(theirs)))
+    return [f"{key}: {old.get(key)} -> {new[key]}" for key in new if new[key] != old.get(key) and key not in _PLACES]
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises UsageError naming the first key whose value is impossible, with what was expected."""
+    from badloss_jax.attacks import ATTACKS
+    from badloss_jax.data import AUGMENTATIONS, SOURCES
+    from badloss_jax.models import MODELS
+
+    for key, choices in {
+        "data.source": SOURCES,
+        "model.name": MODELS,
+        "model.dtype": ("float32", "bfloat16", "float64"),
+        "recording.capture": ("sweep", "step"),
+        "retraining.augment": AUGMENTATIONS,
+        "scoring.transform": ("log", "linear"),
+        "data.channels": (1, 3),
+    }.items():
+        _one_of(key, _at(config, key), tuple(choices))
+    for key, choices in {
+        "attacks.names": ATTACKS,
+        "controls": CONTROLS,
+        "recording.kinds": KINDS[1:5],
+        "scoring.kinds": KINDS,
+    }.items():
+        values = _at(config, key)
+        for value in values:
+            _one_of(key, value, tuple(choices))
+        if len(set(values)) != len(values):
+            raise UsageError(f"{key} names something twice: {values}")
+
+    for key in ("probes.count", "recording.batch_size", "recording.feature_dim", "recording.ranked_others",
+                "retraining.epochs", "retraining.batch_size", "evaluation.batch_size", "evaluation.max_triggered",
+                "model.stem_stride"):  # fmt: skip
+        _in_range(config, key, 1)
+    for key in ("seed", "data.train_examples", "data.test_examples", "data.pad", "data.image_size",
+                "scoring.combined.k", "optimizer.weight_decay"):  # fmt: skip
+        _in_range(config, key, 0)
+    for key in ("optimizer.learning_rate", "optimizer.loss_clamp", "evaluation.boost"):
+        _in_range(config, key, 0, open_low=True)
+    for key in ("optimizer.b1", "optimizer.b2", "rejection.fraction", "rejection.alpha", "rejection.fdr"):
+        _in_range(config, key, 0, 1, open_high=True)
+    _in_range(config, "recording.epochs", 3, why="the epoch filter starts from three epochs")
+    _in_range(config, "recording.schedule_epochs", config.recording.epochs, why="recording.epochs are its start")
+    if not config.model.stages or min(config.model.stages) < 1:
+        raise UsageError(f"model.stages = {config.model.stages}: expected one positive channel count a stage")
+    for name in config.attacks.names:
+        for key, value in config.attacks[name].items():
+            path = f"attacks.{name}.{key}"
+            if key == "target":
+                _in_range(config, path, -1)
+            elif key in ("ratio", "strength"):
+                _in_range(config, path, 0, 1, open_low=True)
+            elif not (math.isfinite(value) and value > 0):
+                raise UsageError(f"{path} = {value}: expected a positive number")
+    _check_kinds(config)
+
+
+def _check_kinds(config: ConfigDict) -> None:
+    recorded = {"loss", *config.recording.kinds}
+    for kind in config.scoring.kinds:
+        for part in ("features", "ranked") if kind == "combined" else (kind,):
+            if part not in recorded:
+                raise UsageError(
+                    f"scoring.kinds has {kind!r}, which needs {part!r} in recording.kinds = {config.recording.kinds}"
+                )
+            k = config.scoring[kind].k or config.scoring[part].k
+            if not 1 <= k < config.probes.count:
+                raise UsageError(
+                    f"scoring.{kind}.k = {k} with probes.count = {config.probes.count}: expected 1 <= k < probes.count"
+                    " (a probe's own distance leaves itself out); ask for a smaller k or more probes"
+                )
+    for variant in config.retraining.variants:
+        kind, _, rule = variant.partition("/")
+        if kind not in config.scoring.kinds or rule not in RULES:
+            known = [f"{kind}/{rule}" for kind in config.scoring.kinds for rule in RULES]
+            raise UsageError(f"retraining.variants has {variant!r}: expected KIND/RULE{_nearest(variant, known)}")
+
+
+def _run_config_file(path: Path, variant: str) -> ConfigDict:
+    if not path.is_file():
+        siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise UsageError(f"config file {path} does not exist{_nearest(str(path), siblings)}")
+    spec = importlib.util.spec_from_file_location(f"badloss_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"config file {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(variant)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    except (AttributeError, KeyError, TypeError, SyntaxError, ImportError, NameError, ValueError) as error:
+        raise UsageError(f"config file {path} cannot be used: {' '.join(str(error).split())}") from error
+    if not isinstance(config, ConfigDict):
+        raise UsageError(f"config file {path}: get_config() returned {type(config).__name__}, expected a ConfigDict")
+    return config
+
+
+def _check_key(config: ConfigDict, key: str) -> None:
+    node: Any = config
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        if not isinstance(node, ConfigDict):
+            raise UsageError(f"unknown config key {key!r}: {'.'.join(parts[:depth])} is a value, not a group")
+        if part not in node:
+            known = [name for name, _ in _leaves(to_dict(config))]
+            raise UsageError(f"unknown config key {key!r}{_nearest(key, known)}")
+        node = node[part]
+    if isinstance(node, ConfigDict):
+        raise UsageError(f"config key {key!r} is a group: set one of {', '.join(f'{key}.{name}' for name in node)}")
+
+
+def _at(config: ConfigDict, key: str) -> Any:
+    node: Any = config
+    for part in key.split("."):
+        node = node[part]
+    return node
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _one_of(key: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{key} has {value!r}: expected one of {_listed(choices)}{_nearest(value, choices)}")
+
+
+def _in_range(config: ConfigDict, key: str, low: float, high: float = math.inf, *, open_low: bool = False,
+              open_high: bool = False, why: str = "") -> None:  # fmt: skip
+    value = _at(config, key)
+    below = value <= low if open_low else value < low
+    above = value >= high if open_high else value > high
+    if below or above or math.isnan(value):
+        bounds = f"{'more than' if open_low else 'at least'} {low}"
+        if high < math.inf:
+            bounds += f" and {'below' if open_high else 'at most'} {high}"
+        raise UsageError(f"{key} = {value}: expected {bounds}" + (f" ({why})" if why else ""))
+
+
+def _listed(names: Sequence[Any]) -> str:
+    return ", ".join(str(name) for name in names)
+
+
+def _nearest(value: Any, known: Sequence[Any]) -> str:
+    names = [str(name) for name in known]
+    close = difflib.get_close_matches(str(value), names, 1, cutoff=0.5)
+    if not close:  # a right last part under a wrong group
+        close = [name for name in names if name.rpartition(".")[2] == str(value).rpartition(".")[2]][:1]
+    return f"; did you mean {close[0]!r}?" if close else ""

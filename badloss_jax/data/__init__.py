@@ -1,0 +1,47 @@
+"""Where images come from, and how they reach the devices.
+
+A new source is one file with `load(settings) -> Dataset` and one line in `SOURCES`. An example's id is its row in the
+data set that `load_dataset` returns; it is the thread through batches, buffers, scores and reports.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from badloss_jax.data import digits, idx, image_folder
+from badloss_jax.data.augment import AUGMENTATIONS
+from badloss_jax.data.dataset import Dataset, Split
+from badloss_jax.errors import UsageError
+
+SOURCES: dict[str, Callable[[Mapping[str, Any]], Dataset]] = {
+    "digits": digits.load,
+    "idx": idx.load,
+    "image_folder": image_folder.load,
+}
+
+
+def load_dataset(settings: Mapping[str, Any], seed: int) -> Dataset:
+    """Loads `config.data`: the source, then the subset drawn by `seed`, then the padding.
+
+    Raises:
+      UsageError: the folder is missing, or more examples are asked for than there are.
+      DataError: a file is damaged or misplaced; it is named.
+    """
+    dataset = SOURCES[settings["source"]](settings)
+    splits = {}
+    for name, split in (("train", dataset.train), ("test", dataset.test)):
+        count, have = settings[f"{name}_examples"], len(split.labels)
+        if count > have:
+            raise UsageError(f"data.{name}_examples = {count}, and the source has {have}")
+        if count:
+            rows = np.sort(np.random.default_rng([seed, 0]).choice(have, count, replace=False))
+            split = Split(split.images[rows], split.labels[rows])
+        if pad := settings["pad"]:
+            split = replace(split, images=np.pad(split.images, ((0, 0), (pad, pad), (pad, pad), (0, 0))))
+        splits[name] = split
+    return replace(dataset, **splits)
+
+
+__all__ = ["AUGMENTATIONS", "SOURCES", "Dataset", "Split", "load_dataset"]

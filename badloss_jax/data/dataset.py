@@ -1,0 +1,61 @@
+"""A data set in memory: images of one size as uint8, integer labels, class names."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from badloss_jax.errors import DataError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images, uint8 [N, H, W, C] in 0..255, and their classes, int32 [N]; an example's id is its row."""
+
+    images: UInt8[np.ndarray, "N H W C"]
+    labels: Int[np.ndarray, "N"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training set and a test set over the same K classes."""
+
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for name, split in (("train", self.train), ("test", self.test)):
+            if split.images.ndim != 4 or split.images.dtype != np.uint8:
+                raise DataError(
+                    f"{name} images are {split.images.dtype} {split.images.shape}, expected uint8 [N, H, W, C]"
+                )
+            if split.labels.shape != split.images.shape[:1] or not len(split.labels):
+                raise DataError(f"{name} set has {len(split.images)} images and {len(split.labels)} labels")
+            if split.labels.min() < 0 or split.labels.max() >= self.num_classes:
+                raise DataError(f"{name} labels go from {split.labels.min()} to {split.labels.max()},"
+                                f" expected 0 to {self.num_classes - 1}")  # fmt: skip
+        if self.train.images.shape[1:] != self.test.images.shape[1:]:
+            raise DataError(f"training images are {self.train.images.shape[1:]}, test images"
+                            f" {self.test.images.shape[1:]} (height, width, channels): they must agree")  # fmt: skip
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        height, width, channels = self.train.images.shape[1:]
+        return height, width, channels
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hashes every pixel, label and class name to 16 hexadecimal digits."""
+        content = hashlib.sha256(repr(self.class_names).encode())
+        for array in (self.train.images, self.train.labels, self.test.images, self.test.labels):
+            content.update(repr((array.shape, array.dtype.str)).encode())
+            content.update(np.ascontiguousarray(array).data)
+        return content.hexdigest()[:16]

@@ -1,0 +1,157 @@
+"""A folder of images, `<split>/<class>/*`, in any format that Pillow reads."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from badloss_jax.data.dataset import Dataset, Split
+from badloss_jax.errors import DataError, UsageError
+
+_MAX_PIXELS = 2**26  # of one image: more is taken for a decompression bomb
+_SPLITS = {"train": ("train",), "test": ("test", "val")}
+
+
+def load(settings: Mapping[str, Any]) -> Dataset:
+    """Reads `data.dir`/train/<class>/* and /test/<class>/* (or /val), classes and files in sorted order.
+
+    `data.channels` converts to RGB or grey, `data.image_size` resizes (else all images must have one size). Decoded
+    images are kept in `data.cache_dir`, keyed by the names and bytes of the files and by these settings.
+
+    Raises:
+      UsageError: a split's folder is missing.
+      DataError: a class folder without images, a file that does not decode (named; `data.skip_corrupt` leaves such
+        files out and counts them), images of different sizes (two are named).
+    """
+    root = Path(settings["dir"]).expanduser()
+    if not settings["dir"] or not root.is_dir():
+        raise UsageError(f"data.dir: {settings['dir']!r} is not a folder; --config.data.dir=DIR names the one that holds"
+                         " train/<class>/* and test/<class>/*")  # fmt: skip
+    folders = {split: _split_folder(root, names) for split, names in _SPLITS.items()}
+    class_names = _class_names(folders["train"])
+    unknown = sorted(set(_class_names(folders["test"])) - set(class_names))
+    if unknown:
+        raise DataError(f"{folders['test']} has the class folder {unknown[0]!r}, which {folders['train']} has not")
+    splits = {split: _load_split(folder, class_names, settings) for split, folder in folders.items()}
+    return Dataset(splits["train"], splits["test"], class_names)
+
+
+def _split_folder(root: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise UsageError(f"data.dir: {root} has no folder {' or '.join(names)}; expected <split>/<class>/<image>")
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not names:
+        raise DataError(f"{folder} has no class folders")
+    return tuple(names)
+
+
+def _load_split(folder: Path, class_names: tuple[str, ...], settings: Mapping[str, Any]) -> Split:
+    files, labels = [], []
+    for label, name in enumerate(class_names):
+        if folder.name != "train" and not (folder / name).is_dir():
+            continue  # a small test set may lack a class
+        found = sorted(p for p in (folder / name).iterdir() if p.is_file() and not p.name.startswith("."))
+        if not found:
+            raise DataError(f"class folder {folder / name} has no images")
+        files += found
+        labels += [label] * len(found)
+    if not settings["cache_dir"]:
+        return _decode(files, labels, settings)
+    entry = Path(settings["cache_dir"]).expanduser() / "images" / _content_key(folder, files, settings)
+    cached = _read_cache(entry)
+    if cached is None:
+        cached = _decode(files, labels, settings)
+        _write_cache(entry, cached)
+    return cached
+
+
+def _decode(files: list[Path], labels: list[int], settings: Mapping[str, Any]) -> Split:
+    size, mode = settings["image_size"], {1: "L", 3: "RGB"}[settings["channels"]]
+
+    def decode(path: Path) -> np.ndarray | None:
+        try:
+            with Image.open(path) as image:
+                if image.width * image.height > _MAX_PIXELS:
+                    raise ValueError(f"{image.width}x{image.height} pixels are more than {_MAX_PIXELS}")
+                pixels = image.convert(mode)
+                if size:
+                    pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
+                return np.asarray(pixels)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if settings["skip_corrupt"]:
+                return None
+            raise DataError(
+                f"{path} does not decode: {error}; --config.data.skip_corrupt=True leaves such files out"
+            ) from error
+
+    with ThreadPoolExecutor() as pool:
+        decoded = list(tqdm(pool.map(decode, files), "decoding", len(files), unit=" images", leave=False, disable=None))
+    kept = [i for i, pixels in enumerate(decoded) if pixels is not None]
+    if len(kept) < len(files):
+        skipped = next(path for path, pixels in zip(files, decoded, strict=True) if pixels is None)
+        warnings.warn(f"left out {len(files) - len(kept)} of {len(files)} files that do not decode, first {skipped}",
+                      stacklevel=2)  # fmt: skip
+    if not kept:
+        raise DataError(f"no file under {files[0].parent.parent} decodes")
+    for i in kept:
+        if decoded[i].shape != decoded[kept[0]].shape:
+            raise DataError(
+                f"{files[kept[0]]} is {decoded[kept[0]].shape[:2]} and {files[i]} is {decoded[i].shape[:2]} (height, width):"
+                " --config.data.image_size=PIXELS resizes all images to one size"
+            )
+    images = np.stack([decoded[i] for i in kept])
+    return Split(images.reshape(*images.shape[:3], -1), np.array(labels, np.int32)[kept])
+
+
+def _content_key(folder: Path, files: list[Path], settings: Mapping[str, Any]) -> str:
+    """Hashes the names and the bytes of all files, and what else changes the decoded pixels."""
+    content = hashlib.sha256(repr([settings[key] for key in ("image_size", "channels", "skip_corrupt")]).encode())
+    for path in files:
+        name, data = os.fsencode(path.relative_to(folder)), path.read_bytes()
+        content.update(b"%d %d " % (len(name), len(data)) + name + data)
+    return content.hexdigest()[:32]
+
+
+def _read_cache(entry: Path) -> Split | None:
+    if not entry.is_dir():
+        return None
+    try:
+        images = np.load(entry / "images.npy", mmap_mode="r", allow_pickle=False)
+        labels = np.load(entry / "labels.npy", allow_pickle=False)
+        about = json.loads((entry / "about.json").read_text("utf-8"))
+        if about != {"images": list(images.shape), "labels": list(labels.shape)}:
+            raise ValueError("shapes differ from about.json")
+    except (OSError, ValueError) as error:
+        warnings.warn(f"the cached images in {entry} are damaged ({error}): decoding again", stacklevel=2)
+        return None
+    return Split(np.asarray(images), labels)
+
+
+def _write_cache(entry: Path, split: Split) -> None:
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=entry.name, dir=entry.parent))
+        np.save(aside / "images.npy", split.images, allow_pickle=False)
+        np.save(aside / "labels.npy", split.labels, allow_pickle=False)
+        about = {"images": list(split.images.shape), "labels": list(split.labels.shape)}
+        (aside / "about.json").write_text(json.dumps(about), "utf-8")
+        shutil.rmtree(entry, ignore_errors=True)
+        aside.rename(entry)
+    except OSError as error:
+        warnings.warn(f"decoded images are not cached: {error}; --config.data.cache_dir names another folder",
+                      stacklevel=2)  # fmt: skip

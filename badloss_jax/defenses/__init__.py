@@ -1,0 +1,1 @@
+"""Defences: from what was recorded to which examples to remove."""

@@ -1,0 +1,1 @@
+"""Evaluation: accuracy and attack success of a model, detection metrics of a score."""

@@ -1,0 +1,256 @@
+"""One run, from a config to a verdict: poison, record, score, reject, retrain, evaluate, report."""
+
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from badloss_jax.attacks.manifest import Manifest, choose_probes, draw_manifest, load_manifest, read_manifest
+from badloss_jax.attacks.poisoning import apply_manifest
+from badloss_jax.config import check_config, config_hash, digest, to_dict
+from badloss_jax.data import Dataset, load_dataset
+from badloss_jax.defenses.badloss import Detection, detect
+from badloss_jax.defenses.controls import oracle_removal, random_removal
+from badloss_jax.errors import DataError, UsageError
+from badloss_jax.evaluation.classifier import evaluate
+from badloss_jax.files import write_text
+from badloss_jax.models import ModelSpec
+from badloss_jax.progress import Progress
+from badloss_jax.report.plots import plot_roc, plot_trajectories
+from badloss_jax.report.results import header, variant_entry, write_results, write_scores
+from badloss_jax.report.tables import report_markdown
+from badloss_jax.training.checkpoint import read_about, save_model
+from badloss_jax.training.loop import Recipe, train
+from badloss_jax.training.mesh import check_batch_size, make_mesh, round_up
+from badloss_jax.training.resident import ResidentData
+from badloss_jax.training.state import AdamW, TrainState
+from badloss_jax.trajectories.kinds import Kinds
+from badloss_jax.trajectories.recorder import Recorder
+from badloss_jax.trajectories.store import TrajectoryStore
+from badloss_jax.workdir import append_metrics, claim, read_config
+
+
+def run_experiment(config: ConfigDict, workdir: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Runs the whole experiment in a folder, going on with what finished phases left there.
+
+    Returns:
+      What results.json holds.
+
+    Raises:
+      UsageError, DataError, NonFiniteLossError: see `badloss_jax.errors`; what was finished is kept.
+    """
+    check_config(config)
+    mesh = make_mesh()
+    check_batch_size("recording.batch_size", config.recording.batch_size, mesh)
+    check_batch_size("retraining.batch_size", config.retraining.batch_size, mesh)
+    if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise UsageError("model.dtype = 'float64' needs the environment variable JAX_ENABLE_X64=1")
+    dataset = load_dataset(config.data, config.seed)
+    manifest = _manifest(config, dataset)
+    probe_ids = choose_probes(manifest, config.probes.count, config.seed)
+    with claim(workdir, config):
+        run = _Run(config, workdir, mesh, dataset, manifest, probe_ids, progress or Progress(None))
+        write_text(workdir / "manifest.json", manifest.to_json())
+
+        store, recording_model = run.record()
+        with run.timed("scoring"):
+            detections, epochs = detect(store, probe_ids, config.scoring, config.rejection)
+
+        keep_all = np.zeros(manifest.num_examples, bool)
+        undefended = run.retrain("undefended", keep_all)
+        removals: dict[str, tuple[np.ndarray, Detection | None]] = {
+            f"{kind}/{rule}": (removed, detection)
+            for kind, detection in detections.items()
+            for rule, removed in detection.removed.items()
+        }
+        if "random" in config.controls:
+            fraction = config.rejection.fraction
+            removals["random/fraction"] = (random_removal(len(keep_all), probe_ids, fraction, config.seed), None)
+        if "oracle" in config.controls:
+            removals["oracle"] = (oracle_removal(len(keep_all), manifest.poisoned_ids), None)
+        variants = {}
+        for name, (removed, detection) in removals.items():
+            wanted = detection is None or name in config.retraining.variants
+            retrained = run.retrain(name, removed) if wanted else None
+            variants[name] = variant_entry(removed, run.attack_of, run.is_probe, detection, retrained)
+
+        results = header(config) | {
+            "seconds": run.seconds,
+            "epochs_kept": epochs.tolist(),
+            "undefended": undefended,
+            "recording_model": recording_model,
+            "variants": variants,
+        }
+        write_scores(workdir / "scores.parquet", run.labels, run.attack_of, run.is_probe, detections,
+                     config.scoring.transform)  # fmt: skip
+        _write_report(workdir, results, store, detections, run.attack_of, run.is_probe)
+        return results
+
+
+def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[Path, dict[str, Any]]:
+    """Scores the stored trajectories of a run with other `scoring` and `rejection` settings, without training.
+
+    Returns:
+      The folder `rescored/<hash>` with its own results.json, scores.parquet and report, and what results.json holds.
+
+    Raises:
+      UsageError: no run is there, or another setting is changed, which would need training.
+      DataError: the trajectories are incomplete or damaged.
+    """
+    stored = read_config(workdir)
+    config = change(stored)
+    changed = [group for group, value in to_dict(config).items() if value != to_dict(stored)[group]]
+    needing_training = [group for group in changed if group not in ("scoring", "rejection")]
+    if needing_training:
+        raise UsageError(
+            f"badloss score changes scoring.* and rejection.* only; {', '.join(needing_training)} would need training:"
+            " use badloss run with another --workdir"
+        )
+    store = TrajectoryStore.open(workdir / "trajectories")
+    if not store.complete:
+        raise DataError(f"{store.folder} is not complete: run `badloss run --workdir {workdir}` to the end first")
+    labels, is_probe = store.read_examples()
+    attack_of = read_manifest(workdir / "manifest.json").attack_of()
+    started = time.monotonic()
+    detections, epochs = detect(store, np.flatnonzero(is_probe), config.scoring, config.rejection)
+    results = header(config) | {
+        "rescored_from": config_hash(stored),
+        "seconds": {"scoring": time.monotonic() - started},
+        "epochs_kept": epochs.tolist(),
+        "variants": {
+            f"{kind}/{rule}": variant_entry(removed, attack_of, is_probe, detection)
+            for kind, detection in detections.items()
+            for rule, removed in detection.removed.items()
+        },
+    }
+    folder = workdir / "rescored" / digest(to_dict(config)["scoring"], to_dict(config)["rejection"])
+    write_scores(folder / "scores.parquet", labels, attack_of, is_probe, detections, config.scoring.transform)
+    _write_report(folder, results, store, detections, attack_of, is_probe)
+    return folder, results
+
+
+@dataclass
+class _Run:
+    """What the phases of one run share."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: Mesh
+    dataset: Dataset
+    manifest: Manifest
+    probe_ids: np.ndarray
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+    _name: str = ""
+    _number: int = 0
+
+    def __post_init__(self) -> None:
+        train = self.dataset.train
+        poisoning = apply_manifest(self.manifest, train.images, train.labels)
+        self.labels, self.attack_of = poisoning.labels, self.manifest.attack_of()
+        self.is_probe = np.isin(np.arange(len(self.labels)), self.probe_ids)
+        self.data = ResidentData.place(self.mesh, train.images, self.labels, poisoning.ids, poisoning.images)
+        model = self.config.model
+        self.spec = ModelSpec(model.name, self.dataset.image_shape, self.dataset.num_classes, tuple(model.stages),
+                              model.stem_stride, model.dtype)  # fmt: skip
+        # Everything that every phase stands on; how a phase trains is added to it.
+        self.ground = (self.config.seed, self.dataset.fingerprint, self.manifest.digest, asdict(self.spec))
+        self._trainings = 2 + len(self.config.retraining.variants) + len(self.config.controls)
+        self.progress.note(
+            f"{self.config.data.source}: {len(self.labels):,} training images {self.dataset.image_shape} in"
+            f" {self.dataset.num_classes} classes, {len(poisoning.ids):,} poisoned by {len(self.manifest.attacks)} attacks,"
+            f" {len(self.probe_ids)} probes; {self._trainings} trainings on {self.mesh.size} {jax.default_backend()} device(s)"
+        )
+
+    @contextmanager
+    def timed(self, phase: str):
+        """Measures a phase's seconds."""
+        started = time.monotonic()
+        yield
+        self.seconds[phase] = time.monotonic() - started
+
+    def record(self) -> tuple[TrajectoryStore, dict[str, Any]]:
+        """Trains the recording model and stores the trajectories, unless that was done before."""
+        settings = self.config.recording
+        kinds = Kinds(tuple(settings.kinds), self.dataset.num_classes, self.spec.num_features, settings.feature_dim,
+                      settings.ranked_others, self.config.seed)  # fmt: skip
+        recipe = self._recipe(settings.epochs, settings.schedule_epochs, settings.batch_size, "none")
+        identity = digest(*self.ground, asdict(recipe), asdict(kinds), settings.capture)
+        folder = self.workdir / "trajectories"
+
+        def training() -> TrainState:
+            store = TrajectoryStore.create(
+                folder, identity, self.labels, self.is_probe, settings.epochs, kinds.layout()
+            )
+            batch_size = round_up(self.config.evaluation.batch_size, self.mesh)
+            recorder = Recorder(kinds, settings.capture, store, self.mesh, batch_size)
+            return self._train("recording", recipe, np.arange(len(self.labels)), recorder)
+
+        evaluation = self._model("recording", identity, training)
+        return TrajectoryStore.open(folder), evaluation
+
+    def retrain(self, name: str, removed: np.ndarray) -> dict[str, Any]:
+        """Trains from scratch on what is left, by the recipe that all of these models share."""
+        settings = self.config.retraining
+        recipe = self._recipe(settings.epochs, settings.epochs, settings.batch_size, settings.augment)
+        kept = np.flatnonzero(~removed)
+        identity = digest(*self.ground, asdict(recipe), kept.tolist())
+        return self._model(name, identity, lambda: self._train("retraining", recipe, kept))
+
+    def _recipe(self, epochs: int, schedule_epochs: int, batch_size: int, augment: str) -> Recipe:
+        settings = self.config.optimizer
+        adamw = AdamW(settings.weight_decay, settings.b1, settings.b2)
+        return Recipe(epochs, schedule_epochs, batch_size, settings.learning_rate, adamw, settings.loss_clamp, augment)
+
+    def _train(self, phase: str, recipe: Recipe, ids: np.ndarray, recorder: Recorder | None = None) -> TrainState:
+        return train(
+            self.spec, recipe, self.data, ids, seed=self.config.seed, phase=phase, mesh=self.mesh, recorder=recorder,
+            progress=self.progress, on_epoch=lambda record: append_metrics(self.workdir, {"model": self._name} | record),
+        )  # fmt: skip
+
+    def _model(self, name: str, identity: str, training: Callable[[], TrainState]) -> dict[str, Any]:
+        """Trains, evaluates and saves a model under models/NAME, or takes what an earlier run of this left there."""
+        folder = self.workdir / "models" / name.replace("/", "-")
+        self._number += 1
+        self._name = name
+        self.progress.phase(f"[{self._number}/{self._trainings}] {name}")
+        about = read_about(folder)
+        if about is None:
+            started = time.monotonic()
+            state = training()
+            evaluation = evaluate(self.spec, state, self.dataset.test, self.manifest, self.config.evaluation, self.mesh)
+            about = {"hash": identity, "evaluation": evaluation, "seconds": time.monotonic() - started}
+            save_model(folder, self.spec, state, about)
+        elif about["hash"] == identity:
+            self.progress.note(f"[{self._number}/{self._trainings}] {name}  done before")
+        else:
+            raise UsageError(
+                f"{folder} was trained on other data, or by another version, than this run: choose another --workdir"
+            )
+        self.seconds[name] = about["seconds"]
+        return about["evaluation"]
+
+
+def _manifest(config: ConfigDict, dataset: Dataset) -> Manifest:
+    size = len(dataset.train.labels), dataset.num_classes, dataset.image_shape
+    if config.attacks.manifest:
+        return load_manifest(Path(config.attacks.manifest).expanduser(), *size)
+    return draw_manifest(config.attacks, dataset.train.labels, *size[1:], config.seed)
+
+
+def _write_report(
+    folder: Path, results: dict[str, Any], store: TrajectoryStore, detections: dict[str, Detection],
+    attack_of: np.ndarray, is_probe: np.ndarray,
+) -> None:  # fmt: skip
+    if attack_of.any():
+        plot_trajectories(folder / "trajectories.png", store.read("loss"), attack_of, is_probe)
+        plot_roc(folder / "roc.png", detections, attack_of, is_probe)
+    write_text(folder / "report.md", report_markdown(results))
+    write_results(folder / "results.json", results)

@@ -1,0 +1,51 @@
+"""Networks. Each is an nnx.Module with `logits, features = model(images, train=..., mask=...)`.
+
+A new one is a function `(image_shape, num_classes, settings, rngs) -> nnx.Module` and one line in `MODELS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from flax import nnx
+
+from badloss_jax.models.resnet import resnet18, resnet50, resnet_small
+
+MODELS: dict[str, Callable[..., nnx.Module]] = {
+    "resnet_small": resnet_small,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What determines a network but its weights; hashable, so that compiled steps can be kept by it."""
+
+    name: str
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    stages: tuple[int, ...] = (16, 32, 64)
+    stem_stride: int = 2
+    dtype: str = "float32"
+
+    @property
+    def num_features(self) -> int:
+        """F, the width of the penultimate layer."""
+        return nnx.eval_shape(lambda: self.build(nnx.Rngs(0))).head.in_features
+
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Returns the network with fresh weights; these are float32, or float64 for a float64 computation."""
+        dtype = jnp.dtype(self.dtype)
+        return MODELS[self.name](
+            self.image_shape[-1],
+            self.num_classes,
+            rngs=rngs,
+            dtype=dtype,
+            param_dtype=jnp.promote_types(dtype, jnp.float32),
+            stages=self.stages,
+            stem_stride=self.stem_stride,
+        )
+
+
+__all__ = ["MODELS", "ModelSpec"]

@@ -1,0 +1,61 @@
+"""Progress of long work: a bar with rate and ETA in a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from typing import TextIO
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Counts examples of one phase after the other; with no stream it is silent."""
+
+    def __init__(self, stream: TextIO | None = sys.stderr, seconds_between_lines: float = 10.0):
+        self._stream = stream
+        self._between = seconds_between_lines
+        self._title = ""
+        self._bar: tqdm | None = None
+        self._started = self._spoke = 0.0
+        self._done = self._total = 0
+
+    def phase(self, title: str) -> None:
+        """Names the phase that begins."""
+        self._title = title
+
+    def note(self, text: str) -> None:
+        """Prints a line of its own."""
+        if self._stream:
+            print(text, file=self._stream, flush=True)
+
+    def begin(self, total: int) -> None:
+        """Starts counting to `total` examples."""
+        self._started = self._spoke = time.monotonic()
+        self._done, self._total = 0, total
+        if self._stream and self._stream.isatty():
+            self._bar = tqdm(total=total, desc=self._title, unit=" examples", unit_scale=True, file=self._stream,
+                             leave=False, mininterval=0.5, dynamic_ncols=True)  # fmt: skip
+
+    def advance(self, count: int, where: str) -> None:
+        """Counts `count` examples more."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.set_postfix_str(where, refresh=False)
+            self._bar.update(count)
+
+    def say(self, text: str) -> None:
+        """Tells where the phase stands, outside a terminal at most every few seconds."""
+        now = time.monotonic()
+        if not self._stream or self._bar is not None or now - self._spoke < self._between:
+            return
+        self._spoke = now
+        rate = self._done / (now - self._started)
+        left = (self._total - self._done) / rate
+        self.note(f"{self._title}  {text}  {rate:,.0f} examples/s  ETA {left // 60:.0f}:{left % 60:02.0f}")
+
+    def end(self) -> None:
+        """Ends the phase with one line."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        seconds = time.monotonic() - self._started
+        self.note(f"{self._title}  {self._done:,} examples in {seconds:.1f} s ({self._done / seconds:,.0f}/s)")

@@ -1,0 +1,76 @@
+"""The two plots of a run. Colours are Okabe and Ito's, which colour-blind people can tell apart."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from jaxtyping import Bool, Float
+from sklearn.metrics import roc_curve
+
+from badloss_jax.defenses.badloss import Detection
+from badloss_jax.files import write_atomically
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt  # noqa: E402
+
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-")
+_LOW_LOSS = 1e-4  # below this a loss is drawn as this, on the logarithmic axis
+
+
+def plot_trajectories(
+    path: Path, losses: Float[np.ndarray, "N T"], attack_of: np.ndarray, is_probe: Bool[np.ndarray, "N"]
+) -> None:
+    """Draws one panel an attack: its losses over the epochs (median, 16th to 84th percentile) against clean and probes."""
+    attacks = sorted(set(attack_of) - {""})
+    columns = min(3, len(attacks))
+    rows = -(-len(attacks) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.9 * rows), sharex=True, sharey=True,
+                                squeeze=False, layout="constrained")  # fmt: skip
+    groups = {"clean": ((attack_of == "") & ~is_probe, "#888888", "-"), "probes": (is_probe, "#000000", "--")}
+    for axis, name in zip(axes.flat, attacks, strict=False):
+        for label, (rows_of, colour, dash) in (groups | {name: (attack_of == name, "#D55E00", "-")}).items():
+            low, median, high = np.percentile(np.maximum(losses[rows_of], _LOW_LOSS), [16, 50, 84], axis=0)
+            epochs = np.arange(1, losses.shape[1] + 1)
+            axis.plot(epochs, median, color=colour, linestyle=dash, label=f"{label} ({rows_of.sum():,})")
+            if label != "probes":
+                axis.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
+        axis.set(title=name, yscale="log")
+        axis.legend(fontsize=8)
+    for axis in axes.flat[len(attacks) :]:
+        axis.set_visible(False)
+    figure.supxlabel("epoch")
+    figure.supylabel("loss: median, 16th to 84th percentile")
+    _save(figure, path)
+
+
+def plot_roc(
+    path: Path, detections: Mapping[str, Detection], attack_of: np.ndarray, is_probe: Bool[np.ndarray, "N"]
+) -> None:
+    """Draws one panel a kind of trajectory: the ROC of each attack against the clean examples, probes left out."""
+    attacks = sorted(set(attack_of) - {""})
+    columns = min(3, len(detections))
+    rows = -(-len(detections) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.9 * rows), sharex=True, sharey=True,
+                                squeeze=False, layout="constrained")  # fmt: skip
+    clean = (attack_of == "") & ~is_probe
+    for axis, (kind, detection) in zip(axes.flat, detections.items(), strict=False):
+        for i, name in enumerate(attacks):
+            chosen = clean | (attack_of == name)
+            false_positives, true_positives, _ = roc_curve((attack_of == name)[chosen], detection.distances[chosen])
+            axis.plot(false_positives, true_positives, label=name, color=_COLOURS[i % 7], linestyle=_DASHES[i % 7])
+        axis.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8)
+        axis.set(title=kind, xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
+    axes.flat[0].legend(fontsize=8, loc="lower right")
+    for axis in axes.flat[len(detections) :]:
+        axis.set_visible(False)
+    figure.supxlabel("clean examples flagged")
+    figure.supylabel("poison flagged")
+    _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    write_atomically(path, lambda aside: figure.savefig(aside, dpi=110))
+    plt.close(figure)

@@ -1,0 +1,1 @@
+"""The one trainer: mesh and shardings, resident data, state, jitted steps, loop, saved models."""

@@ -1,0 +1,100 @@
+"""The jitted steps: one that learns, and two that only look."""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from badloss_jax.data import AUGMENTATIONS
+from badloss_jax.models import ModelSpec
+from badloss_jax.training.mesh import by_rows, replicated
+from badloss_jax.training.resident import ResidentData
+from badloss_jax.training.state import AdamW, TrainState, graph_of
+from badloss_jax.trajectories.buffer import Buffer, write
+from badloss_jax.trajectories.kinds import Kinds
+
+
+@lru_cache(maxsize=32)
+def make_train_step(
+    spec: ModelSpec, optimizer: AdamW, loss_clamp: float, augment: str, kinds: Kinds | None, mesh: Mesh
+) -> Callable:
+    """Compiles (state, buffer, data, ids, epoch, learning_rate, key) -> (state, buffer, mean loss).
+
+    State and buffer are donated. With `kinds`, what the step's own forward pass says of each example goes into the
+    buffer ("step" capture); without, the buffer is passed through. The mean is over the batch's examples; an example's
+    loss is clamped for the mean (and its gradient), never for the buffer. The mean loss returned is not finite if any
+    example's loss is not.
+    """
+    graph, augmentation = graph_of(spec), AUGMENTATIONS[augment]
+
+    def step(
+        state: TrainState,
+        buffer: Buffer,
+        data: ResidentData,
+        ids: Int[Array, "B"],
+        epoch: Int[Array, ""],
+        learning_rate: Float[Array, ""],
+        key: jax.Array,
+    ) -> tuple[TrainState, Buffer, Float[Array, ""]]:
+        images, labels = data.batch(ids, jnp.promote_types(spec.dtype, jnp.float32))
+        real = ids < len(data)
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, epoch), i))(ids)
+        images = jax.vmap(augmentation)(images, keys)
+
+        def loss_of(params: nnx.State):
+            model = nnx.merge(graph, params, state.batch_stats, copy=True)
+            logits, features = model(images, train=True, mask=real)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            mean = jnp.sum(jnp.where(real, jnp.minimum(losses, loss_clamp), 0)) / real.sum()
+            finite = jnp.all(jnp.isfinite(losses) | ~real)
+            return mean, (nnx.state(model, nnx.BatchStat), logits, features, finite)
+
+        (mean, (stats, logits, features, finite)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        updates, opt_state = optimizer.transform().update(gradients, state.optimizer, state.params)
+        params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state.params, updates)
+        if kinds is not None:
+            buffer = write(buffer, ids, epoch, kinds.observe(logits, features, labels))
+        state = TrainState(state.step + 1, params, stats, opt_state)
+        return state, buffer, jnp.where(finite, mean, jnp.nan)
+
+    everywhere, rows = replicated(mesh), by_rows(mesh)
+    return jax.jit(
+        step,
+        donate_argnums=(0, 1),
+        in_shardings=(everywhere, rows, everywhere, rows, None, None, None),
+        out_shardings=(everywhere, rows, everywhere),
+    )
+
+
+@lru_cache(maxsize=32)
+def make_sweep_step(spec: ModelSpec, kinds: Kinds, mesh: Mesh) -> Callable:
+    """Compiles (state, buffer, data, ids, epoch) -> buffer: one evaluation pass of a batch; the buffer is donated."""
+    graph = graph_of(spec)
+
+    def step(state: TrainState, buffer: Buffer, data: ResidentData, ids: Array, epoch: Array) -> Buffer:
+        images, labels = data.batch(ids, jnp.promote_types(spec.dtype, jnp.float32))
+        model = nnx.merge(graph, state.params, state.batch_stats)
+        logits, features = model(images, train=False)
+        return write(buffer, ids, epoch, kinds.observe(logits, features, labels))
+
+    everywhere, rows = replicated(mesh), by_rows(mesh)
+    return jax.jit(
+        step, donate_argnums=1, in_shardings=(everywhere, rows, everywhere, rows, None), out_shardings=rows
+    )
+
+
+@lru_cache(maxsize=32)
+def make_predict_step(spec: ModelSpec, mesh: Mesh) -> Callable:
+    """Compiles (state, images float32 [B, H, W, C] in [0, 1]) -> predicted classes, int32 [B]."""
+    graph = graph_of(spec)
+
+    def step(state: TrainState, images: Float[Array, "B H W C"]) -> Int[Array, "B"]:
+        logits, _ = nnx.merge(graph, state.params, state.batch_stats)(images, train=False)
+        return logits.argmax(-1)
+
+    return jax.jit(step, in_shardings=(replicated(mesh), by_rows(mesh)), out_shardings=by_rows(mesh))

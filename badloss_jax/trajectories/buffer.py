@@ -1,0 +1,46 @@
+"""The trajectory buffer on the devices: one row an example id, one column an epoch, sharded over rows.
+
+An update gathers ids and values of one batch and nothing else: every device scatters what falls into its own rows. NaN
+means "not recorded".
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from badloss_jax.training.mesh import by_rows, round_up
+from badloss_jax.trajectories.kinds import Kinds
+
+Buffer = dict[str, jax.Array]
+
+
+def create_buffer(kinds: Kinds, num_examples: int, num_epochs: int, mesh: Mesh) -> Buffer:
+    """Returns for each kind [N', T, ...] of NaN, created in place; N' is N rounded up to a multiple of the devices."""
+    rows = round_up(num_examples, mesh)
+
+    def empty() -> Buffer:
+        return {
+            name: jnp.full((rows, num_epochs, *shape), jnp.nan, dtype)
+            for name, (shape, dtype) in kinds.layout().items()
+        }
+
+    return jax.jit(empty, out_shardings=by_rows(mesh))()
+
+
+def padding_id(num_examples: int, mesh: Mesh) -> int:
+    """Returns the id that fills up batches: no row of the buffer, so that writes to it are dropped."""
+    return round_up(num_examples, mesh)
+
+
+def write(buffer: Buffer, ids: Int[Array, "B"], epoch: Int[Array, ""], values: dict[str, Array]) -> Buffer:
+    """Writes a batch's values into column `epoch` of the rows `ids`, for use inside jit; ids past the end are dropped."""
+    return {
+        name: array.at[ids, epoch].set(values[name].astype(array.dtype), mode="drop") for name, array in buffer.items()
+    }
+
+
+def read_column(buffer: Buffer, epoch: int, num_examples: int) -> dict[str, np.ndarray]:
+    """Copies column `epoch` of every kind to the host, [N, ...], without the padding rows."""
+    return {name: np.asarray(array[:, epoch])[:num_examples] for name, array in buffer.items()}

@@ -1,0 +1,58 @@
+"""The recorder that the trainer carries along: after each epoch every example has one more entry in its trajectory."""
+
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from badloss_jax.data.order import cut_batches
+from badloss_jax.models import ModelSpec
+from badloss_jax.training.resident import ResidentData
+from badloss_jax.training.state import TrainState
+from badloss_jax.training.step import make_sweep_step
+from badloss_jax.trajectories.buffer import Buffer, create_buffer, padding_id, read_column
+from badloss_jax.trajectories.kinds import Kinds
+from badloss_jax.trajectories.store import TrajectoryStore
+
+
+@dataclass
+class Recorder:
+    """Fills the device buffer by "sweep" or "step" capture, and appends each finished epoch to the store.
+
+    Attributes:
+      kinds: what is recorded.
+      capture: "sweep", one evaluation pass after each epoch, or "step", the training step's own outputs.
+      store: gets each finished epoch's columns.
+      mesh: whose devices share the rows.
+      batch_size: of the sweep.
+    """
+
+    kinds: Kinds
+    capture: str
+    store: TrajectoryStore
+    mesh: Mesh
+    batch_size: int
+    buffer: Buffer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.buffer = create_buffer(self.kinds, self.store.num_examples, self.store.num_epochs, self.mesh)
+
+    @property
+    def step_kinds(self) -> Kinds | None:
+        """What the training step itself has to write, if anything."""
+        return self.kinds if self.capture == "step" else None
+
+    def end_epoch(self, spec: ModelSpec, state: TrainState, data: ResidentData, epoch: int) -> None:
+        """Sweeps over the training set if that is how it captures, and stores the epoch."""
+        if self.capture == "sweep":
+            step = make_sweep_step(spec, self.kinds, self.mesh)
+            ids = np.arange(len(data))
+            for batch in cut_batches(ids, self.batch_size, padding_id(len(data), self.mesh)):
+                self.buffer = step(state, self.buffer, data, batch, np.int32(epoch))
+        self.flush(epoch)
+
+    def flush(self, epoch: int) -> None:
+        """Stores what is recorded of the epoch; cells that are not are NaN."""
+        jax.block_until_ready(self.buffer)
+        self.store.write_epoch(epoch, read_column(self.buffer, epoch, self.store.num_examples))

@@ -1,0 +1,22 @@
+"""Fashion-MNIST (Xiao et al. 2017) as gzipped IDX files; the paper has no figures for it.
+
+    badloss run --config configs/fashion_mnist.py:quick --workdir /tmp/fashion
+"""
+
+from ml_collections import ConfigDict
+
+from badloss_jax.config import check_variant, default_config
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    check_variant(variant, ("quick",))
+    config = default_config()
+    config.data.source = "idx"
+    config.data.dir = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
+    config.retraining.variants = ("loss/fraction", "logits/fraction", "combined/fraction", "combined/alpha")
+    if variant == "quick":  # 20,000 images and a small network; no augmentation, so that the attacks take
+        config.data.train_examples = 20_000
+        config.model.update(name="resnet_small", stages=(16, 32, 64), stem_stride=2)
+        config.recording.epochs = 20
+        config.retraining.epochs = 20
+    return config

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 _ABOUT = """\
 Finds poisoned training examples by how a network learns them (BaDLoss, ICLR 2025), in JAX.
@@ -30,7 +31,7 @@ OUT/rescored/<hash>/; the run's own are never touched. Only scoring.* and reject
 
 _OVERRIDES = """\
 settings:
-  --config.GROUP.KEY=VALUE changes one setting, as often as you like; `badloss_jax/config.py` lists all with their meaning.
+  --config.GROUP.KEY=VALUE changes one setting, repeatedly; `badloss_jax/config.py` lists all with their meaning.
   An unknown key or an impossible value is refused, with the nearest valid one, before any work starts.
 
 examples:
@@ -115,11 +116,11 @@ def _set_up_jax() -> None:
 
     logging.set_verbosity(logging.WARNING)
     cache = Path("~/.cache/badloss_jax/xla").expanduser()
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.read("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
-def _command(commands, name: str, summary: str, about: str, examples: list[str]) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, summary: str, about: str, examples: list[str]) -> argparse.ArgumentParser:
     epilog = _OVERRIDES.format(examples="\n".join(f"  {example}" for example in examples))
     return commands.add_parser(
         name, help=summary, description=about, epilog=epilog, allow_abbrev=False,

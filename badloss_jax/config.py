@@ -158,10 +158,12 @@ def from_json(text: str) -> ConfigDict:
 
 
 def to_json(config: ConfigDict) -> str:
+    """Returns what `from_json` reads."""
     return json.dumps(to_dict(config), indent=2, sort_keys=True)
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """Returns plain dicts, lists, strings and numbers."""
     return json.loads(config.to_json())
 
 
@@ -188,25 +190,27 @@ def check_config(config: ConfigDict) -> None:
     from badloss_jax.data import AUGMENTATIONS, SOURCES
     from badloss_jax.models import MODELS
 
-    for key, choices in {
-        "data.source": SOURCES,
-        "model.name": MODELS,
+    single: dict[str, Sequence[Any]] = {
+        "data.source": tuple(SOURCES),
+        "model.name": tuple(MODELS),
         "model.dtype": ("float32", "bfloat16", "float64"),
         "recording.capture": ("sweep", "step"),
-        "retraining.augment": AUGMENTATIONS,
+        "retraining.augment": tuple(AUGMENTATIONS),
         "scoring.transform": ("log", "linear"),
         "data.channels": (1, 3),
-    }.items():
-        _one_of(key, _at(config, key), tuple(choices))
-    for key, choices in {
-        "attacks.names": ATTACKS,
+    }
+    for key, choices in single.items():
+        _one_of(key, _at(config, key), choices)
+    several: dict[str, Sequence[Any]] = {
+        "attacks.names": tuple(ATTACKS),
         "controls": CONTROLS,
         "recording.kinds": KINDS[1:5],
         "scoring.kinds": KINDS,
-    }.items():
+    }
+    for key, choices in several.items():
         values = _at(config, key)
         for value in values:
-            _one_of(key, value, tuple(choices))
+            _one_of(key, value, choices)
         if len(set(values)) != len(values):
             raise UsageError(f"{key} names something twice: {values}")
 
@@ -307,7 +311,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
-def _one_of(key: str, value: Any, choices: tuple[Any, ...]) -> None:
+def _one_of(key: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
         raise UsageError(f"{key} has {value!r}: expected one of {_listed(choices)}{_nearest(value, choices)}")
 

@@ -1,7 +1,7 @@
 """One run, from a config to a verdict: poison, record, score, reject, retrain, evaluate, report."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,7 +50,7 @@ def run_experiment(config: ConfigDict, workdir: Path, progress: Progress | None 
     mesh = make_mesh()
     check_batch_size("recording.batch_size", config.recording.batch_size, mesh)
     check_batch_size("retraining.batch_size", config.retraining.batch_size, mesh)
-    if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
+    if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise UsageError("model.dtype = 'float64' needs the environment variable JAX_ENABLE_X64=1")
     dataset = load_dataset(config.data, config.seed)
     manifest = _manifest(config, dataset)
@@ -165,12 +165,13 @@ class _Run:
         self._trainings = 2 + len(self.config.retraining.variants) + len(self.config.controls)
         self.progress.note(
             f"{self.config.data.source}: {len(self.labels):,} training images {self.dataset.image_shape} in"
-            f" {self.dataset.num_classes} classes, {len(poisoning.ids):,} poisoned by {len(self.manifest.attacks)} attacks,"
-            f" {len(self.probe_ids)} probes; {self._trainings} trainings on {self.mesh.size} {jax.default_backend()} device(s)"
+            f" {self.dataset.num_classes} classes, {len(poisoning.ids):,} poisoned by {len(self.manifest.attacks)}"
+            f" attacks, {len(self.probe_ids)} probes; {self._trainings} trainings on {self.mesh.size}"
+            f" {jax.default_backend()} device{'s' * (self.mesh.size > 1)}"
         )
 
     @contextmanager
-    def timed(self, phase: str):
+    def timed(self, phase: str) -> Iterator[None]:
         """Measures a phase's seconds."""
         started = time.monotonic()
         yield
@@ -212,7 +213,8 @@ class _Run:
     def _train(self, phase: str, recipe: Recipe, ids: np.ndarray, recorder: Recorder | None = None) -> TrainState:
         return train(
             self.spec, recipe, self.data, ids, seed=self.config.seed, phase=phase, mesh=self.mesh, recorder=recorder,
-            progress=self.progress, on_epoch=lambda record: append_metrics(self.workdir, {"model": self._name} | record),
+            progress=self.progress,
+            on_epoch=lambda record: append_metrics(self.workdir, {"model": self._name} | record),
         )  # fmt: skip
 
     def _model(self, name: str, identity: str, training: Callable[[], TrainState]) -> dict[str, Any]:

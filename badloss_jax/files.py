@@ -8,7 +8,7 @@ from pathlib import Path
 from badloss_jax.errors import DataError
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a path beside `path` and renames what it wrote; on failure `path` stays as it was.
 
     Raises:
@@ -32,4 +32,4 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text atomically."""
-    write_atomically(path, lambda aside: aside.write_text(text, "utf-8") and None)
+    write_atomically(path, lambda aside: aside.write_text(text, "utf-8"))

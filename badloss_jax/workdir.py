@@ -1,5 +1,7 @@
 """The folder of a run: one config, one process at a time.
 
+In it lie:
+
     config.json       the config, as it was resolved
     manifest.json     who is poisoned with what
     trajectories/     the store of what was recorded

@@ -1,5 +1,7 @@
 """scikit-learn's digits: the whole experiment on a laptop, with no download.
 
+About a minute on two CPU cores; `configs/results/README.md` has what it gave.
+
     badloss run --config configs/digits.py --workdir /tmp/digits
 """
 

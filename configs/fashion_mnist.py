@@ -1,5 +1,7 @@
 """Fashion-MNIST (Xiao et al. 2017) as gzipped IDX files; the paper has no figures for it.
 
+`:quick` is measured in `configs/results/README.md`.
+
     badloss run --config configs/fashion_mnist.py:quick --workdir /tmp/fashion
 """
 

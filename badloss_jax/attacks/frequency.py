@@ -35,7 +35,8 @@ def _pattern(height: int, width: int) -> np.ndarray:
     for size in (height, width):
         if size < 2 or (size > _WINDOW and size % _WINDOW):
             raise UsageError(
-                f"attack 'frequency' needs sides of 2 to {_WINDOW} pixels or multiples of {_WINDOW}, got {height}x{width}"
+                f"attack 'frequency' needs sides of 2 to {_WINDOW} pixels or multiples of {_WINDOW},"
+                f" got {height}x{width}"
             )
         window.append(min(size, _WINDOW))
     h, w = window

@@ -42,6 +42,7 @@ class Manifest:
 
     @property
     def digest(self) -> str:
+        """Hashes all of it to 16 hexadecimal digits."""
         return digest(asdict(self))
 
     @property
@@ -57,6 +58,7 @@ class Manifest:
         return names
 
     def to_json(self) -> str:
+        """Returns what `read_manifest` reads."""
         return json.dumps({"format": _FORMAT, **asdict(self)}, sort_keys=True)
 
 

@@ -39,7 +39,7 @@ def apply_manifest(manifest: Manifest, images: UInt8[np.ndarray, "N H W C"], lab
 
 
 def evaluation_triggers(manifest: Manifest, boost: float) -> Iterator[tuple[str, AttackPlan, bool, Trigger]]:
-    """Yields (attack, plan, boosted, trigger) for every attack, and once more `boost` times as strong where it can be."""
+    """Yields (attack, plan, boosted, trigger) of every attack, and once more `boost` times as strong if it can be."""
     for name, plan in manifest.attacks.items():
         yield name, plan, False, _trigger(name, manifest, plan)
         stronger = ATTACKS[name].boosted

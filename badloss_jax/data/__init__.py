@@ -30,7 +30,7 @@ def load_dataset(settings: Mapping[str, Any], seed: int) -> Dataset:
       DataError: a file is damaged or misplaced; it is named.
     """
     dataset = SOURCES[settings["source"]](settings)
-    splits = {}
+    splits = []
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         count, have = settings[f"{name}_examples"], len(split.labels)
         if count > have:
@@ -40,8 +40,9 @@ def load_dataset(settings: Mapping[str, Any], seed: int) -> Dataset:
             split = Split(split.images[rows], split.labels[rows])
         if pad := settings["pad"]:
             split = replace(split, images=np.pad(split.images, ((0, 0), (pad, pad), (pad, pad), (0, 0))))
-        splits[name] = split
-    return replace(dataset, **splits)
+        splits.append(split)
+    train, test = splits
+    return Dataset(train, test, dataset.class_names)
 
 
 __all__ = ["AUGMENTATIONS", "SOURCES", "Dataset", "Split", "load_dataset"]

@@ -43,6 +43,7 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
+        """K."""
         return len(self.class_names)
 
     @property

@@ -35,7 +35,7 @@ def load(settings: Mapping[str, Any]) -> Dataset:
     """
     root = Path(settings["dir"]).expanduser()
     if not settings["dir"] or not root.is_dir():
-        raise UsageError(f"data.dir: {settings['dir']!r} is not a folder; --config.data.dir=DIR names the one that holds"
+        raise UsageError(f"data.dir: {settings['dir']!r} is not a folder; --config.data.dir=DIR names the one with"
                          " train/<class>/* and test/<class>/*")  # fmt: skip
     folders = {split: _split_folder(root, names) for split, names in _SPLITS.items()}
     class_names = _class_names(folders["train"])
@@ -108,11 +108,12 @@ def _decode(files: list[Path], labels: list[int], settings: Mapping[str, Any]) -
                       stacklevel=2)  # fmt: skip
     if not kept:
         raise DataError(f"no file under {files[0].parent.parent} decodes")
+    first = kept[0]
     for i in kept:
-        if decoded[i].shape != decoded[kept[0]].shape:
+        if decoded[i].shape != decoded[first].shape:
             raise DataError(
-                f"{files[kept[0]]} is {decoded[kept[0]].shape[:2]} and {files[i]} is {decoded[i].shape[:2]} (height, width):"
-                " --config.data.image_size=PIXELS resizes all images to one size"
+                f"{files[first]} is {decoded[first].shape[:2]} and {files[i]} is {decoded[i].shape[:2]}"
+                " (height, width): --config.data.image_size=PIXELS resizes all images to one size"
             )
     images = np.stack([decoded[i] for i in kept])
     return Split(images.reshape(*images.shape[:3], -1), np.array(labels, np.int32)[kept])

@@ -6,7 +6,9 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 
-def random_removal(num_examples: int, probe_ids: Int[np.ndarray, "P"], fraction: float, seed: int) -> Bool[np.ndarray, "N"]:
+def random_removal(
+    num_examples: int, probe_ids: Int[np.ndarray, "P"], fraction: float, seed: int
+) -> Bool[np.ndarray, "N"]:
     """Removes floor(fraction N) examples at random, probes excepted: what `fraction` removes, without looking."""
     others = np.setdiff1d(np.arange(num_examples), probe_ids)
     removed = np.zeros(num_examples, bool)

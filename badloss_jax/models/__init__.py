@@ -1,17 +1,18 @@
 """Networks. Each is an nnx.Module with `logits, features = model(images, train=..., mask=...)`.
 
-A new one is a function `(image_shape, num_classes, settings, rngs) -> nnx.Module` and one line in `MODELS`.
+A new one is a function `(channels, num_classes, *, rngs, dtype, ...) -> module` and one line in `MODELS`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
 from badloss_jax.models.resnet import resnet18, resnet50, resnet_small
 
-MODELS: dict[str, Callable[..., nnx.Module]] = {
+MODELS: dict[str, Callable[..., Any]] = {
     "resnet_small": resnet_small,
     "resnet18": resnet18,
     "resnet50": resnet50,
@@ -34,7 +35,7 @@ class ModelSpec:
         """F, the width of the penultimate layer."""
         return nnx.eval_shape(lambda: self.build(nnx.Rngs(0))).head.in_features
 
-    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+    def build(self, rngs: nnx.Rngs) -> Any:
         """Returns the network with fresh weights; these are float32, or float64 for a float64 computation."""
         dtype = jnp.dtype(self.dtype)
         return MODELS[self.name](

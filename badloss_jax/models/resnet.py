@@ -26,6 +26,7 @@ class ConvNorm(nnx.Module):
         self.norm = nnx.BatchNorm(outputs, momentum=0.9, epsilon=1e-5, rngs=rngs, **dtypes)
 
     def __call__(self, x: Array, train: bool, mask: Array | None) -> Array:
+        """Maps [B, H, W, C] to [B, H / stride, W / stride, outputs]."""
         return self.norm(self.conv(x), use_running_average=not train, mask=mask)
 
 
@@ -42,6 +43,7 @@ class BasicBlock(nnx.Module):
         self.shortcut = _shortcut(inputs, width, stride, rngs=rngs, **dtypes)
 
     def __call__(self, x: Array, train: bool, mask: Array | None) -> Array:
+        """Maps [B, H, W, C] to [B, H / stride, W / stride, expansion * width]."""
         return _residual(self, x, train, mask)
 
 
@@ -60,6 +62,7 @@ class Bottleneck(nnx.Module):
         self.shortcut = _shortcut(inputs, outputs, stride, rngs=rngs, **dtypes)
 
     def __call__(self, x: Array, train: bool, mask: Array | None) -> Array:
+        """Maps [B, H, W, C] to [B, H / stride, W / stride, expansion * width]."""
         return _residual(self, x, train, mask)
 
 
@@ -77,11 +80,14 @@ def _residual(block: BasicBlock | Bottleneck, x: Array, train: bool, mask: Array
     return nnx.relu(y + (x if block.shortcut is None else block.shortcut(x, train, mask)))
 
 
+Block = type[BasicBlock] | type[Bottleneck]
+
+
 class ResNet(nnx.Module):
     """Stem, stages of residual blocks (each but the first halves the resolution), mean over pixels, linear head."""
 
     def __init__(
-        self, channels: int, num_classes: int, block: type, widths: Sequence[int], depths: Sequence[int], *,
+        self, channels: int, num_classes: int, block: Block, widths: Sequence[int], depths: Sequence[int], *,
         stem_stride: int, max_pool: bool, rngs: nnx.Rngs, **dtypes: Any,
     ):  # fmt: skip
         self.stem = ConvNorm(channels, widths[0], 3, stem_stride, rngs=rngs, **dtypes)
@@ -117,7 +123,7 @@ class ResNet(nnx.Module):
 
 
 def _resnet(
-    block: type, depths: Sequence[int], channels: int, num_classes: int, *, stages: Any, stem_stride: Any, **rest: Any
+    block: Block, depths: Sequence[int], channels: int, num_classes: int, *, stages: Any, stem_stride: Any, **rest: Any
 ) -> ResNet:
     widths = (64, 128, 256, 512)
     return ResNet(channels, num_classes, block, widths, depths, stem_stride=1, max_pool=True, **rest)

@@ -13,7 +13,7 @@ from badloss_jax.files import write_atomically
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-")
@@ -23,7 +23,7 @@ _LOW_LOSS = 1e-4  # below this a loss is drawn as this, on the logarithmic axis
 def plot_trajectories(
     path: Path, losses: Float[np.ndarray, "N T"], attack_of: np.ndarray, is_probe: Bool[np.ndarray, "N"]
 ) -> None:
-    """Draws one panel an attack: its losses over the epochs (median, 16th to 84th percentile) against clean and probes."""
+    """Draws one panel an attack: its losses (median, 16th to 84th percentile) against the clean and the probes."""
     attacks = sorted(set(attack_of) - {""})
     columns = min(3, len(attacks))
     rows = -(-len(attacks) // columns)
@@ -63,7 +63,7 @@ def plot_roc(
             axis.plot(false_positives, true_positives, label=name, color=_COLOURS[i % 7], linestyle=_DASHES[i % 7])
         axis.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8)
         axis.set(title=kind, xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
-    axes.flat[0].legend(fontsize=8, loc="lower right")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(attacks), fontsize=9)
     for axis in axes.flat[len(detections) :]:
         axis.set_visible(False)
     figure.supxlabel("clean examples flagged")

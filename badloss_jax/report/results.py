@@ -30,7 +30,7 @@ def variant_entry(
     removed: np.ndarray, attack_of: np.ndarray, is_probe: np.ndarray, detection: Detection | None = None,
     retrained: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Builds one V of `variants`: detection (of a defence), shares removed, recall, and the retrained model's figures."""
+    """Builds one V of `variants`: detection (of a defence), shares removed, recall, the retrained model's figures."""
     entry: dict[str, Any] = {}
     if detection is not None:
         entry["detection"] = detection_metrics(detection.distances, attack_of, is_probe)
@@ -61,7 +61,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "devices": [f"{device.platform}: {device.device_kind}" for device in devices],
-        "jax_enable_x64": bool(jax.config.jax_enable_x64),
+        "jax_enable_x64": bool(jax.config.read("jax_enable_x64")),
     }
 
 

@@ -59,25 +59,67 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([header, "|" + " --- |" * len(rows[0]), *body])
 
 
+_MODELS = """\
+{verdict}
+
+## Models
+
+{headline}
+
+CA: clean accuracy. ASR: attack success rate, per attack and in the mean. All models are trained from scratch by the
+same recipe; they differ in what was removed. What is left after `oracle`, which removes exactly the poison, is the
+trigger's own doing.
+
+"""
+
+_REPORT = """\
+# BaDLoss report
+
+{models}## Detection
+
+AUROC overall and per attack, before any threshold; probes are left out.
+
+{detection}
+
+![ROC per attack](roc.png)
+
+## Removal
+
+What each rule removes: of all examples, of the clean ones, and of each attack's.
+
+{removal}
+
+## Trajectories
+
+![Loss over the epochs](trajectories.png)
+
+## Run
+
+{source}, seed {seed}, config {config_hash}, {devices}. Epochs scored: {kept} of {epochs}.
+
+{seconds}
+"""
+
+
 def report_markdown(results: Mapping[str, Any]) -> str:
     """Renders report.md: the verdict, the tables, the plots, how it was made."""
-    config, seconds = results["config"], results["seconds"]
-    parts = ["# BaDLoss report", ""]
+    config = results["config"]
+    models = ""
     if "undefended" in results:
-        parts += [verdict(results), "", "## Models", "", as_markdown(headline(results)), ""]
-        parts += ["CA: clean accuracy. ASR: attack success rate, per attack and in the mean. All models are trained from"
-                  " scratch by the same recipe; they differ in what was removed.", ""]  # fmt: skip
-    parts += ["## Detection", "", "AUROC overall and per attack, before any threshold; probes are left out.", "",
-              as_markdown(detection_table(results)), "", "![ROC per attack](roc.png)", "",
-              "## Removal", "", "What each rule removes, of all, of the clean, and of each attack's images.", "",
-              as_markdown(removal_table(results)), "",
-              "## Trajectories", "", "![Loss over the epochs](trajectories.png)", "",
-              "## Run", "",
-              f"Data: {config['data']['source']}, seed {config['seed']}, config {results['config_hash']},"
-              f" {results['environment']['devices'][0]} x {len(results['environment']['devices'])}."
-              f" Epochs scored: {len(results['epochs_kept'])} of {config['recording']['epochs']}.", "",
-              as_markdown([["phase", "seconds"], *([name, f"{value:.1f}"] for name, value in seconds.items())]), ""]  # fmt: skip
-    return "\n".join(parts)
+        models = _MODELS.format(verdict=verdict(results), headline=as_markdown(headline(results)))
+    seconds = [[phase, f"{spent:.1f}"] for phase, spent in results["seconds"].items()]
+    return _REPORT.format(
+        models=models,
+        detection=as_markdown(detection_table(results)),
+        removal=as_markdown(removal_table(results)),
+        source=config["data"]["source"],
+        seed=config["seed"],
+        config_hash=results["config_hash"],
+        devices=", ".join(results["environment"]["devices"]),
+        kept=len(results["epochs_kept"]),
+        epochs=config["recording"]["epochs"],
+        seconds=as_markdown([["phase", "seconds"], *seconds]),
+    )
 
 
 def verdict(results: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ def knn_distances(
     """Computes each trajectory's mean distance to the k nearest probes.
 
     Args:
-      trajectories: [N, T] or [N, T, width], finite; computed in float32 (float64 if they are and jax_enable_x64 is set).
+      trajectories: [N, T] or [N, T, width], finite; computed in float32, or float64 if they are and x64 is on.
       probes: [P, T] or [P, T, width], finite.
       k: 1 to P.
 
@@ -45,7 +45,9 @@ def leave_one_out_distances(probes: Float[Array | np.ndarray, "P *T"], k: int) -
     """
     flat, _ = _check(probes, probes)
     if not 1 <= k < len(flat):
-        raise UsageError(f"k = {k} with {len(flat)} probes: expected 1 <= k < {len(flat)}, as a probe leaves itself out")
+        raise UsageError(
+            f"k = {k} with {len(flat)} probes: expected 1 <= k < {len(flat)}, as a probe leaves itself out"
+        )
     return _in_chunks(flat, flat, np.arange(len(flat), dtype=np.int32), k)
 
 
@@ -53,7 +55,8 @@ def _check(trajectories: Array | np.ndarray, probes: Array | np.ndarray) -> tupl
     rows, references = np.asarray(trajectories), np.asarray(probes)
     if rows.ndim < 2 or rows.shape[1:] != references.shape[1:] or not len(references):
         raise UsageError(f"trajectories are {rows.shape} and probes {references.shape}: expected [N, T] and [P, T]")
-    dtype = jnp.promote_types(jax.dtypes.canonicalize_dtype(np.promote_types(rows.dtype, references.dtype)), jnp.float32)
+    given = jax.dtypes.canonicalize_dtype(np.promote_types(rows.dtype, references.dtype))
+    dtype = jnp.promote_types(given, jnp.float32)
     flat = [array.reshape(len(array), -1).astype(dtype) for array in (rows, references)]
     for name, array in zip(("trajectories", "probes"), flat, strict=True):
         bad = np.flatnonzero(~np.isfinite(array).all(1))
@@ -77,9 +80,7 @@ def _in_chunks(rows: np.ndarray, probes: np.ndarray, own: np.ndarray, k: int) ->
 
 
 @partial(jax.jit, static_argnums=3)
-def _mean_of_nearest(
-    rows: Float[Array, "R D"], probes: Float[Array, "P D"], own: Array, k: int
-) -> Float[Array, "R"]:
+def _mean_of_nearest(rows: Float[Array, "R D"], probes: Float[Array, "P D"], own: Array, k: int) -> Float[Array, "R"]:
     """`own` is the probe that a row leaves out, or -1."""
     squared = jnp.sum((rows[:, None, :] - probes[None, :, :]) ** 2, axis=-1)
     squared = jnp.where(own[:, None] == jnp.arange(len(probes)), jnp.inf, squared)

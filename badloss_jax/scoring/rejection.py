@@ -13,8 +13,8 @@ def conformal_p_values(
 ) -> Float[np.ndarray, "N"]:
     """Computes p(x) = (1 + #{probes at a distance >= that of x}) / (P + 1), float64 in [1 / (P + 1), 1].
 
-    `probe_distances` are the probes' leave-one-out distances. They are nearly exchangeable with clean examples' (a probe
-    sees P - 1 references, an example P), so a clean example has p <= alpha with probability about alpha.
+    `probe_distances` are the probes' leave-one-out distances. They are nearly exchangeable with clean examples' (a
+    probe sees P - 1 references, an example P), so a clean example has p <= alpha with probability about alpha.
 
     Raises:
       UsageError: no probes, or NaN.
@@ -33,7 +33,7 @@ def benjamini_hochberg(p_values: Float[np.ndarray, "N"], q: float) -> Bool[np.nd
     p_values = np.asarray(p_values, np.float64)
     if not 0 <= q <= 1:
         raise UsageError(f"q = {q}: expected 0 to 1")
-    if np.isnan(p_values).any() or (len(p_values) and not (0 <= p_values.min() and p_values.max() <= 1)):
+    if np.isnan(p_values).any() or (len(p_values) and not (p_values.min() >= 0 and p_values.max() <= 1)):
         raise UsageError("p-values are not all in 0 to 1")
     ordered = np.sort(p_values)
     passing = np.flatnonzero(ordered <= q * np.arange(1, len(ordered) + 1) / max(1, len(ordered)))

@@ -51,8 +51,8 @@ def mean_standardised(
 ) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "P"]]:
     """Combines kinds of trajectory: the mean of z = (log distance - median) / spread.
 
-    Median and spread (half the distance from the 16th to the 84th percentile) are those of the probes' leave-one-out log
-    distances of the same kind. Returns z of the examples, float64 [N], and of the probes, [P].
+    Median and spread (half the distance from the 16th to the 84th percentile) are those of the probes' leave-one-out
+    log distances of the same kind. Returns z of the examples, float64 [N], and of the probes, [P].
     """
     totals: tuple[list, list] = ([], [])
     for ours, probes in zip(distances, probe_distances, strict=True):

@@ -1,7 +1,7 @@
 """Trained networks on disk: weights and batch statistics by orbax, and a JSON file that says what they are.
 
-    DIR/weights/    orbax, {"params": ..., "batch_stats": ...}
-    DIR/about.json  the network's spec, the hash of what it was trained on, and what it scored
+DIR/weights/    orbax, {"params": ..., "batch_stats": ...}
+DIR/about.json  the network's spec, the hash of what it was trained on, and what it scored
 """
 
 import json
@@ -63,7 +63,9 @@ def load_model(folder: Path, mesh: Mesh) -> tuple[ModelSpec, TrainState]:
     if about is None:
         raise DataError(f"{folder} holds no model")
     try:
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in about["spec"].items()}
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in about["spec"].items()
+        }
         spec = ModelSpec(**fields)
         state = create_state(spec, AdamW(), 0, mesh)
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), _pure(state))

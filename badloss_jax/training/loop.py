@@ -7,7 +7,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -34,11 +34,12 @@ class Recipe:
     schedule_epochs: int
     batch_size: int
     learning_rate: float = 1e-3
-    optimizer: AdamW = AdamW()
+    optimizer: AdamW = field(default_factory=AdamW)
     loss_clamp: float = 100.0
     augment: str = "none"
 
     def learning_rate_at(self, epoch: int) -> float:
+        """Returns the rate of a whole epoch."""
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / self.schedule_epochs))
 
 
@@ -90,7 +91,7 @@ def train(
             losses.append(loss)
             if number:  # the loss before, so that the devices never wait for the host
                 _check_finite(losses[-2], epoch, number - 1, len(batches), phase, recorder)
-            progress.advance(np.count_nonzero(batch < padding), f"epoch {epoch + 1}/{recipe.epochs}")
+            progress.advance(int(np.count_nonzero(batch < padding)), f"epoch {epoch + 1}/{recipe.epochs}")
         _check_finite(losses[-1], epoch, len(batches) - 1, len(batches), phase, recorder)
         if recorder:
             recorder.end_epoch(spec, state, data, epoch)
@@ -106,9 +107,7 @@ def train(
     return state
 
 
-def _check_finite(
-    loss: jax.Array, epoch: int, number: int, steps: int, phase: str, recorder: Recorder | None
-) -> None:
+def _check_finite(loss: jax.Array, epoch: int, number: int, steps: int, phase: str, recorder: Recorder | None) -> None:
     if math.isfinite(float(loss)):
         return
     kept = ""

@@ -41,7 +41,7 @@ class ResidentData:
         rows = np.zeros(len(images), np.int32)
         rows[override_ids] = np.arange(1, len(override_ids) + 1)
         shown = np.concatenate([np.zeros((1, *images.shape[1:]), np.float32), override_images.astype(np.float32)])
-        return jax.device_put(cls(images, labels.astype(np.int32), shown, rows), replicated(mesh))
+        return cls(*jax.device_put((images, labels.astype(np.int32), shown, rows), replicated(mesh)))
 
     def __len__(self) -> int:
         return len(self.labels)

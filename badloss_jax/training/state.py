@@ -34,6 +34,7 @@ class AdamW:
     b2: float = 0.999
 
     def transform(self) -> optax.GradientTransformation:
+        """Returns the optax transformation, up to the factor -learning_rate."""
         return optax.chain(optax.scale_by_adam(self.b1, self.b2), optax.add_decayed_weights(self.weight_decay))
 
 
@@ -41,7 +42,8 @@ def create_state(spec: ModelSpec, optimizer: AdamW, seed: int, mesh: Mesh) -> Tr
     """Returns a fresh state, created where it will live: replicated over the mesh."""
 
     def init(key: jax.Array) -> TrainState:
-        _, params, batch_stats = nnx.split(spec.build(nnx.Rngs(key)), nnx.Param, nnx.BatchStat)
+        model = spec.build(nnx.Rngs(key))
+        params, batch_stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
         return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.transform().init(params))
 
     return jax.jit(init, out_shardings=replicated(mesh))(jax.random.key(seed))

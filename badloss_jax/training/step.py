@@ -46,7 +46,7 @@ def make_train_step(
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, epoch), i))(ids)
         images = jax.vmap(augmentation)(images, keys)
 
-        def loss_of(params: nnx.State):
+        def loss_of(params: nnx.State) -> tuple[Array, tuple[nnx.State, Array, Array, Array]]:
             model = nnx.merge(graph, params, state.batch_stats, copy=True)
             logits, features = model(images, train=True, mask=real)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -83,9 +83,7 @@ def make_sweep_step(spec: ModelSpec, kinds: Kinds, mesh: Mesh) -> Callable:
         return write(buffer, ids, epoch, kinds.observe(logits, features, labels))
 
     everywhere, rows = replicated(mesh), by_rows(mesh)
-    return jax.jit(
-        step, donate_argnums=1, in_shardings=(everywhere, rows, everywhere, rows, None), out_shardings=rows
-    )
+    return jax.jit(step, donate_argnums=1, in_shardings=(everywhere, rows, everywhere, rows, None), out_shardings=rows)
 
 
 @lru_cache(maxsize=32)

@@ -35,7 +35,7 @@ def padding_id(num_examples: int, mesh: Mesh) -> int:
 
 
 def write(buffer: Buffer, ids: Int[Array, "B"], epoch: Int[Array, ""], values: dict[str, Array]) -> Buffer:
-    """Writes a batch's values into column `epoch` of the rows `ids`, for use inside jit; ids past the end are dropped."""
+    """Writes a batch into column `epoch` of the rows `ids`, for use inside jit; ids past the end are dropped."""
     return {
         name: array.at[ids, epoch].set(values[name].astype(array.dtype), mode="drop") for name, array in buffer.items()
     }

@@ -1,4 +1,6 @@
-"""The trajectory store on disk: time-major, one column file a kind and epoch, each written once the epoch is over.
+"""The trajectory store on disk: time-major, one column file a kind and epoch, written once the epoch is over.
+
+In its folder lie:
 
     DIR/about.json             format, hash of the recording, shapes and dtypes
     DIR/examples.npz           labels int32 [N] as trained on, is_probe bool [N]
@@ -11,6 +13,7 @@ import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +80,8 @@ class TrajectoryStore:
                 str(kind): (tuple(int(n) for n in shape), np.dtype(dtype).name)
                 for kind, (shape, dtype) in about["layout"].items()
             }
-            return cls(folder, str(about["recording_hash"]), int(about["num_examples"]), int(about["num_epochs"]), layout)
+            sizes = int(about["num_examples"]), int(about["num_epochs"])
+            return cls(folder, str(about["recording_hash"]), *sizes, layout)
         except FileNotFoundError as error:
             raise DataError(f"{folder} holds no recorded trajectories") from error
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -91,7 +95,7 @@ class TrajectoryStore:
     def write_epoch(self, epoch: int, columns: Mapping[str, np.ndarray]) -> None:
         """Writes one epoch's column of every kind, [N, ...]."""
         for kind, column in columns.items():
-            write_atomically(self._path(kind, epoch), lambda aside, c=column: np.save(aside, c, allow_pickle=False))
+            write_atomically(self._path(kind, epoch), partial(np.save, arr=column, allow_pickle=False))
 
     def read(self, kind: str, epochs: Int[np.ndarray, "E"] | None = None) -> Float[np.ndarray, "N E ..."]:
         """Reads the chosen epochs of a kind, by default all, as [N, E] or [N, E, width].
@@ -111,11 +115,12 @@ class TrajectoryStore:
                 column = np.load(path, allow_pickle=False)
             except (OSError, ValueError, EOFError) as error:
                 raise DataError(f"{path} is missing or damaged: {error}") from error
-            if column.shape != (self.num_examples, *shape) or column.dtype != dtype:
-                raise DataError(f"{path} is {column.dtype} {column.shape}, expected {dtype} {(self.num_examples, *shape)}")
+            expected = (self.num_examples, *shape)
+            if column.shape != expected or column.dtype != dtype:
+                raise DataError(f"{path} is {column.dtype} {column.shape}, expected {dtype} {expected}")
             bad = np.flatnonzero(~np.isfinite(column.reshape(self.num_examples, -1)).all(1))
             if len(bad):
-                raise DataError(f"{path} has {len(bad)} examples that were not recorded or not finite, first id {bad[0]}")
+                raise DataError(f"{path}: {len(bad)} examples were not recorded or are not finite, first id {bad[0]}")
             out[:, position] = column
         return out
 

@@ -116,7 +116,7 @@ def _set_up_jax() -> None:
 
     logging.set_verbosity(logging.WARNING)
     cache = Path("~/.cache/badloss_jax/xla").expanduser()
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 

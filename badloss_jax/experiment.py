@@ -37,8 +37,16 @@ from badloss_jax.trajectories.store import TrajectoryStore
 from badloss_jax.workdir import append_metrics, claim, read_config
 
 
-def run_experiment(config: ConfigDict, workdir: Path, progress: Progress | None = None) -> dict[str, Any]:
+def run_experiment(
+    config: ConfigDict, workdir: Path, progress: Progress | None = None, mesh: Mesh | None = None
+) -> dict[str, Any]:
     """Runs the whole experiment in a folder, going on with what finished phases left there.
+
+    Args:
+      config: see `badloss_jax.config`.
+      workdir: see `badloss_jax.workdir`.
+      progress: tells how far it is; silent by default.
+      mesh: of the devices to run on, all by default.
 
     Returns:
       What results.json holds.
@@ -47,10 +55,10 @@ def run_experiment(config: ConfigDict, workdir: Path, progress: Progress | None 
       UsageError, DataError, NonFiniteLossError: see `badloss_jax.errors`; what was finished is kept.
     """
     check_config(config)
-    mesh = make_mesh()
+    mesh = mesh or make_mesh()
     check_batch_size("recording.batch_size", config.recording.batch_size, mesh)
     check_batch_size("retraining.batch_size", config.retraining.batch_size, mesh)
-    if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+    if config.model.dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise UsageError("model.dtype = 'float64' needs the environment variable JAX_ENABLE_X64=1")
     dataset = load_dataset(config.data, config.seed)
     manifest = _manifest(config, dataset)

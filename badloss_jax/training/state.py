@@ -1,6 +1,8 @@
 """What training changes: parameters, batch statistics, optimiser state, step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -40,13 +42,17 @@ class AdamW:
 
 def create_state(spec: ModelSpec, optimizer: AdamW, seed: int, mesh: Mesh) -> TrainState:
     """Returns a fresh state, created where it will live: replicated over the mesh."""
+    return _make_init(spec, optimizer, mesh)(jax.random.key(seed))
 
+
+@lru_cache(maxsize=32)
+def _make_init(spec: ModelSpec, optimizer: AdamW, mesh: Mesh) -> Callable[[jax.Array], TrainState]:
     def init(key: jax.Array) -> TrainState:
         model = spec.build(nnx.Rngs(key))
         params, batch_stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
         return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.transform().init(params))
 
-    return jax.jit(init, out_shardings=replicated(mesh))(jax.random.key(seed))
+    return jax.jit(init, out_shardings=replicated(mesh))
 
 
 def graph_of(spec: ModelSpec) -> nnx.GraphDef:

@@ -1,0 +1,46 @@
+"""Eight CPU devices for the tests of sharding; everything else runs on the first."""
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+from badloss_jax.config import load_config  # noqa: E402
+from badloss_jax.training.mesh import make_mesh  # noqa: E402
+
+# The digits config, shrunk to seconds: what it ends with means nothing, that it ends does.
+TINY = {
+    "data.train_examples": 300,
+    "data.test_examples": 60,
+    "attacks.names": "('patch','sinusoid')",
+    "probes.count": 30,
+    "model.stages": "(8,)",
+    "recording.epochs": 3,
+    "recording.schedule_epochs": 6,
+    "scoring.loss.k": 5,
+    "retraining.epochs": 2,
+    "retraining.variants": "('loss/fraction','combined/alpha')",
+}
+
+
+def overrides(**changed):
+    """TINY, with keys changed (double underscore for a dot), as command line overrides."""
+    settings = TINY | {key.replace("__", "."): value for key, value in changed.items()}
+    return [f"--config.{key}={value}" for key, value in settings.items()]
+
+
+@pytest.fixture(scope="session")
+def mesh():
+    return make_mesh(jax.devices()[:1])
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def tiny():
+    return lambda **changed: load_config("configs/digits.py", overrides(**changed))

@@ -1,0 +1,146 @@
+import json
+
+import numpy as np
+import pytest
+
+from badloss_jax.attacks import ATTACKS, make_trigger
+from badloss_jax.attacks.manifest import choose_probes, draw_manifest, load_manifest, read_manifest
+from badloss_jax.attacks.poisoning import apply_manifest, evaluation_triggers
+from badloss_jax.config import default_config
+from badloss_jax.errors import DataError, UsageError
+
+LABELS = np.repeat(np.arange(10), 100)
+SHAPE = (16, 16, 3)
+
+
+def settings(**changed):
+    config = default_config().attacks
+    for key, value in changed.items():
+        name, _, leaf = key.partition("__")
+        if leaf:
+            config[name][leaf] = value
+        else:
+            config[name] = value
+    return config
+
+
+def draw(seed=0, **changed):
+    return draw_manifest(settings(**changed), LABELS, 10, SHAPE, seed)
+
+
+def test_no_image_twice_and_the_right_ones():
+    manifest = draw()
+    assert len(set(manifest.poisoned_ids)) == len(manifest.poisoned_ids) == 5 * 10 + 10
+    assert len({plan.target for plan in manifest.attacks.values()}) == 6
+    for name, plan in manifest.attacks.items():
+        victims = LABELS[list(plan.example_ids)]
+        assert (victims == plan.target).all() if ATTACKS[name].clean_label else (victims != plan.target).all()
+
+
+def test_a_manifest_is_a_function_of_the_seed():
+    assert draw(3) == draw(3)
+    assert draw(3).digest != draw(4).digest
+
+
+def test_an_attack_is_drawn_alike_with_or_without_the_others():
+    assert draw(names=("patch",)).attacks["patch"].seed == draw().attacks["patch"].seed
+
+
+def test_targets_can_be_chosen():
+    assert draw(sinusoid__target=7).attacks["sinusoid"].target == 7
+    with pytest.raises(UsageError, match=r"attacks.patch.target = 10: expected a class from 0 to 9"):
+        draw(patch__target=10)
+
+
+def test_more_poison_than_images_names_both_numbers():
+    with pytest.raises(UsageError, match=r"attacks.blend_r.ratio = 0.9 asks for 900 images, and [0-9]+ unpoisoned"):
+        draw(patch__ratio=0.5, blend_r__ratio=0.9)
+    with pytest.raises(UsageError, match="asks for 0 images"):
+        draw(patch__ratio=1e-6)
+
+
+def test_probes_are_clean_and_nested():
+    manifest = draw()
+    few, many = choose_probes(manifest, 50, 0), choose_probes(manifest, 250, 0)
+    assert not set(many) & set(manifest.poisoned_ids)
+    assert set(few) < set(many)
+    assert len(many) == 250
+    with pytest.raises(UsageError, match=r"probes.count = 941, and only 940 examples are clean"):
+        choose_probes(manifest, 941, 0)
+
+
+def test_round_trip(tmp_path):
+    manifest, path = draw(), tmp_path / "manifest.json"
+    path.write_text(manifest.to_json())
+    assert load_manifest(path, 1000, 10, SHAPE) == manifest
+    with pytest.raises(UsageError, match=r"\(1000, 10, \(16, 16, 3\)\), and this training set has \(999, 10"):
+        load_manifest(path, 999, 10, SHAPE)
+
+
+def test_only_the_poisoned_change():
+    images = np.random.default_rng(0).integers(0, 256, (1000, *SHAPE), dtype=np.uint8)
+    kept, manifest = images.copy(), draw()
+    poisoning = apply_manifest(manifest, images, LABELS)
+    np.testing.assert_array_equal(images, kept)
+    attack_of = manifest.attack_of()
+    assert (poisoning.labels == LABELS)[attack_of == ""].all()
+    assert sum(attack_of != "") == len(poisoning.ids)
+    for name, plan in manifest.attacks.items():
+        ids = list(plan.example_ids)
+        assert (poisoning.labels[ids] == plan.target).all()
+        assert (attack_of[ids] == name).all()
+        expected = make_trigger(name, SHAPE, plan.seed, **plan.parameters)(images[ids].astype(np.float32) / 255)
+        np.testing.assert_array_equal(poisoning.images[np.isin(poisoning.ids, ids)], expected)
+
+
+def test_boosted_triggers_are_twice_as_strong():
+    grey = np.full((1, *SHAPE), 0.5, np.float32)
+    shown = {(name, boosted): trigger(grey) for name, _, boosted, trigger in evaluation_triggers(draw(), 2.0)}
+    assert {name for name, boosted in shown if boosted} == {"blend_r", "blend_p", "sinusoid", "frequency"}
+    for name in ("blend_r", "blend_p", "sinusoid"):
+        np.testing.assert_allclose(shown[name, True] - 0.5, 2 * (shown[name, False] - 0.5), atol=1e-6)
+
+
+def broken(**changed):
+    manifest = json.loads(draw().to_json())
+    for key, value in changed.items():
+        node = manifest
+        *path, last = key.split("__")
+        for part in path:
+            node = node[part]
+        node[last] = value
+    return json.dumps(manifest)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not a usable manifest"),
+        ("[1]", "format"),
+        ("[" * 100_000, "not a usable manifest"),
+        (broken(format="other"), "format"),
+        (broken(attacks={"rm": {"target": 0, "seed": 0, "example_ids": [1], "parameters": {}}}), "unknown attack 'rm'"),
+        (broken(attacks__patch__target=10), "has target 10 of 10"),
+        (broken(attacks__patch__target=-1), "-1 is not a non-negative integer"),
+        (broken(attacks__patch__target=1.5), "1.5 is not"),
+        (broken(attacks__patch__target=True), "True is not"),
+        (broken(attacks__patch__example_ids=[]), "poisons nothing"),
+        (broken(attacks__patch__example_ids=[1000]), "example id 1000 is outside 0 to 999"),
+        (broken(attacks__patch__example_ids=[5, 5]), "example id 5 is poisoned twice"),
+        (broken(attacks__patch__example_ids="12"), "'1' is not"),
+        (broken(attacks__blend_r__parameters={"strength": "nan"}), "not finite"),
+        (broken(attacks__blend_r__parameters={"__class__": 1}), "unexpected keyword argument"),
+        (broken(attacks__patch=None), "not a usable manifest"),
+        (broken(image_shape=[16]), "not a usable manifest"),
+    ],
+)
+def test_hostile_manifests_are_refused(tmp_path, text, message):
+    path = tmp_path / "manifest.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_manifest(path)
+
+
+def test_missing_manifest(tmp_path):
+    with pytest.raises(UsageError, match="does not exist"):
+        read_manifest(tmp_path / "none.json")

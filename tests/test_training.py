@@ -1,0 +1,196 @@
+import re
+import subprocess
+import sys
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from badloss_jax.data import digits
+from badloss_jax.data.order import epoch_batches
+from badloss_jax.errors import NonFiniteLossError, UsageError
+from badloss_jax.models import ModelSpec
+from badloss_jax.training.checkpoint import load_model, save_model
+from badloss_jax.training.loop import Recipe, train
+from badloss_jax.training.mesh import check_batch_size, make_mesh
+from badloss_jax.training.resident import ResidentData
+from badloss_jax.training.state import AdamW, create_state, graph_of
+from badloss_jax.training.step import make_train_step
+from badloss_jax.trajectories.buffer import create_buffer
+from badloss_jax.trajectories.kinds import Kinds
+from badloss_jax.trajectories.recorder import Recorder
+from badloss_jax.trajectories.store import TrajectoryStore
+
+SPEC = ModelSpec("resnet_small", (8, 8, 1), 10, (8, 16), 1)
+KINDS = Kinds((), 10, 16)
+
+
+def resident(mesh, count=797):
+    """The first digits on the mesh, one of them replaced by a black image."""
+    train_set = digits.load({}).train
+    black = np.zeros((1, 8, 8, 1), np.float32)
+    return ResidentData.place(mesh, train_set.images[:count], train_set.labels[:count], np.array([3]), black)
+
+
+def record(folder, num_devices, *, capture="step", epochs=2, kinds=KINDS, spec=SPEC, **recipe):
+    """Records trajectories of 797 digits, a number that no batch and no device count divides."""
+    mesh = make_mesh(jax.devices()[:num_devices])
+    data = resident(mesh)
+    nobody = np.zeros(len(data), bool)
+    store = TrajectoryStore.create(folder, "", np.asarray(data.labels), nobody, epochs, kinds.layout())
+    recorder = Recorder(kinds, capture, store, mesh, 64)
+    plan = Recipe(**{"epochs": epochs, "schedule_epochs": 30, "batch_size": 32} | recipe)
+    state = train(spec, plan, data, np.arange(len(data)), seed=0, phase="test", mesh=mesh, recorder=recorder)
+    return store, state
+
+
+@pytest.mark.parametrize("capture", ["step", "sweep"])
+def test_fifty_steps_agree_on_any_number_of_devices(tmp_path, capture):
+    one, four, eight = (record(tmp_path / str(n), n, capture=capture)[0].read("loss") for n in (1, 4, 8))
+    np.testing.assert_allclose(four, one, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(eight, one, rtol=0, atol=1e-5)
+    assert one.std() > 0.1
+
+
+_X64 = """
+import sys, numpy as np, jax
+from pathlib import Path
+jax.config.update("jax_num_cpu_devices", 8)
+from tests.test_training import record, SPEC
+from dataclasses import replace
+stores = [record(Path(sys.argv[1]) / str(n), n, epochs=5, spec=replace(SPEC, dtype="float64"))[0] for n in (1, 4, 8)]
+losses = [store.read("loss") for store in stores]
+print(max(np.abs(other - losses[0]).max() for other in losses[1:]))
+"""
+
+
+def test_whole_run_agrees_on_any_number_of_devices_in_float64(tmp_path):
+    environment = {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin", "PYTHONPATH": "."}
+    run = subprocess.run(
+        [sys.executable, "-c", _X64, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) <= 1e-6
+
+
+def test_same_seed_gives_the_same_bits(tmp_path):
+    first, _ = record(tmp_path / "a", 1)
+    second, _ = record(tmp_path / "b", 1)
+    np.testing.assert_array_equal(first.read("loss"), second.read("loss"))
+
+
+def test_compiled_step_gathers_only_ids_and_losses_and_aliases_the_buffer():
+    mesh = make_mesh()
+    data, buffer = resident(mesh), create_buffer(KINDS, 797, 30, mesh)
+    rows = buffer["loss"].shape[0]
+    assert rows == 800
+    state = create_state(SPEC, AdamW(), 0, mesh)
+    step = make_train_step(SPEC, AdamW(), 100.0, "none", KINDS, mesh)
+    arguments = (state, buffer, data, np.arange(32, dtype=np.int32), np.int32(0), np.float32(1e-3), jax.random.key(0))
+    text = step.lower(*arguments).compile().as_text()
+    collectives = re.findall(r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute)\S*\(", text)
+    gathered = {re.sub(r"\{.*?\}", "", shape) for shape, operation in collectives if operation == "all-gather"}
+    assert gathered == {"s32[32,2]", "f32[32]"}  # (id, epoch) and the loss of each example of the batch
+    assert not [shape for shape, _ in collectives if re.search(r"\[\d+,30\]", shape)]
+    position = len(jax.tree.leaves(state))
+    assert f"{{{position}}}: ({position}, {{}}, may-alias)" in text
+
+
+def test_step_capture_is_what_the_training_step_saw(tmp_path):
+    """With a learning rate of zero nothing moves but the batch statistics, which train-mode outputs do not use."""
+    store, state = record(tmp_path, 1, learning_rate=0.0, epochs=1)
+    mesh = make_mesh(jax.devices()[:1])
+    data = resident(mesh)
+    fresh = create_state(SPEC, AdamW(), zlib.crc32(b"0/test"), mesh)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), fresh.params, state.params))
+    order = epoch_batches(np.arange(797), 32, 797, seed=0, phase="test", epoch=0)
+    losses = store.read("loss")[:, 0]
+    for batch in (order[0], order[-1]):
+        ids = batch[batch < 797]
+        images, labels = data.batch(jnp.asarray(ids), jnp.float32)
+        model = nnx.merge(graph_of(SPEC), fresh.params, fresh.batch_stats)
+        logits, _ = model(images, train=True)
+        expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        np.testing.assert_allclose(losses[ids], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sweep_is_an_evaluation_pass_after_the_epoch(tmp_path):
+    store, state = record(tmp_path, 1, capture="sweep", epochs=1, kinds=Kinds(("logits",), 10, 16))
+    data = resident(make_mesh(jax.devices()[:1]))
+    images, labels = data.batch(jnp.arange(797), jnp.float32)
+    assert float(images[3].max()) == 0  # the replaced image is the one that is shown
+    logits, _ = nnx.merge(graph_of(SPEC), state.params, state.batch_stats)(images, train=False)
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    np.testing.assert_allclose(store.read("loss")[:, 0], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(store.read("logits")[:, 0], logits, rtol=2e-3, atol=2e-3)
+
+
+def test_update_is_optax_adamw():
+    mesh = make_mesh(jax.devices()[:1])
+    data, state = resident(mesh), create_state(SPEC, AdamW(), 0, mesh)
+    step = make_train_step(SPEC, AdamW(), 100.0, "none", None, mesh)
+    before = jax.tree.map(np.asarray, state.params)
+
+    class Spy(AdamW):  # the gradient as the step sees it
+        def transform(self):
+            return optax.stateless(lambda g, p: g)
+
+    plain = make_train_step(SPEC, Spy(), 100.0, "none", None, mesh)
+    ids, key = np.arange(32, dtype=np.int32), jax.random.key(0)
+    moved, _, _ = plain(create_state(SPEC, Spy(), 0, mesh), {}, data, ids, np.int32(0), np.float32(1), key)
+    gradients = jax.tree.map(lambda b, a: b - a, before, moved.params)
+    after, _, _ = step(state, {}, data, ids, np.int32(0), np.float32(1e-3), key)
+    adamw = optax.adamw(1e-3, b1=0.9, b2=0.999, weight_decay=1e-4)
+    updates, _ = adamw.update(gradients, adamw.init(before), before)
+    expected = optax.apply_updates(before, updates)
+    largest = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), after.params, expected)
+    assert max(jax.tree.leaves(largest)) < 2e-4  # a sign of a gradient near zero may differ
+    share = np.mean([np.mean(np.abs(np.asarray(a) - b) < 1e-6) for a, b in
+                     zip(jax.tree.leaves(after.params), jax.tree.leaves(expected), strict=True)])  # fmt: skip
+    assert share > 0.95
+
+
+def test_each_example_is_seen_once_an_epoch():
+    ids = np.arange(5, 797)
+    batches = epoch_batches(ids, 32, 800, seed=1, phase="p", epoch=2)
+    assert batches.shape == (25, 32)
+    np.testing.assert_array_equal(np.sort(batches[batches < 800]), ids)
+    assert (epoch_batches(ids, 32, 800, seed=1, phase="p", epoch=2) == batches).all()
+    for other in ({"seed": 2}, {"phase": "q"}, {"epoch": 3}):
+        changed = {"seed": 1, "phase": "p", "epoch": 2} | other
+        assert (epoch_batches(ids, 32, 800, **changed) != batches).any()
+
+
+def test_cosine_is_stepped_once_an_epoch_over_the_full_schedule():
+    recipe = Recipe(30, 100, 128, learning_rate=2.0)
+    assert recipe.learning_rate_at(0) == 2
+    assert recipe.learning_rate_at(50) == pytest.approx(1)
+    assert recipe.learning_rate_at(29) == pytest.approx(2 * 0.5 * (1 + np.cos(np.pi * 0.29)))
+
+
+def test_non_finite_loss_stops_at_the_step_and_keeps_what_was_recorded(tmp_path):
+    with pytest.raises(NonFiniteLossError, match=r"phase 'test' at step \d+ \(epoch \d,.*kept in") as caught:
+        record(tmp_path, 1, learning_rate=1e30, epochs=3)
+    step = int(re.search(r"at step (\d+)", str(caught.value)).group(1))
+    store = TrajectoryStore.open(tmp_path)
+    recorded = np.concatenate([np.load(path) for path in sorted((tmp_path / "loss").glob("*.npy"))])
+    assert 32 * step <= np.isfinite(recorded).sum() < 32 * (step + 1)
+    assert not store.complete
+
+
+def test_batch_size_must_be_divisible_by_the_devices():
+    with pytest.raises(UsageError, match=r"recording.batch_size = 33 .* 8 devices.* 40 would do"):
+        check_batch_size("recording.batch_size", 33, make_mesh())
+
+
+def test_saved_model_comes_back_bit_by_bit(tmp_path, mesh):
+    state = create_state(SPEC, AdamW(), 7, mesh)
+    save_model(tmp_path / "m", SPEC, state, {"hash": "h"})
+    spec, loaded = load_model(tmp_path / "m", mesh)
+    assert spec == SPEC
+    for ours, theirs in ((state.params, loaded.params), (state.batch_stats, loaded.batch_stats)):
+        assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), ours, theirs))

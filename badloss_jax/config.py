@@ -145,8 +145,11 @@ def from_json(text: str) -> ConfigDict:
     """Rebuilds a config that `to_json` wrote, against today's keys and types."""
     config = default_config()
     try:
-        stored = json.loads(text)
-        for key, value in _leaves(stored):
+        stored = dict(_leaves(dict(json.loads(text))))
+        missing = dict(_leaves(to_dict(config))).keys() - stored.keys()
+        if missing:
+            raise ValueError(f"{min(missing)} is missing")
+        for key, value in stored.items():
             _check_key(config, key)
             group, _, leaf = key.rpartition(".")
             target = _at(config, group) if group else config
@@ -190,6 +193,11 @@ def check_config(config: ConfigDict) -> None:
     from badloss_jax.data import AUGMENTATIONS, SOURCES
     from badloss_jax.models import MODELS
 
+    for key, value in _leaves(to_dict(default_config())):
+        if isinstance(value, list):
+            wanted = type(value[0])
+            if not all(type(element) is wanted for element in _at(config, key)):
+                raise UsageError(f"{key} = {_at(config, key)}: expected a tuple of {wanted.__name__}")
     single: dict[str, Sequence[Any]] = {
         "data.source": tuple(SOURCES),
         "model.name": tuple(MODELS),

@@ -7,10 +7,10 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 def detection_metrics(
     scores: Float[np.ndarray, "N"], attack_of: np.ndarray, is_probe: Bool[np.ndarray, "N"]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """Measures AUROC, average precision and the true positive rate at 1 % false positives, overall and per attack.
 
-    Probes are known to be clean and are left out. An attack is measured against the clean examples alone.
+    Probes are known to be clean and are left out. Without any poison "overall" is None. An attack is measured against the clean examples alone.
 
     Args:
       scores: [N], higher is more suspicious.
@@ -18,7 +18,9 @@ def detection_metrics(
       is_probe: [N].
     """
     clean = (attack_of == "") & ~is_probe
-    metrics: dict[str, dict[str, float]] = {"auroc": {}, "average_precision": {}, "tpr_at_1_fpr": {}}
+    metrics: dict[str, dict[str, float | None]] = {"auroc": {}, "average_precision": {}, "tpr_at_1_fpr": {}}
+    if not (attack_of != "").any():
+        return {metric: {"overall": None} for metric in metrics}
     for name in ("overall", *_attacks(attack_of)):
         poisoned = attack_of != "" if name == "overall" else attack_of == name
         chosen = clean | poisoned

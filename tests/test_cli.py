@@ -1,0 +1,114 @@
+import io
+import subprocess
+import sys
+
+import pytest
+
+from badloss_jax.cli import main
+from badloss_jax.progress import Progress
+from badloss_jax.report.tables import as_markdown, as_text
+from tests.conftest import overrides
+from tests.test_experiment import ENVIRONMENT
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["score", "--help"]])
+def test_help(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "badloss run" in shown or "badloss score" in shown
+    assert max(map(len, shown.splitlines())) <= 121
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["runn"], "invalid choice: 'runn'"),
+        (["run", "--workdir", "x"], "required: --config"),
+        (["run", "--config", "configs/digits.py"], "required: --workdir"),
+        (
+            ["run", "--config", "configs/digits.py", "--workdir", "x", "--confg.seed=1"],
+            "unknown argument '--confg.seed=1'",
+        ),
+    ],
+)
+def test_usage_errors(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--config", "none.py"], "config file none.py does not exist"),
+        (["run", "--config", "configs/digits.py", "--config.sed=1"], "did you mean 'seed'?"),
+        (["run", "--config", "configs/cifar10.py", "--config.data.dir=/none"], "'/none' is not a folder"),
+        (["run", "--config", "configs/digits.py", "--config.attacks.manifest=/none"], "manifest /none does not exist"),
+        (["score"], "holds no run"),
+    ],
+)
+def test_errors_fit_a_screen_and_start_nothing(arguments, message, capsys, tmp_path):
+    workdir = tmp_path / "work"
+    assert main([*arguments, "--workdir", str(workdir)]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("badloss: error: ")
+    assert message in shown.err
+    assert "Traceback" not in shown.err
+    assert len(shown.err) < 1000
+    assert not workdir.exists()
+
+
+def test_batch_not_divisible_by_the_devices(tmp_path):
+    arguments = ["run", "--config", "configs/digits.py", "--workdir", str(tmp_path / "w"), *overrides()]
+    done = subprocess.run(
+        [sys.executable, "-m", "badloss_jax", *arguments, "--config.recording.batch_size=30"],
+        env=ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "4"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "recording.batch_size = 30 is not divisible by the 4 devices" in done.stderr
+    assert not (tmp_path / "w").exists()
+
+
+def test_run_and_score_on_four_devices(tmp_path):
+    """The command as a person types it, in a pipe: plain lines, a table, exit code 0."""
+    arguments = ["--workdir", str(tmp_path / "w")]
+    environment = ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "4"}
+    command = [sys.executable, "-m", "badloss_jax"]
+    done = subprocess.run([*command, "run", "--config", "configs/digits.py", *arguments, *overrides()],
+                          env=environment, capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "\r" not in done.stderr
+    assert "[1/6] recording  900 examples in" in done.stderr
+    assert "on 4 cpu devices" in done.stderr
+    assert "undefended" in done.stdout
+    assert "Report: " in done.stdout
+    again = subprocess.run([*command, "score", *arguments, "--config.scoring.loss.k=7"],
+                           env=environment, capture_output=True, text=True, check=False)  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert "rescored" in again.stdout
+
+
+def test_progress_shows_a_rate_and_an_eta_in_a_terminal_and_lines_elsewhere():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, expected in ((Terminal(), "\r"), (io.StringIO(), "ETA")):
+        progress = Progress(stream, seconds_between_lines=0)
+        progress.phase("[1/7] recording")
+        progress.begin(100)
+        progress.advance(40, "epoch 2/5")
+        progress.say("epoch 2/5  loss 0.5")
+        progress.end()
+        assert expected in stream.getvalue()
+        assert "[1/7] recording  40 examples in" in stream.getvalue()
+
+
+def test_tables():
+    rows = [["model", "CA"], ["a|<b>", "1.0 %"]]
+    assert as_text(rows).splitlines() == ["model     CA", "------------", "a|<b>  1.0 %"]
+    assert as_markdown(rows) == "| model | CA |\n| --- | --- |\n| a\\|&lt;b> | 1.0 % |"

@@ -1,0 +1,141 @@
+from pathlib import Path
+
+import pytest
+
+from badloss_jax.config import (
+    check_config,
+    config_hash,
+    default_config,
+    differences,
+    from_json,
+    load_config,
+    override,
+    to_json,
+)
+from badloss_jax.errors import UsageError
+
+CONFIGS = sorted(str(path) for path in Path("configs").glob("*.py"))
+DIGITS = "configs/digits.py"
+
+
+@pytest.mark.parametrize("spec", [*CONFIGS, "configs/fashion_mnist.py:quick", "configs/cifar10.py:quick"])
+def test_every_config_loads_and_survives_json(spec):
+    config = load_config(spec)
+    again = from_json(to_json(config))
+    assert config_hash(again) == config_hash(config)
+    assert not differences(again, config)
+
+
+def test_cifar10_has_the_papers_settings():
+    config = load_config("configs/cifar10.py")
+    assert (config.model.name, config.recording.epochs, config.recording.schedule_epochs) == ("resnet50", 30, 100)
+    assert (config.recording.batch_size, config.probes.count, config.scoring.loss.k) == (128, 250, 50)
+    assert (config.rejection.fraction, config.retraining.augment, config.retraining.epochs) == (0.4, "crop_flip", 100)
+
+
+def test_overrides_keep_types():
+    assert load_config(DIGITS, ["--config.controls=oracle"]).controls == ("oracle",)
+    config = load_config(DIGITS, ["--config.seed=3", "--config.controls=('oracle',)", "--config.rejection.alpha=0.2",
+                                  "--config.attacks.manifest=/tmp/x=y.json", "--config.data.pad=1"])  # fmt: skip
+    assert config.seed == 3
+    assert config.controls == ("oracle",)
+    assert config.rejection.alpha == 0.2
+    assert config.attacks.manifest == "/tmp/x=y.json"
+    assert config.data.pad == 1
+    assert load_config(DIGITS, ["--config.data.skip_corrupt=True"]).data.skip_corrupt is True
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("--config.scoring.los.k=3", r"unknown config key 'scoring.los.k'; did you mean 'scoring.loss.k'\?"),
+        ("--config.epochs=3", r"unknown config key 'epochs'; did you mean '.*epochs'\?"),
+        ("--config.scoring.loss=3", r"'scoring.loss' is a group: set one of scoring.loss.k"),
+        ("--config.seed.x=3", r"seed is a value, not a group"),
+        ("--config.seed=three", r"wrong type: .*seed.*three"),
+        ("--config.seed=1.5", r"wrong type: .*seed"),
+        ("--config.controls=(1,)", r"controls = .1,.: expected a tuple of str"),
+        ("--config.model.stages=('a',)", r"model.stages = .'a',.: expected a tuple of int"),
+        ("--config.model.stages=x", r"model.stages"),
+        ("--config.seed", r"overrides look like --config.group.key=value"),
+        ("--config.seed=-1", r"seed = -1: expected at least 0"),
+        ("--config.model.name=resnet19", r"model.name has 'resnet19': expected one of .*did you mean 'resnet1?8?"),
+        ("--config.data.source=digit", r"did you mean 'digits'"),
+        ("--config.attacks.names=('patch','pach')", r"attacks.names has 'pach'.*did you mean 'patch'"),
+        ("--config.attacks.names=('patch','patch')", r"names something twice"),
+        ("--config.attacks.patch.ratio=1.5", r"attacks.patch.ratio = 1.5: expected more than 0 and at most 1"),
+        ("--config.attacks.patch.ratio=nan", r"attacks.patch.ratio = nan"),
+        ("--config.attacks.frequency.magnitude=0", r"attacks.frequency.magnitude = 0"),
+        ("--config.recording.epochs=2", r"recording.epochs = 2: expected at least 3 \(the epoch filter"),
+        ("--config.recording.schedule_epochs=10", r"recording.schedule_epochs = 10: expected at least 30"),
+        (
+            "--config.scoring.loss.k=100",
+            r"scoring.loss.k = 100 with probes.count = 100: expected 1 <= k < probes.count",
+        ),
+        ("--config.probes.count=15", r"scoring.loss.k = 20 with probes.count = 15"),
+        ("--config.scoring.logits.k=0", r"scoring.logits.k = 0"),
+        (
+            "--config.recording.kinds=('logits',)",
+            r"scoring.kinds has 'ranked', which needs 'ranked' in recording.kinds",
+        ),
+        ("--config.retraining.variants=('loss/fractoin',)", r"KIND/RULE; did you mean 'loss/fraction'"),
+        ("--config.retraining.variants=('prob/fraction',)", r"retraining.variants has 'prob/fraction'"),
+        ("--config.rejection.fraction=1.0", r"rejection.fraction = 1.0: expected at least 0 and below 1"),
+        ("--config.model.stages=()", r"model.stages = \(\)"),
+        ("--config.optimizer.learning_rate=0", r"optimizer.learning_rate = 0.0: expected more than 0"),
+    ],
+)
+def test_impossible_settings_are_named(text, message):
+    with pytest.raises(UsageError, match=message):
+        load_config(DIGITS, [text])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("config = 3", "no attribute 'get_config'"),
+        ("def get_config(v): return {}", "returned dict, expected a ConfigDict"),
+        ("def get_config(v): return 1 +", "invalid syntax"),
+        ("import nothing_of_this_name", "nothing_of_this_name"),
+        (
+            "from badloss_jax.config import default_config\n"
+            "def get_config(v):\n    c = default_config()\n    c.data.sorce = 'idx'\n    return c",
+            "sorce.*Did you mean",
+        ),
+        (
+            "from badloss_jax.config import default_config\n"
+            "def get_config(v):\n    c = default_config()\n    c.seed = 'x'\n    return c",
+            "cannot be used: .*seed",
+        ),
+    ],
+)
+def test_bad_config_files(tmp_path, content, message):
+    path = tmp_path / "bad.py"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=message):
+        load_config(str(path))
+
+
+def test_missing_file_and_variant():
+    with pytest.raises(UsageError, match=r"configs/digit.py does not exist; did you mean 'configs/digits.py'"):
+        load_config("configs/digit.py")
+    with pytest.raises(UsageError, match="unknown variant 'quik': this config file has quick"):
+        load_config("configs/cifar10.py:quik")
+
+
+def test_where_files_lie_is_not_hashed():
+    config = load_config(DIGITS)
+    moved = override(config, ["--config.data.dir=/elsewhere", "--config.data.cache_dir="])
+    assert config_hash(moved) == config_hash(config)
+    assert config_hash(override(config, ["--config.seed=1"])) != config_hash(config)
+    assert config.data.dir == ""  # override copies
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"seed": "x"}', '{"sed": 1}', "null"])
+def test_stored_configs_are_checked(text):
+    with pytest.raises(UsageError, match=r"not a config of this version|unknown config key"):
+        from_json(text)
+
+
+def test_defaults_are_valid():
+    check_config(default_config())

@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+
+from badloss_jax.attacks import make_trigger
+from badloss_jax.attacks.manifest import AttackPlan, Manifest
+from badloss_jax.config import default_config
+from badloss_jax.data import Split
+from badloss_jax.defenses.controls import oracle_removal, random_removal
+from badloss_jax.evaluation import classifier
+from badloss_jax.evaluation.detection import detection_metrics, removal_metrics
+
+
+def test_detection_metrics_by_hand():
+    attack_of = np.array(["", "", "", "", "a", "a", "b", ""], object)
+    is_probe = np.array([False] * 7 + [True])
+    scores = np.array([0.1, 0.2, 0.3, 0.4, 0.35, 0.9, 0.05, 99.0])  # the probe's is left out
+    metrics = detection_metrics(scores, attack_of, is_probe)
+    assert metrics["auroc"]["a"] == pytest.approx(7 / 8)
+    assert metrics["auroc"]["b"] == 0
+    assert metrics["auroc"]["overall"] == pytest.approx(7 / 12)
+    assert metrics["tpr_at_1_fpr"] == {"overall": pytest.approx(1 / 3), "a": 0.5, "b": 0}
+    assert metrics["average_precision"]["a"] == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_removal_metrics_by_hand():
+    attack_of = np.array(["", "", "", "", "a", "a", "b", "b"], object)
+    removed = np.array([True, False, False, False, True, True, True, False])
+    assert removal_metrics(removed, attack_of) == {
+        "removed_share": 0.5,
+        "clean_removed_share": 0.25,
+        "recall": {"a": 1.0, "b": 0.5},
+    }
+
+
+def test_controls():
+    probes = np.arange(20)
+    removed = random_removal(101, probes, 0.4, 0)
+    assert removed.sum() == 40
+    assert not removed[probes].any()
+    assert (removed != random_removal(101, probes, 0.4, 1)).any()
+    assert np.flatnonzero(oracle_removal(9, np.array([2, 5]))).tolist() == [2, 5]
+
+
+def test_evaluate_by_hand(monkeypatch):
+    """A "network" that sees class 1 in white corners, else the image's own first pixel as its class."""
+    labels = np.array([0, 1, 2, 0, 2, 1])
+    images = np.zeros((6, 4, 4, 1), np.uint8)
+    images[:, 0, 0, 0] = labels
+    images[4, 0, 0, 0] = 0  # a mistake on the clean image
+
+    def predict(spec, state, x, batch_size, mesh):
+        return np.where(x[:, 2, 2, 0] == 1, 1, np.round(x[:, 0, 0, 0] * 255)).astype(int)
+
+    monkeypatch.setattr(classifier, "predict", predict)
+    plans = {"single_pix": AttackPlan(1, 0, (0,)), "blend_p": AttackPlan(2, 0, (1,), {"strength": 1e-9})}
+    manifest = Manifest(6, 3, (4, 4, 1), plans)
+    settings = default_config().evaluation
+    got = classifier.evaluate(None, None, Split(images, labels), manifest, settings, None)
+    assert got["clean_accuracy"] == pytest.approx(5 / 6)
+    assert got["attack_success_rate"] == {"single_pix": 1.0, "blend_p": 0.0}
+    assert got["robust_accuracy"] == {"single_pix": 0.0, "blend_p": 1.0}
+    assert got["boosted"] == {"blend_p": 0.0}
+    settings.max_triggered = 2
+    assert classifier.evaluate(None, None, Split(images, labels), manifest, settings, None)["boosted"]["blend_p"] == 0
+
+
+def test_predict_pads_the_last_batch(mesh):
+    from badloss_jax.models import ModelSpec
+    from badloss_jax.training.state import AdamW, create_state
+
+    spec = ModelSpec("resnet_small", (8, 8, 1), 10, (8,), 1)
+    state = create_state(spec, AdamW(), 0, mesh)
+    images = make_trigger("blend_r", (8, 8, 1), strength=0.9)(
+        np.random.default_rng(0).random((23, 8, 8, 1), np.float32)
+    )
+    whole = classifier.predict(spec, state, images, 23, mesh)
+    np.testing.assert_array_equal(classifier.predict(spec, state, images, 5, mesh), whole)
+    assert whole.shape == (23,)

@@ -1,0 +1,283 @@
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from badloss_jax.config import KINDS, RULES, load_config, override
+from badloss_jax.errors import DataError, NonFiniteLossError, UsageError
+from badloss_jax.experiment import rescore, run_experiment
+from badloss_jax.scoring import filter_epochs, knn_distances
+from badloss_jax.training.checkpoint import load_model
+from badloss_jax.trajectories.store import TrajectoryStore
+from badloss_jax.workdir import locked
+from tests.conftest import overrides
+
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/tmp")}
+
+
+def command(workdir, *extra, **changed):
+    return [sys.executable, "-m", "badloss_jax", "run", "--config", "configs/digits.py", "--workdir", str(workdir),
+            *overrides(**changed), *extra]  # fmt: skip
+
+
+def run(arguments, **options):
+    return subprocess.run(arguments, capture_output=True, text=True, check=False, env=ENVIRONMENT, **options)
+
+
+def tree(folder):
+    """Every file's bytes, by name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, mesh):
+    """One finished run, which the tests only read."""
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    config = load_config("configs/digits.py", overrides(scoring__kinds=f"{KINDS}", scoring__prob__k=5))
+    return workdir, config, run_experiment(config, workdir, mesh=mesh)
+
+
+def test_a_run_leaves_what_the_contract_says(finished):
+    workdir, config, results = finished
+    written = json.loads((workdir / "results.json").read_text())
+    assert written == json.loads(json.dumps(results))
+    assert {"schema_version", "config", "config_hash", "environment", "seconds", "undefended", "recording_model",
+            "variants"} <= written.keys()  # fmt: skip
+    assert written["config"]["seed"] == 0
+    assert {"jax", "flax"} <= written["environment"]["packages"].keys()
+    for model in ("undefended", "recording_model"):
+        assert written[model].keys() == {"clean_accuracy", "attack_success_rate", "robust_accuracy", "boosted"}
+        assert written[model]["attack_success_rate"].keys() == {"patch", "sinusoid"}
+        assert written[model]["boosted"].keys() == {"sinusoid"}
+    assert written["variants"].keys() == {f"{k}/{r}" for k in KINDS for r in RULES} | {"random/fraction", "oracle"}
+    for name, variant in written["variants"].items():
+        assert ("detection" in variant) == (name not in ("random/fraction", "oracle"))
+        assert ("retrained" in variant) == (name in (*config.retraining.variants, "random/fraction", "oracle"))
+        assert 0 <= variant["clean_removed_share"] <= 1
+        assert variant["recall"].keys() == {"patch", "sinusoid"}
+        for metric in variant.get("detection", {}).values():
+            assert metric.keys() == {"overall", "patch", "sinusoid"}
+    assert written["variants"]["oracle"]["clean_removed_share"] == 0
+    assert set(written["variants"]["oracle"]["recall"].values()) == {1.0}
+    assert {"recording", "scoring", "undefended", "oracle"} <= written["seconds"].keys()
+    report = (workdir / "report.md").read_text()
+    assert "| undefended |" in report
+    assert "![ROC per attack](roc.png)" in report
+    for picture in ("roc.png", "trajectories.png"):
+        assert (workdir / picture).read_bytes().startswith(b"\x89PNG")
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line["model"] == "recording" for line in lines) == 3
+    assert not list(workdir.rglob(".*-*"))  # nothing half-written
+
+
+def test_scores_are_what_the_scorer_says(finished):
+    workdir, _, results = finished
+    table = pq.read_table(workdir / "scores.parquet").to_pydict()
+    assert table["example_id"] == list(range(300))
+    is_probe, attack = np.array(table["probe"]), np.array(table["attack"])
+    assert is_probe.sum() == 30
+    assert not (is_probe & (attack != "")).any()
+    store = TrajectoryStore.open(workdir / "trajectories")
+    kept = filter_epochs(store.read("loss"))
+    assert kept.tolist() == results["epochs_kept"]
+    losses = store.read("loss", kept)
+    np.testing.assert_allclose(table["distance_loss"], knn_distances(losses, losses[is_probe], 5))
+    for kind in KINDS:
+        assert max(table[f"score_{kind}"]) == 1
+        order = np.argsort(table[f"distance_{kind}"])
+        assert (np.diff(np.array(table[f"score_{kind}"])[order]) >= 0).all()
+        assert min(table[f"p_value_{kind}"]) >= 1 / 31
+        for rule in RULES:
+            removed = np.array(table[f"removed_{kind}_{rule}"])
+            assert not (removed & is_probe).any()
+            assert removed.mean() == pytest.approx(results["variants"][f"{kind}/{rule}"]["removed_share"])
+    assert np.array(table["removed_loss_fraction"]).sum() == 120
+
+
+def test_models_are_saved(finished, mesh):
+    workdir, _, results = finished
+    spec, _ = load_model(workdir / "models" / "loss-fraction", mesh)
+    assert spec.num_classes == 10
+    about = json.loads((workdir / "models" / "loss-fraction" / "about.json").read_text())
+    assert about["evaluation"] == results["variants"]["loss/fraction"]["retrained"]
+
+
+def test_finished_phases_are_not_run_again(finished, mesh, monkeypatch):
+    workdir, config, results = finished
+    before = tree(workdir / "models") | tree(workdir / "trajectories")
+    monkeypatch.setattr("badloss_jax.experiment.train", None)  # training again would fail
+    again = run_experiment(config, workdir, mesh=mesh)
+    assert tree(workdir / "models") | tree(workdir / "trajectories") == before
+    assert again["variants"] == json.loads(json.dumps(results["variants"]))
+
+
+def test_same_seed_gives_identical_scores(finished, tmp_path, mesh):
+    workdir, config, _ = finished
+    run_experiment(config, tmp_path / "b", mesh=mesh)
+    assert (tmp_path / "b" / "scores.parquet").read_bytes() == (workdir / "scores.parquet").read_bytes()
+
+
+def test_a_manifest_can_be_given(finished, tmp_path, tiny, mesh):
+    workdir, _, results = finished
+    config = tiny(attacks__manifest=workdir / "manifest.json", attacks__patch__ratio=0.3, controls="()",
+                  retraining__variants="()")  # fmt: skip
+    got = run_experiment(config, tmp_path / "m", mesh=mesh)
+    assert (tmp_path / "m" / "manifest.json").read_bytes() == (workdir / "manifest.json").read_bytes()
+    assert got["undefended"] == results["undefended"]
+
+
+def test_a_clean_training_set_runs(tmp_path, tiny, mesh):
+    config = tiny(attacks__names="()", controls="()", retraining__variants="('loss/fraction',)")
+    results = run_experiment(config, tmp_path, mesh=mesh)
+    assert results["variants"]["loss/fraction"]["recall"] == {}
+    assert results["undefended"]["attack_success_rate"] == {}
+    assert results["variants"]["loss/fraction"]["detection"]["auroc"] == {"overall": None}
+    assert (tmp_path / "report.md").is_file()
+
+
+def test_rescoring_never_touches_the_run(finished):
+    workdir, _, results = finished
+    before = tree(workdir)
+    change = ["--config.scoring.loss.k=7", "--config.rejection.fraction=0.1"]
+    folder, rescored = rescore(workdir, lambda config: override(config, change))
+    after = tree(workdir)
+    assert {name: after[name] for name in before if name != ".lock"} == {
+        name: content for name, content in before.items() if name != ".lock"
+    }
+    assert folder.parent == workdir / "rescored"
+    assert rescored["variants"]["loss/fraction"]["removed_share"] == pytest.approx(0.1)
+    assert rescored["variants"]["logits/alpha"]["detection"] == results["variants"]["logits/alpha"]["detection"]
+    assert rescored["variants"]["loss/alpha"]["detection"] != results["variants"]["loss/alpha"]["detection"]
+    assert (folder / "scores.parquet").is_file()
+    same, _ = rescore(workdir, lambda config: override(config, change))
+    assert same == folder
+
+
+def test_rescoring_refuses_what_needs_training(finished, tmp_path):
+    workdir, *_ = finished
+    with pytest.raises(UsageError, match=r"scoring.\* and rejection.\* only; recording would need training"):
+        rescore(workdir, lambda config: override(config, ["--config.recording.capture=step"]))
+    with pytest.raises(UsageError, match="holds no run"):
+        rescore(tmp_path, lambda config: config)
+
+
+def test_another_config_is_refused_and_named(finished, tiny, mesh):
+    workdir, config, _ = finished
+    before = tree(workdir)
+    with pytest.raises(UsageError, match=r"holds the run of another config \(seed: 0 -> 1\)"):
+        run_experiment(override(config, ["--config.seed=1"]), workdir, mesh=mesh)
+    assert tree(workdir) == before
+
+
+def test_foreign_and_busy_folders_are_refused(finished, tmp_path, tiny, mesh):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UsageError, match="holds other files and no run"):
+        run_experiment(tiny(), tmp_path, mesh=mesh)
+    with pytest.raises(UsageError, match="is a file, not a folder"):
+        run_experiment(tiny(), tmp_path / "thesis.tex", mesh=mesh)
+    workdir, config, _ = finished
+    with locked(workdir), pytest.raises(UsageError, match=rf"another run \(process {os.getpid()}\) is at work"):
+        run_experiment(config, workdir, mesh=mesh)
+
+
+def test_other_data_under_the_same_config_is_refused(tmp_path, mesh):
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(60):
+                pixels = generator.integers(0, 256, (12, 12), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i:02}.png")
+    config = load_config("configs/digits.py", overrides(
+        data__source="image_folder", data__dir=tmp_path / "data", data__channels=1, data__cache_dir="", data__pad=0,
+        data__train_examples=0, attacks__names="('patch',)", probes__count=10, recording__batch_size=40,
+        retraining__batch_size=40, retraining__variants="()", controls="()",
+    ))  # fmt: skip
+    results = run_experiment(config, tmp_path / "run", mesh=mesh)
+    assert results["undefended"]["attack_success_rate"].keys() == {"patch"}
+    Image.fromarray(np.zeros((12, 12), np.uint8)).save(tmp_path / "data" / "train" / "a" / "00.png")
+    with pytest.raises(UsageError, match="was trained on other data"):
+        run_experiment(config, tmp_path / "run", mesh=mesh)
+
+
+def test_a_loss_that_becomes_nan_stops_the_run(tmp_path, tiny, mesh):
+    config = tiny(optimizer__learning_rate=1e30)
+    with pytest.raises(NonFiniteLossError, match=r"in phase 'recording' at step \d+"):
+        run_experiment(config, tmp_path, mesh=mesh)
+    assert (tmp_path / "trajectories" / "loss" / "epoch_0000.npy").is_file()
+    assert not (tmp_path / "results.json").exists()
+    with pytest.raises(DataError, match="is not complete"):
+        rescore(tmp_path, lambda c: c)
+
+
+def test_step_capture_runs(tmp_path, tiny, mesh):
+    results = run_experiment(
+        tiny(recording__capture="step", retraining__variants="()", controls="()"), tmp_path, mesh=mesh
+    )
+    assert results["variants"]["combined/fraction"]["detection"]["auroc"]["overall"] > 0
+
+
+def test_killed_and_run_again_ends_alike(tmp_path):
+    """kill -9 in the middle of every phase in turn, until the run gets through."""
+    reference, arguments = tmp_path / "reference", command(tmp_path / "k")
+    assert run(command(reference)).returncode == 0
+    watched = ["trajectories/loss/epoch_0001.npy", "models/recording/about.json", "models/loss-fraction/about.json"]
+    for path in watched:
+        process = subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "k" / path).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert process.poll() is None, f"the run ended before {path} was there"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "k" / "results.json").exists()
+    last = run(arguments)
+    assert last.returncode == 0, last.stderr
+    assert "recording  done before" in last.stderr
+    assert (tmp_path / "k" / "scores.parquet").read_bytes() == (reference / "scores.parquet").read_bytes()
+    ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "k", reference))
+    assert ours["variants"] == theirs["variants"]
+
+
+@pytest.mark.filterwarnings("ignore:os.fork")
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
+    def small_files_only():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    failed = run(command(tmp_path / "full"), preexec_fn=small_files_only)
+    assert failed.returncode == 1, failed.stderr
+    assert failed.stderr.count("badloss: error:") == 1
+    assert "Traceback" not in failed.stderr
+    assert "File too large" in failed.stderr or "cannot be" in failed.stderr
+    assert not (tmp_path / "full" / "results.json").exists()
+
+
+def test_a_read_only_folder_is_said(tmp_path, tiny, mesh):
+    with pytest.raises(DataError, match=r"cannot be written"):
+        run_experiment(tiny(), Path("/proc/badloss"), mesh=mesh)
+
+
+@pytest.mark.slow
+def test_digits_find_and_remove_the_poison(tmp_path):
+    """The claim of the README, for one seed: `combined` undoes the attacks."""
+    arguments = ["run", "--config", "configs/digits.py", "--workdir", str(tmp_path / "d")]
+    done = run([sys.executable, "-m", "badloss_jax", *arguments])
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "d" / "results.json").read_text())
+    combined = results["variants"]["combined/fraction"]
+    rates = list(combined["retrained"]["attack_success_rate"].values())
+    assert np.mean(list(results["undefended"]["attack_success_rate"].values())) >= 0.75
+    assert combined["detection"]["auroc"]["overall"] >= 0.94
+    assert np.mean(rates) <= 0.08
+    assert results["undefended"]["clean_accuracy"] - combined["retrained"]["clean_accuracy"] <= 0.06

@@ -1,0 +1,107 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from badloss_jax.errors import DataError
+from badloss_jax.training.mesh import make_mesh
+from badloss_jax.trajectories.buffer import create_buffer, padding_id, read_column, write
+from badloss_jax.trajectories.kinds import Kinds
+from badloss_jax.trajectories.store import TrajectoryStore
+
+ALL = Kinds(("prob", "logits", "ranked", "features"), 7, 12, feature_dim=4, ranked_others=3)
+
+
+def test_kinds_agree_with_float64(rng):
+    logits, features, labels = 5 * rng.normal(size=(20, 7)), rng.normal(size=(20, 12)), rng.integers(0, 7, 20)
+    seen = ALL.observe(jnp.asarray(logits, jnp.float32), jnp.asarray(features, jnp.float32), jnp.asarray(labels))
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    own = log_p[np.arange(20), labels]
+    np.testing.assert_allclose(seen["loss"], -own, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(seen["prob"], np.exp(own), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(seen["logits"], logits, rtol=1e-6)
+    others = np.sort([np.delete(row, label) for row, label in zip(log_p, labels, strict=True)])[:, ::-1][:, :3]
+    np.testing.assert_allclose(seen["ranked"], np.column_stack([own, others]), rtol=1e-5, atol=1e-5)
+    matrix = np.asarray(jax.random.normal(jax.random.key(0), (12, 4))) / 2
+    np.testing.assert_allclose(seen["features"], features @ matrix, rtol=1e-4, atol=1e-5)
+    for name, (shape, dtype) in ALL.layout().items():
+        assert seen[name].shape == (20, *shape)
+        assert dtype == (np.float32 if name in ("loss", "prob") else np.float16)
+
+
+def test_few_classes_give_few_ranks_and_huge_values_stay_finite():
+    kinds = Kinds(("ranked", "logits"), 2, 4)
+    assert kinds.layout()["ranked"][0] == (2,)
+    seen = kinds.observe(jnp.array([[1e6, -1e6]]), jnp.zeros((1, 4)), jnp.array([1]))
+    assert all(np.isfinite(np.asarray(seen[name], np.float16)).all() for name in ("ranked", "logits"))
+
+
+@pytest.mark.parametrize("num_devices", [1, 4, 8])
+def test_buffer_holds_what_was_written(num_devices, rng):
+    mesh, kinds = make_mesh(jax.devices()[:num_devices]), Kinds(("features",), 10, 16, feature_dim=5)
+    buffer = create_buffer(kinds, 101, 6, mesh)
+    assert len(buffer["loss"]) % num_devices == 0
+    assert np.isnan(buffer["features"]).all()
+    shards = {shard.data.shape[0] for shard in buffer["loss"].addressable_shards}
+    assert shards == {len(buffer["loss"]) // num_devices}
+    ids = np.append(rng.permutation(101)[:39], padding_id(101, mesh)).astype(np.int32)
+    values = {"loss": rng.random(40), "features": rng.random((40, 5))}
+    buffer = jax.jit(write, donate_argnums=0)(buffer, ids, np.int32(4), values)
+    column = read_column(buffer, 4, 101)
+    np.testing.assert_array_equal(column["loss"][ids[:39]], values["loss"][:39].astype(np.float32))
+    np.testing.assert_array_equal(column["features"][ids[:39]], values["features"][:39].astype(np.float16))
+    assert np.isfinite(buffer["loss"]).sum() == 39  # padding wrote nothing, and nothing else was touched
+
+
+@pytest.fixture
+def store(tmp_path):
+    made = TrajectoryStore.create(tmp_path / "t", "hash", np.arange(5), np.arange(5) < 2, 3, ALL.layout())
+    for epoch in range(3):
+        columns = {k: np.full((5, *s), epoch, d) for k, (s, d) in ALL.layout().items()}
+        made.write_epoch(epoch, columns)
+    return made
+
+
+def test_store_round_trip(store):
+    opened = TrajectoryStore.open(store.folder)
+    assert opened == store
+    assert opened.complete
+    assert opened.read("logits").shape == (5, 3, 7)
+    np.testing.assert_array_equal(opened.read("loss", np.array([0, 2])), [[0, 2]] * 5)
+    labels, is_probe = opened.read_examples()
+    assert labels.tolist() == [0, 1, 2, 3, 4]
+    assert is_probe.tolist() == [True, True, False, False, False]
+
+
+def test_store_says_what_is_wrong(store):
+    with pytest.raises(DataError, match="no trajectories of kind 'aum', only loss, prob"):
+        store.read("aum")
+    (store.folder / "prob" / "epoch_0001.npy").unlink()
+    assert not store.complete
+    with pytest.raises(DataError, match=r"prob/epoch_0001.npy is missing or damaged"):
+        store.read("prob")
+    path = store.folder / "loss" / "epoch_0002.npy"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(DataError, match=r"epoch_0002.npy is missing or damaged"):
+        store.read("loss")
+    np.save(path, np.zeros(6, np.float32))
+    with pytest.raises(DataError, match=r"is float32 \(6,\), expected float32 \(5,\)"):
+        store.read("loss")
+    np.save(path, np.array([0, 1, np.nan, np.inf, 0], np.float32))
+    with pytest.raises(DataError, match="2 examples were not recorded or are not finite, first id 2"):
+        store.read("loss")
+    np.save(path, np.array([{"a": 1}]), allow_pickle=True)
+    with pytest.raises(DataError, match="damaged"):
+        store.read("loss")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other"}', "null"])
+def test_damaged_store(store, text):
+    (store.folder / "about.json").write_text(text)
+    with pytest.raises(DataError, match=r"about.json is damaged|format 'other'"):
+        TrajectoryStore.open(store.folder)
+
+
+def test_no_store(tmp_path):
+    with pytest.raises(DataError, match="holds no recorded trajectories"):
+        TrajectoryStore.open(tmp_path)

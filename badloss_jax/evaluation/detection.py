@@ -10,7 +10,8 @@ def detection_metrics(
 ) -> dict[str, dict[str, float | None]]:
     """Measures AUROC, average precision and the true positive rate at 1 % false positives, overall and per attack.
 
-    Probes are known to be clean and are left out. Without any poison "overall" is None. An attack is measured against the clean examples alone.
+    Probes are known to be clean and are left out. An attack is measured against the clean examples alone. Without any
+    poison "overall" is None.
 
     Args:
       scores: [N], higher is more suspicious.

@@ -12,6 +12,7 @@ Finds poisoned training examples by how a network learns them (BaDLoss, ICLR 202
 
   badloss run --config configs/digits.py --workdir OUT    poison, record, score, remove, retrain, report
   badloss score --workdir OUT --config.scoring.loss.k=20  score the same recording again, without training
+  badloss summary OUT0 OUT1 OUT2                          mean and spread over the runs of several seeds
 """
 
 _RUN = """\
@@ -27,6 +28,11 @@ trajectories/ (for `badloss score`) and models/ (orbax: undefended, loss-fractio
 _SCORE = """\
 Score the recorded trajectories of a finished `badloss run` again with other settings, without training. Results go to
 OUT/rescored/<hash>/; the run's own are never touched. Only scoring.* and rejection.* can change.
+"""
+
+_SUMMARY = """\
+Print a Markdown table over finished runs that differ in their seed alone: of each trained model the mean, and the
+standard deviation of the sample, in percent (AUROC: 0 to 1).
 """
 
 _OVERRIDES = """\
@@ -46,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "badloss", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND")
     run = _command(commands, "run", "run a whole experiment", _RUN, [
         "badloss run --config configs/digits.py --workdir /tmp/digits --config.seed=1",
         "badloss run --config configs/cifar10.py:quick --config.data.dir=DIR --workdir /tmp/cifar10",
@@ -59,8 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     ])  # fmt: skip
     score.add_argument("--workdir", required=True, type=Path, metavar="OUT", help="folder of a finished run")
 
+    summary = commands.add_parser("summary", help="mean and spread over several seeds", description=_SUMMARY,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
+    summary.add_argument("runs", nargs="+", type=Path, metavar="OUT", help="folders of finished runs")
+
     arguments, overrides = parser.parse_known_args(argv)
-    strangers = [text for text in overrides if not text.startswith("--config.")]
+    configurable = arguments.command in ("run", "score")
+    strangers = [text for text in overrides if not (configurable and text.startswith("--config."))]
     if strangers:
         commands.choices[arguments.command].error(f"unknown argument {strangers[0]!r}")
     return _guarded(arguments, overrides)
@@ -72,7 +83,7 @@ def _guarded(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from badloss_jax.errors import BadlossError
 
     try:
-        return {"run": _run, "score": _score}[arguments.command](arguments, overrides)
+        return {"run": _run, "score": _score, "summary": _summary}[arguments.command](arguments, overrides)
     except BadlossError as error:
         print(f"badloss: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -106,6 +117,14 @@ def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
     folder, results = rescore(arguments.workdir, lambda config: override(config, overrides))
     print(f"{as_text(detection_table(results))}\n\n{as_text(removal_table(results))}\n")
     print(f"Report: {folder / 'report.md'}")
+    return 0
+
+
+def _summary(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from badloss_jax.report.results import read_results
+    from badloss_jax.report.tables import as_markdown, summary
+
+    print(as_markdown(summary([read_results(run / "results.json") for run in arguments.runs])))
     return 0
 
 

@@ -64,6 +64,7 @@ def run_experiment(
     manifest = _manifest(config, dataset)
     probe_ids = choose_probes(manifest, config.probes.count, config.seed)
     with claim(workdir, config):
+        about = header(config)
         run = _Run(config, workdir, mesh, dataset, manifest, probe_ids, progress or Progress(None))
         write_text(workdir / "manifest.json", manifest.to_json())
 
@@ -89,7 +90,7 @@ def run_experiment(
             retrained = run.retrain(name, removed) if wanted else None
             variants[name] = variant_entry(removed, run.attack_of, run.is_probe, detection, retrained)
 
-        results = header(config) | {
+        results = about | {
             "seconds": run.seconds,
             "epochs_kept": epochs.tolist(),
             "undefended": undefended,

@@ -1,4 +1,5 @@
 import io
+import json
 import subprocess
 import sys
 
@@ -11,13 +12,13 @@ from tests.conftest import overrides
 from tests.test_experiment import ENVIRONMENT
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["score", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["score", "--help"], ["summary", "--help"]])
 def test_help(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert "badloss run" in shown or "badloss score" in shown
+    assert shown.startswith("usage: badloss")
     assert max(map(len, shown.splitlines())) <= 121
 
 
@@ -106,6 +107,25 @@ def test_progress_shows_a_rate_and_an_eta_in_a_terminal_and_lines_elsewhere():
         progress.end()
         assert expected in stream.getvalue()
         assert "[1/7] recording  40 examples in" in stream.getvalue()
+
+
+def test_summary(tmp_path, capsys):
+    model = {"clean_accuracy": 0.5, "attack_success_rate": {"patch": 1.0}}
+    for seed in (0, 1):
+        (tmp_path / str(seed)).mkdir()
+        retrained = model | {"clean_accuracy": 0.4 + 0.02 * seed}
+        variant = {"detection": {"auroc": {"overall": 0.9 + 0.02 * seed}}, "removed_share": 0.4,
+                   "clean_removed_share": 0.3, "retrained": retrained}  # fmt: skip
+        results = {"schema_version": 1, "undefended": model, "variants": {"loss/fraction": variant, "logits/alpha": {}}}
+        (tmp_path / str(seed) / "results.json").write_text(json.dumps(results))
+    assert main(["summary", str(tmp_path / "0"), str(tmp_path / "1")]) == 0
+    *_, undefended, loss = capsys.readouterr().out.splitlines()
+    assert undefended == "| undefended | 0.0 | 0.0 |  | 50.0 | 100.0 | 100.0 |"
+    assert loss == "| loss/fraction | 40.0 | 30.0 | 0.910 ± 0.014 | 41.0 ± 1.4 | 100.0 | 100.0 |"
+    (tmp_path / "1" / "results.json").write_text('{"schema_version": 2}')
+    assert main(["summary", str(tmp_path / "1")]) == 1
+    assert main(["summary", str(tmp_path / "2")]) == 1
+    assert "cannot be used" in capsys.readouterr().err
 
 
 def test_tables():

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 import badloss_jax
 from badloss_jax.config import config_hash, to_dict
 from badloss_jax.defenses.badloss import Detection
+from badloss_jax.errors import DataError
 from badloss_jax.evaluation.detection import detection_metrics, removal_metrics
 from badloss_jax.files import write_atomically, write_text
 from badloss_jax.scoring import anomaly_scores
@@ -68,6 +69,21 @@ def environment() -> dict[str, Any]:
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """Writes JSON, NaN refused."""
     write_text(path, json.dumps(results, indent=2, allow_nan=False) + "\n")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Reads the results of a run that went to its end.
+
+    Raises:
+      DataError: there are none, they are damaged, of another schema, or of a rescoring.
+    """
+    try:
+        results = json.loads(path.read_text("utf-8"))
+        if results["schema_version"] != SCHEMA_VERSION or "undefended" not in results:
+            raise ValueError(f"not the results of a run in schema {SCHEMA_VERSION}")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} cannot be used: {error}") from error
+    return results
 
 
 def write_scores(

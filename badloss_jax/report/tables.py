@@ -1,5 +1,6 @@
 """The headline tables, from results.json alone: one for the terminal, the same and more in report.md."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,39 @@ def removal_table(results: Mapping[str, Any]) -> list[list[str]]:
         shares = [variant["removed_share"], variant["clean_removed_share"], *variant["recall"].values()]
         rows.append([name, *(_percent(share) for share in shares)])
     return rows
+
+
+def summary(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Returns header and rows over the results.json of several seeds: per trained model mean +- standard deviation.
+
+    The deviation is the sample's (n - 1), and is left out for one seed. ASR per attack are means.
+    """
+    attacks = list(runs[0]["undefended"]["attack_success_rate"])
+    rows = [["model", "removed", "clean lost", "AUROC", "CA", "mean ASR", *attacks]]
+    trained = [name for name, variant in runs[0]["variants"].items() if "retrained" in variant]
+    for name in ("undefended", *trained):
+        variants = [run["variants"].get(name, {}) for run in runs]
+        models = [variant.get("retrained", run["undefended"]) for variant, run in zip(variants, runs, strict=True)]
+        aurocs = [variant["detection"]["auroc"]["overall"] for variant in variants if "detection" in variant]
+        rates = [model["attack_success_rate"] for model in models]
+        rows.append([
+            name,
+            _spread([100 * variant.get("removed_share", 0) for variant in variants], 1),
+            _spread([100 * variant.get("clean_removed_share", 0) for variant in variants], 1),
+            _spread(aurocs, 3),
+            _spread([100 * model["clean_accuracy"] for model in models], 1),
+            _spread([100 * _mean_asr(model) for model in models], 1),
+            *(f"{100 * statistics.fmean(rate[attack] for rate in rates):.1f}" for attack in attacks),
+        ])  # fmt: skip
+    return rows
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    deviation = f"{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean} ± {deviation}" if deviation.strip("0.") else mean
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:
@@ -123,19 +157,18 @@ def report_markdown(results: Mapping[str, Any]) -> str:
 
 
 def verdict(results: Mapping[str, Any]) -> str:
-    """Says in a sentence or two what was found and what it was worth."""
+    """Says in a sentence or two what the attacks did and what each defence made of them; picks no winner."""
     undefended = results["undefended"]
-    retrained = {name: v for name, v in results["variants"].items() if "retrained" in v and "detection" in v}
-    start = f"Undefended, the attacks succeed on {_percent(_mean_asr(undefended))} of the triggered test images"
-    if not retrained:
-        return f"{start} at a clean accuracy of {_percent(undefended['clean_accuracy'])}."
-    name, best = min(retrained.items(), key=lambda item: _mean_asr(item[1]["retrained"]))
-    cost = undefended["clean_accuracy"] - best["retrained"]["clean_accuracy"]
-    return (
-        f"{start}; after removing {_percent(best['removed_share'])} of the examples by {name} and retraining, on"
-        f" {_percent(_mean_asr(best['retrained']))}. Clean accuracy {'falls' if cost >= 0 else 'rises'} by"
-        f" {abs(100 * cost):.1f} points to {_percent(best['retrained']['clean_accuracy'])}."
+    retrained = {name: v["retrained"] for name, v in results["variants"].items() if "retrained" in v and "detection" in v}
+    told = [
+        f"{_percent(_mean_asr(model))} by {name} (clean accuracy {_percent(model['clean_accuracy'])})"
+        for name, model in retrained.items()
+    ]
+    start = (
+        f"Undefended, the attacks succeed on {_percent(_mean_asr(undefended))} of the triggered test images (clean"
+        f" accuracy {_percent(undefended['clean_accuracy'])})"
     )
+    return f"{start}. After removal and retraining: {', '.join(told)}." if told else f"{start}."
 
 
 def _model_row(name: str, variant: Mapping[str, Any] | None, model: Mapping[str, Any], attacks: list[str]) -> list[str]:

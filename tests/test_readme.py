@@ -1,0 +1,59 @@
+"""The README's commands are the ones that CI runs, and its figures the ones that were measured."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from badloss_jax.cli import main
+from badloss_jax.config import load_config
+from badloss_jax.report.tables import as_markdown, summary
+
+README = Path("README.md").read_text("utf-8")
+MEASURED = sorted(path for path in Path("configs/results").iterdir() if path.is_dir())
+
+
+def runs(folder):
+    return [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("seed*.json"))]
+
+
+def test_ci_runs_the_readmes_test_command():
+    (command,) = re.findall(r"^pip install '\.\[test\]'.*$", README, re.MULTILINE)
+    assert command in Path(".ci/run").read_text("utf-8").splitlines()
+
+
+@pytest.mark.parametrize("folder", MEASURED, ids=lambda folder: folder.name)
+def test_every_table_is_what_was_measured(folder):
+    measured = runs(folder)
+    assert measured
+    assert as_markdown(summary(measured)) in README
+    assert len({json.dumps(run["config"] | {"seed": 0, "data": 0}) for run in measured}) == 1
+    assert len({run["config"]["seed"] for run in measured}) == len(measured)
+
+
+@pytest.mark.parametrize("folder", MEASURED, ids=lambda folder: folder.name)
+def test_every_measured_config_is_the_shipped_one(folder):
+    spec = f"configs/{folder.name.replace('-', '.py:')}" if "-" in folder.name else f"configs/{folder.name}.py"
+    shipped = json.loads(load_config(spec).to_json())
+    for run in runs(folder):
+        places = {"dir": shipped["data"]["dir"], "cache_dir": shipped["data"]["cache_dir"]}
+        ran = run["config"] | {"seed": 0, "data": run["config"]["data"] | places}
+        assert ran == shipped
+
+
+def test_every_command_of_the_readme_parses(capsys):
+    commands = re.findall(r"^badloss (\w+)", README, re.MULTILINE)
+    assert {"run", "score", "summary"} <= set(commands)
+    for command in set(commands):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+    for spec in re.findall(r"--config (configs/\S+)", README):
+        load_config(spec)
+
+
+def test_links_and_pictures_exist():
+    for document in (Path("README.md"), Path("configs/results/README.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text("utf-8")):
+            if not target.startswith("http"):
+                assert (document.parent / target).exists(), f"{document}: {target}"

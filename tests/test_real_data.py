@@ -1,0 +1,43 @@
+"""The shipped configs on real images, shrunk to seconds. Nothing here says how well it works: `configs/results` does."""
+
+import os
+from pathlib import Path
+
+import pytest
+from badloss_jax.config import load_config
+from badloss_jax.data import load_dataset
+from badloss_jax.experiment import run_experiment
+
+from tests.conftest import overrides
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+CIFAR10 = os.environ.get("BADLOSS_CIFAR10", "")
+
+
+def shrunk(spec, **changed):
+    """A shipped config with its own data, attacks and network, and little of everything else."""
+    settings = overrides(data__train_examples=2000, data__test_examples=300, probes__count=100, **changed)
+    dropped = ("--config.attacks.names", "--config.model.stages", "--config.scoring.loss.k")
+    return load_config(spec, [text for text in settings if not text.startswith(dropped)])
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
+def test_fashion_mnist(tmp_path, mesh):
+    config = shrunk("configs/fashion_mnist.py:quick")
+    dataset = load_dataset(load_config("configs/fashion_mnist.py").data, 0)
+    assert dataset.train.images.shape == (60_000, 28, 28, 1)
+    assert dataset.test.images.shape == (10_000, 28, 28, 1)
+    assert dataset.class_names[9] == "Ankle boot"
+    results = run_experiment(config, tmp_path, mesh=mesh)
+    assert results["undefended"]["clean_accuracy"] > 0.5
+    assert len(results["undefended"]["attack_success_rate"]) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CIFAR10, reason="BADLOSS_CIFAR10 does not name a folder with {train,test}/<class>/*")
+def test_cifar10(tmp_path, mesh):
+    changed = {"data__dir": CIFAR10, "data__cache_dir": str(tmp_path / "cache")}
+    assert load_dataset(shrunk("configs/cifar10.py:quick", **changed).data, 0).image_shape == (32, 32, 3)
+    results = run_experiment(shrunk("configs/cifar10.py:quick", **changed), tmp_path / "run", mesh=mesh)
+    assert results["undefended"]["clean_accuracy"] > 0.15
+    assert len(results["undefended"]["attack_success_rate"]) == 6

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from badloss_jax.cli import main
 from badloss_jax.config import load_config
 from badloss_jax.report.tables import as_markdown, summary

@@ -159,10 +159,11 @@ def report_markdown(results: Mapping[str, Any]) -> str:
 def verdict(results: Mapping[str, Any]) -> str:
     """Says in a sentence or two what the attacks did and what each defence made of them; picks no winner."""
     undefended = results["undefended"]
-    retrained = {name: v["retrained"] for name, v in results["variants"].items() if "retrained" in v and "detection" in v}
     told = [
-        f"{_percent(_mean_asr(model))} by {name} (clean accuracy {_percent(model['clean_accuracy'])})"
-        for name, model in retrained.items()
+        f"{_percent(_mean_asr(variant['retrained']))} by {name}"
+        f" (clean accuracy {_percent(variant['retrained']['clean_accuracy'])})"
+        for name, variant in results["variants"].items()
+        if "retrained" in variant and "detection" in variant
     ]
     start = (
         f"Undefended, the attacks succeed on {_percent(_mean_asr(undefended))} of the triggered test images (clean"

@@ -26,6 +26,7 @@ from badloss_jax.progress import Progress
 from badloss_jax.report.plots import plot_roc, plot_trajectories
 from badloss_jax.report.results import header, variant_entry, write_results, write_scores
 from badloss_jax.report.tables import report_markdown
+from badloss_jax.seeding import derived_seed
 from badloss_jax.training.checkpoint import read_about, save_model
 from badloss_jax.training.loop import Recipe, train
 from badloss_jax.training.mesh import check_batch_size, make_mesh, round_up
@@ -60,6 +61,7 @@ def run_experiment(
     check_batch_size("retraining.batch_size", config.retraining.batch_size, mesh)
     if config.model.dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise UsageError("model.dtype = 'float64' needs the environment variable JAX_ENABLE_X64=1")
+    started = time.monotonic()
     dataset = load_dataset(config.data, config.seed)
     manifest = _manifest(config, dataset)
     probe_ids = choose_probes(manifest, config.probes.count, config.seed)
@@ -67,6 +69,7 @@ def run_experiment(
         about = header(config)
         run = _Run(config, workdir, mesh, dataset, manifest, probe_ids, progress or Progress(None))
         write_text(workdir / "manifest.json", manifest.to_json())
+        run.seconds["data"] = time.monotonic() - started
 
         store, recording_model = run.record()
         with run.timed("scoring"):
@@ -190,7 +193,7 @@ class _Run:
         """Trains the recording model and stores the trajectories, unless that was done before."""
         settings = self.config.recording
         kinds = Kinds(tuple(settings.kinds), self.dataset.num_classes, self.spec.num_features, settings.feature_dim,
-                      settings.ranked_others, self.config.seed)  # fmt: skip
+                      settings.ranked_others, derived_seed(self.config.seed, "projection"))  # fmt: skip
         recipe = self._recipe(settings.epochs, settings.schedule_epochs, settings.batch_size, "none")
         identity = digest(*self.ground, asdict(recipe), asdict(kinds), settings.capture)
         folder = self.workdir / "trajectories"

@@ -43,6 +43,8 @@ ADVERSARIAL = {
     "T = 1": lambda r: (r.random((100, 1)), r.random((20, 1)), 5),
     "N = 1": lambda r: (r.random((1, 30)), r.random((20, 30)), 5),
     "logits": lambda r: (r.normal(size=(100, 12, 10)), r.normal(size=(20, 12, 10)), 5),
+    "probes at 1e30": lambda r: (r.random((50, 30)), np.concatenate([r.random((9, 30)), np.full((3, 30), 1e30)]), 12),
+    "rows at 1e25": lambda r: (1e25 * r.random((50, 30)), r.random((9, 30)), 5),
     "tiny": lambda r: (1e-7 * r.random((100, 30)), 1e-7 * r.random((20, 30)), 5),
 }
 

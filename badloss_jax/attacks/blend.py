@@ -3,11 +3,12 @@
 import numpy as np
 
 from badloss_jax.attacks.trigger import ImageShape, Trigger, blend
+from badloss_jax.seeding import generator
 
 
 def blend_r(image_shape: ImageShape, seed: int = 0, strength: float = 0.075) -> Trigger:
     """Blends in uniform noise, one value per pixel and channel, drawn once from `seed`."""
-    pattern = np.random.default_rng(seed).random(image_shape, np.float32)
+    pattern = generator(seed, "blend_r").random(image_shape, np.float32)
     return blend(pattern, strength)
 
 

@@ -5,7 +5,6 @@ Attacks never write images. The manifest and the source reproduce a poisoned tra
 
 import json
 import math
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from jaxtyping import Int
 from badloss_jax.attacks import ATTACKS, make_trigger
 from badloss_jax.config import digest
 from badloss_jax.errors import BadlossError, DataError, UsageError
+from badloss_jax.seeding import derived_seed, generator
 
 _FORMAT = "badloss_jax.manifest/1"
 
@@ -85,7 +85,7 @@ def draw_manifest(
       UsageError: more poison asked for than there are images, naming both numbers; a target that is no class.
     """
     names = tuple(settings["names"])
-    drawn = np.random.default_rng([seed, zlib.crc32(b"targets")]).permutation(num_classes)
+    drawn = generator(seed, "targets").permutation(num_classes)
     targets = {}
     for position, name in enumerate(names):
         asked = settings[name]["target"]
@@ -95,7 +95,7 @@ def draw_manifest(
     free = np.ones(len(labels), bool)
     plans = {}
     for name in sorted(names, key=lambda name: not ATTACKS[name].clean_label):  # the choosy ones first
-        target, attack_seed = targets[name], zlib.crc32(f"{seed}/{name}".encode())
+        target, attack_seed = targets[name], derived_seed(seed, "attack", name)
         of_target = labels == target
         clean_label = ATTACKS[name].clean_label
         ratio = settings[name]["ratio"]
@@ -107,7 +107,7 @@ def draw_manifest(
                 f"attacks.{name}.ratio = {ratio} asks for {count} images, and {len(candidates)} unpoisoned ones {where}"
                 " are there; expected at least 1 and at most that many"
             )
-        chosen = np.random.default_rng(attack_seed).choice(candidates, count, replace=False)
+        chosen = generator(attack_seed, "victims").choice(candidates, count, replace=False)
         free[chosen] = False
         parameters = {k: float(v) for k, v in settings[name].items() if k not in ("ratio", "target")}
         plans[name] = AttackPlan(target, attack_seed, tuple(int(i) for i in np.sort(chosen)), parameters)
@@ -123,7 +123,7 @@ def choose_probes(manifest: Manifest, count: int, seed: int) -> Int[np.ndarray, 
     clean = np.setdiff1d(np.arange(manifest.num_examples), manifest.poisoned_ids)
     if count > len(clean):
         raise UsageError(f"probes.count = {count}, and only {len(clean)} examples are clean")
-    order = np.random.default_rng([seed, zlib.crc32(b"probes")]).permutation(clean)
+    order = generator(seed, "probes").permutation(clean)
     return np.sort(order[:count])
 
 

@@ -14,6 +14,7 @@ from badloss_jax.data import digits, idx, image_folder
 from badloss_jax.data.augment import AUGMENTATIONS
 from badloss_jax.data.dataset import Dataset, Split
 from badloss_jax.errors import UsageError
+from badloss_jax.seeding import generator
 
 SOURCES: dict[str, Callable[[Mapping[str, Any]], Dataset]] = {
     "digits": digits.load,
@@ -36,7 +37,7 @@ def load_dataset(settings: Mapping[str, Any], seed: int) -> Dataset:
         if count > have:
             raise UsageError(f"data.{name}_examples = {count}, and the source has {have}")
         if count:
-            rows = np.sort(np.random.default_rng([seed, 0]).choice(have, count, replace=False))
+            rows = np.sort(generator(seed, "subset", name).choice(have, count, replace=False))
             split = Split(split.images[rows], split.labels[rows])
         if pad := settings["pad"]:
             split = replace(split, images=np.pad(split.images, ((0, 0), (pad, pad), (pad, pad), (0, 0))))

@@ -1,9 +1,9 @@
 """The order of examples: a pure function of (seed, phase, epoch), so any run can be replayed or moved."""
 
-import zlib
-
 import numpy as np
 from jaxtyping import Int
+
+from badloss_jax.seeding import generator
 
 
 def epoch_batches(
@@ -20,8 +20,8 @@ def epoch_batches(
     Returns:
       int32 [S, B], S = ceil(M / B).
     """
-    generator = np.random.default_rng([seed, zlib.crc32(phase.encode()), epoch])
-    return cut_batches(generator.permutation(example_ids), batch_size, padding_id)
+    shuffled = generator(seed, phase, "order", epoch).permutation(example_ids)
+    return cut_batches(shuffled, batch_size, padding_id)
 
 
 def cut_batches(example_ids: Int[np.ndarray, "M"], batch_size: int, padding_id: int) -> Int[np.ndarray, "S B"]:

@@ -5,6 +5,8 @@ import math
 import numpy as np
 from jaxtyping import Bool, Int
 
+from badloss_jax.seeding import generator
+
 
 def random_removal(
     num_examples: int, probe_ids: Int[np.ndarray, "P"], fraction: float, seed: int
@@ -12,7 +14,7 @@ def random_removal(
     """Removes floor(fraction N) examples at random, probes excepted: what `fraction` removes, without looking."""
     others = np.setdiff1d(np.arange(num_examples), probe_ids)
     removed = np.zeros(num_examples, bool)
-    removed[np.random.default_rng([seed, 1]).permutation(others)[: math.floor(fraction * num_examples)]] = True
+    removed[generator(seed, "random removal").permutation(others)[: math.floor(fraction * num_examples)]] = True
     return removed
 
 

@@ -11,6 +11,7 @@ from badloss_jax.attacks.manifest import Manifest
 from badloss_jax.attacks.poisoning import evaluation_triggers
 from badloss_jax.data import Split
 from badloss_jax.models import ModelSpec
+from badloss_jax.seeding import generator
 from badloss_jax.training.mesh import round_up
 from badloss_jax.training.state import TrainState
 from badloss_jax.training.step import make_predict_step
@@ -52,7 +53,7 @@ def evaluate(
     for name, plan, boosted, trigger in evaluation_triggers(manifest, settings["boost"]):
         rows = np.flatnonzero(test.labels != plan.target)
         if len(rows) > settings["max_triggered"]:
-            rows = np.sort(np.random.default_rng(0).choice(rows, settings["max_triggered"], replace=False))
+            rows = np.sort(generator(plan.seed, "test images").choice(rows, settings["max_triggered"], replace=False))
         predicted = predict(spec, state, trigger(_as_float(test.images[rows])), size, mesh)
         success = _share(predicted == plan.target)
         if boosted:

@@ -99,8 +99,8 @@ def write_scores(
     }
     for kind, detection in detections.items():
         columns[f"distance_{kind}"] = detection.distances
-        scores_of = detection.distances if kind != "combined" else np.exp(detection.distances)
-        columns[f"score_{kind}"] = anomaly_scores(scores_of, transform=transform)
+        already_log = kind == "combined"
+        columns[f"score_{kind}"] = anomaly_scores(detection.distances, transform="linear" if already_log else transform)
         columns[f"p_value_{kind}"] = detection.p_values
         for rule, removed in detection.removed.items():
             columns[f"removed_{kind}_{rule}"] = removed

@@ -8,11 +8,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from badloss_jax.errors import UsageError
 
 _CHUNK_VALUES = 2**22  # differences held at a time, which bounds memory whatever N is
+_SAFE_TO_SQUARE = 1e18  # in float32 the square of twice this times a thousand epochs is still finite
 
 
 def knn_distances(
@@ -70,19 +71,28 @@ def _in_chunks(rows: np.ndarray, probes: np.ndarray, own: np.ndarray, k: int) ->
     size = max(1, min(len(rows), _CHUNK_VALUES // max(1, probes.size)))
     out = np.empty(len(rows), rows.dtype)
     on_device = jnp.asarray(probes)
+    huge = max(np.abs(rows).max(initial=0), np.abs(probes).max(initial=0)) > _SAFE_TO_SQUARE
     for start in range(0, len(rows), size):
         stop = min(start + size, len(rows))
         chunk = np.zeros((size, rows.shape[1]), rows.dtype)
         ids = np.full(size, -1, np.int32)
         chunk[: stop - start], ids[: stop - start] = rows[start:stop], own[start:stop]
-        out[start:stop] = np.asarray(_mean_of_nearest(chunk, on_device, ids, k))[: stop - start]
+        out[start:stop] = np.asarray(_mean_of_nearest(chunk, on_device, ids, k, huge))[: stop - start]
     return out
 
 
-@partial(jax.jit, static_argnums=3)
-def _mean_of_nearest(rows: Float[Array, "R D"], probes: Float[Array, "P D"], own: Array, k: int) -> Float[Array, "R"]:
-    """`own` is the probe that a row leaves out, or -1."""
-    squared = jnp.sum((rows[:, None, :] - probes[None, :, :]) ** 2, axis=-1)
-    squared = jnp.where(own[:, None] == jnp.arange(len(probes)), jnp.inf, squared)
-    nearest, _ = jax.lax.top_k(-squared, k)
-    return jnp.sqrt(-nearest).mean(axis=-1)
+@partial(jax.jit, static_argnames=("k", "huge"))
+def _mean_of_nearest(
+    rows: Float[Array, "R D"], probes: Float[Array, "P D"], own: Int[Array, "R"], k: int, huge: bool
+) -> Float[Array, "R"]:
+    """`own` is the probe that a row leaves out, or -1; `huge` scales every pair so that no square overflows."""
+    differences = rows[:, None, :] - probes[None, :, :]
+    if huge:
+        scale = jnp.max(jnp.abs(differences), axis=-1, keepdims=True)
+        scale = jnp.where(scale > 0, scale, 1)
+        distances = scale[..., 0] * jnp.sqrt(jnp.sum((differences / scale) ** 2, axis=-1))
+    else:
+        distances = jnp.sqrt(jnp.sum(differences**2, axis=-1))
+    distances = jnp.where(own[:, None] == jnp.arange(len(probes)), jnp.inf, distances)
+    nearest, _ = jax.lax.top_k(-distances, k)
+    return -nearest.mean(axis=-1)

@@ -5,7 +5,6 @@ Order of operations in an epoch: shuffle, step over every batch, let the recorde
 
 import math
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from badloss_jax.data.order import epoch_batches
 from badloss_jax.errors import NonFiniteLossError
 from badloss_jax.models import ModelSpec
 from badloss_jax.progress import Progress
+from badloss_jax.seeding import derived_seed
 from badloss_jax.training.resident import ResidentData
 from badloss_jax.training.state import AdamW, TrainState, create_state
 from badloss_jax.training.step import make_train_step
@@ -72,11 +72,11 @@ def train(
     Raises:
       NonFiniteLossError: a loss became NaN or infinite; names the step. What was recorded is stored before.
     """
-    state = create_state(spec, recipe.optimizer, zlib.crc32(f"{seed}/{phase}".encode()), mesh)
+    state = create_state(spec, recipe.optimizer, derived_seed(seed, phase, "weights"), mesh)
     kinds = recorder.step_kinds if recorder else None
     step = make_train_step(spec, recipe.optimizer, recipe.loss_clamp, recipe.augment, kinds, mesh)
     padding = padding_id(len(data), mesh)
-    key = jax.random.key(zlib.crc32(f"{seed}/{phase}/augment".encode()))
+    key = jax.random.key(derived_seed(seed, phase, "augmentation"))
     buffer = recorder.buffer if recorder else {}
     progress = progress or Progress(None)
     progress.begin(recipe.epochs * len(example_ids))

@@ -99,13 +99,12 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from badloss_jax.config import load_config
     from badloss_jax.experiment import run_experiment
     from badloss_jax.progress import Progress
-    from badloss_jax.report.tables import as_text, detection_table, headline, verdict
+    from badloss_jax.report.tables import as_text, short_table
 
     config = load_config(arguments.config, overrides)
     _set_up_jax()
     results = run_experiment(config, arguments.workdir, Progress())
-    print(f"\n{as_text(headline(results))}\n\n{as_text(detection_table(results))}\n\n{verdict(results)}")
-    print(f"Report: {arguments.workdir / 'report.md'}")
+    print(f"\n{as_text(short_table(results))}\n\nReport: {arguments.workdir / 'report.md'}")
     return 0
 
 

@@ -86,6 +86,7 @@ def test_run_and_score_on_four_devices(tmp_path):
     assert "[1/6] recording  900 examples in" in done.stderr
     assert "on 4 cpu devices" in done.stderr
     assert "undefended" in done.stdout
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
     assert "Report: " in done.stdout
     again = subprocess.run([*command, "score", *arguments, "--config.scoring.loss.k=7"],
                            env=environment, capture_output=True, text=True, check=False)  # fmt: skip

@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +128,14 @@ def test_sweep_is_an_evaluation_pass_after_the_epoch(tmp_path):
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     np.testing.assert_allclose(store.read("loss")[:, 0], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(store.read("logits")[:, 0], logits, rtol=2e-3, atol=2e-3)
+
+
+def test_bfloat16_records_float32_losses(tmp_path):
+    store, _ = record(tmp_path, 1, epochs=2, spec=replace(SPEC, dtype="bfloat16"))
+    losses = store.read("loss")
+    assert losses.dtype == np.float32
+    assert losses[:, 1].mean() < losses[:, 0].mean() < 2.5
+    assert len(np.unique(losses)) > 1000  # not rounded to 8 bits of mantissa
 
 
 def test_update_is_optax_adamw():

@@ -16,6 +16,19 @@ def headline(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def short_table(results: Mapping[str, Any]) -> list[list[str]]:
+    """Returns header and rows that fit 80 columns: the trained models, the AUROC of their kind, their worst attack."""
+    rows = [["model", "removed", "clean lost", "AUROC", "CA", "mean ASR", "worst attack"]]
+    for name, removed, lost, accuracy, mean, *_ in headline(results)[1:]:
+        variant = results["variants"].get(name, {})
+        model = variant.get("retrained", results["undefended"])
+        auroc = _number(variant["detection"]["auroc"]["overall"]) if "detection" in variant else ""
+        worst = max(model["attack_success_rate"].items(), key=lambda item: item[1], default=None)
+        told = f"{worst[0]} {_percent(worst[1])}" if worst else ""
+        rows.append([name, removed, lost, auroc, accuracy, mean, told])
+    return rows
+
+
 def detection_table(results: Mapping[str, Any]) -> list[list[str]]:
     """Returns header and rows: per kind of trajectory AUROC, average precision, TPR at 1 % FPR, AUROC per attack."""
     rows: list[list[str]] = []

@@ -128,11 +128,11 @@ def _summary(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _set_up_jax() -> None:
-    """Keeps compiled programs in the user's own cache folder, and orbax's and absl's chatter off the screen."""
+    """Keeps compiled programs in the user's own cache folder, and off the screen what orbax logs before it raises."""
     import jax
     from absl import logging
 
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.FATAL)
     cache = Path("~/.cache/badloss_jax/xla").expanduser()
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache))

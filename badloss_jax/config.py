@@ -18,11 +18,12 @@ from ml_collections import ConfigDict, config_flags
 
 from badloss_jax.errors import UsageError
 
-KINDS = ("loss", "prob", "logits", "ranked", "features", "combined")
+RECORDED_KINDS = ("prob", "logits", "ranked", "features")  # beside the loss, which always is
+KINDS = ("loss", *RECORDED_KINDS, "combined")
 RULES = ("fraction", "alpha", "fdr")
 CONTROLS = ("random", "oracle")
 # Where files lie cannot change a result: the data's and the manifest's own fingerprints are hashed in their stead.
-_PLACES = ("data.dir", "data.cache_dir")
+_PLACES = ("data.dir", "data.cache_dir", "attacks.manifest")
 
 
 def default_config() -> ConfigDict:
@@ -117,8 +118,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
       UsageError: no such file or variant, an unknown key (the nearest one is named), a wrong type, an impossible value.
     """
     path, _, variant = spec.partition(":")
-    config = _run_config_file(Path(path), variant)
-    return override(config, overrides)
+    return override(_run_config_file(Path(path), variant), overrides)
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
@@ -143,20 +143,27 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 
 def from_json(text: str) -> ConfigDict:
     """Rebuilds a config that `to_json` wrote, against today's keys and types."""
-    config = default_config()
     try:
-        stored = dict(_leaves(dict(json.loads(text))))
-        missing = dict(_leaves(to_dict(config))).keys() - stored.keys()
-        if missing:
-            raise ValueError(f"{min(missing)} is missing")
-        for key, value in stored.items():
-            _check_key(config, key)
-            group, _, leaf = key.rpartition(".")
-            target = _at(config, group) if group else config
-            target[leaf] = tuple(value) if isinstance(value, list) else value
-    except (TypeError, ValueError) as error:
+        config = _rebuild(json.loads(text))
+    except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"this is not a config of this version of badloss_jax: {error}") from error
     check_config(config)
+    return config
+
+
+def _rebuild(stored: Any) -> ConfigDict:
+    """Sets the default config's leaves one by one: unknown, missing and wrongly typed ones are errors."""
+    if not isinstance(stored, Mapping):
+        raise UsageError(f"a config is a group of keys, not {type(stored).__name__}")
+    config, leaves = default_config(), dict(_leaves(stored))
+    missing = dict(_leaves(to_dict(config))).keys() - leaves.keys()
+    for key, value in leaves.items():
+        _check_key(config, key)
+        group, _, leaf = key.rpartition(".")
+        target = _at(config, group) if group else config
+        target[leaf] = tuple(value) if isinstance(value, list) else value
+    if missing:
+        raise UsageError(f"config key {min(missing)!r} is missing: start from badloss_jax.config.default_config()")
     return config
 
 
@@ -181,14 +188,16 @@ def config_hash(config: ConfigDict) -> str:
     return digest({key: value for key, value in _leaves(to_dict(config)) if key not in _PLACES})
 
 
-def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
-    """Names the keys in which two configs differ, as `key: theirs -> ours`."""
-    new, old = dict(_leaves(to_dict(ours))), dict(_leaves(to_dict(theirs)))
-    return [f"{key}: {old.get(key)} -> {new[key]}" for key in new if new[key] != old.get(key) and key not in _PLACES]
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what differs between two configs, each as `to_dict` gives it: key -> "theirs -> ours"."""
+    new, old = dict(_leaves(ours)), dict(_leaves(theirs))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and key not in _PLACES]
+    return {key: f"{old.get(key)} -> {new.get(key)}" for key in keys}
 
 
 def check_config(config: ConfigDict) -> None:
     """Raises UsageError naming the first key whose value is impossible, with what was expected."""
+    # The registries know their names; they are imported here, as what they hold builds on this module.
     from badloss_jax.attacks import ATTACKS
     from badloss_jax.data import AUGMENTATIONS, SOURCES
     from badloss_jax.models import MODELS
@@ -212,7 +221,7 @@ def check_config(config: ConfigDict) -> None:
     several: dict[str, Sequence[Any]] = {
         "attacks.names": tuple(ATTACKS),
         "controls": CONTROLS,
-        "recording.kinds": KINDS[1:5],
+        "recording.kinds": RECORDED_KINDS,
         "scoring.kinds": KINDS,
     }
     for key, choices in several.items():
@@ -226,7 +235,8 @@ def check_config(config: ConfigDict) -> None:
                 "retraining.epochs", "retraining.batch_size", "evaluation.batch_size", "evaluation.max_triggered",
                 "model.stem_stride"):  # fmt: skip
         _in_range(config, key, 1)
-    for key in ("seed", "data.train_examples", "data.test_examples", "data.pad", "data.image_size",
+    _in_range(config, "seed", 0, 2**63 - 1)
+    for key in ("data.train_examples", "data.test_examples", "data.pad", "data.image_size",
                 "scoring.combined.k", "optimizer.weight_decay"):  # fmt: skip
         _in_range(config, key, 0)
     for key in ("optimizer.learning_rate", "optimizer.loss_clamp", "evaluation.boost"):
@@ -250,6 +260,8 @@ def check_config(config: ConfigDict) -> None:
 
 
 def _check_kinds(config: ConfigDict) -> None:
+    if not config.scoring.kinds:
+        raise UsageError(f"scoring.kinds is empty: expected some of {_listed(KINDS)}")
     recorded = {"loss", *config.recording.kinds}
     for kind in config.scoring.kinds:
         for part in ("features", "ranked") if kind == "combined" else (kind,):
@@ -283,11 +295,14 @@ def _run_config_file(path: Path, variant: str) -> ConfigDict:
         config = module.get_config(variant)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
-    except (AttributeError, KeyError, TypeError, SyntaxError, ImportError, NameError, ValueError) as error:
+    except Exception as error:  # whatever a user's Python file can raise
         raise UsageError(f"config file {path} cannot be used: {' '.join(str(error).split())}") from error
     if not isinstance(config, ConfigDict):
         raise UsageError(f"config file {path}: get_config() returned {type(config).__name__}, expected a ConfigDict")
-    return config
+    try:
+        return _rebuild(config.to_dict())
+    except (UsageError, TypeError) as error:
+        raise UsageError(f"config file {path}: {error}") from error
 
 
 def _check_key(config: ConfigDict, key: str) -> None:
@@ -329,8 +344,8 @@ def _in_range(config: ConfigDict, key: str, low: float, high: float = math.inf, 
     value = _at(config, key)
     below = value <= low if open_low else value < low
     above = value >= high if open_high else value > high
-    if below or above or math.isnan(value):
-        bounds = f"{'more than' if open_low else 'at least'} {low}"
+    if below or above or (isinstance(value, float) and not math.isfinite(value)):
+        bounds = f"a finite number, {'more than' if open_low else 'at least'} {low}"
         if high < math.inf:
             bounds += f" and {'below' if open_high else 'at most'} {high}"
         raise UsageError(f"{key} = {value}: expected {bounds}" + (f" ({why})" if why else ""))

@@ -19,12 +19,12 @@ from badloss_jax.data import Dataset, load_dataset
 from badloss_jax.defenses.badloss import Detection, detect
 from badloss_jax.defenses.controls import oracle_removal, random_removal
 from badloss_jax.errors import DataError, UsageError
-from badloss_jax.evaluation.classifier import evaluate
+from badloss_jax.evaluation.classifier import defense_effectiveness, evaluate
 from badloss_jax.files import write_text
 from badloss_jax.models import ModelSpec
 from badloss_jax.progress import Progress
 from badloss_jax.report.plots import plot_roc, plot_trajectories
-from badloss_jax.report.results import header, variant_entry, write_results, write_scores
+from badloss_jax.report.results import environment, header, variant_entry, write_results, write_scores
 from badloss_jax.report.tables import report_markdown
 from badloss_jax.seeding import derived_seed
 from badloss_jax.training.checkpoint import read_about, save_model
@@ -35,7 +35,7 @@ from badloss_jax.training.state import AdamW, TrainState
 from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.recorder import Recorder
 from badloss_jax.trajectories.store import TrajectoryStore
-from badloss_jax.workdir import append_metrics, claim, read_config
+from badloss_jax.workdir import append_metrics, claim, read_config, start_metrics
 
 
 def run_experiment(
@@ -68,7 +68,7 @@ def run_experiment(
     with claim(workdir, config):
         about = header(config)
         run = _Run(config, workdir, mesh, dataset, manifest, probe_ids, progress or Progress(None))
-        write_text(workdir / "manifest.json", manifest.to_json())
+        run.keep_manifest()
         run.seconds["data"] = time.monotonic() - started
 
         store, recording_model = run.record()
@@ -91,6 +91,8 @@ def run_experiment(
         for name, (removed, detection) in removals.items():
             wanted = detection is None or name in config.retraining.variants
             retrained = run.retrain(name, removed) if wanted else None
+            if retrained is not None:
+                retrained = retrained | {"defense_effectiveness": defense_effectiveness(undefended, retrained)}
             variants[name] = variant_entry(removed, run.attack_of, run.is_probe, detection, retrained)
 
         results = about | {
@@ -117,6 +119,7 @@ def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[
       DataError: the trajectories are incomplete or damaged.
     """
     stored = read_config(workdir)
+    stored.retraining.variants = ()  # nothing is retrained, so no kind must be there for it
     config = change(stored)
     changed = [group for group, value in to_dict(config).items() if value != to_dict(stored)[group]]
     needing_training = [group for group in changed if group not in ("scoring", "rejection")]
@@ -129,7 +132,12 @@ def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[
     if not store.complete:
         raise DataError(f"{store.folder} is not complete: run `badloss run --workdir {workdir}` to the end first")
     labels, is_probe = store.read_examples()
-    attack_of = read_manifest(workdir / "manifest.json").attack_of()
+    manifest = read_manifest(workdir / "manifest.json")
+    if manifest.num_examples != store.num_examples:
+        raise DataError(
+            f"manifest.json speaks of {manifest.num_examples} examples, trajectories/ of {store.num_examples}"
+        )
+    attack_of = manifest.attack_of()
     started = time.monotonic()
     detections, epochs = detect(store, np.flatnonzero(is_probe), config.scoring, config.rejection)
     results = header(config) | {
@@ -173,7 +181,7 @@ class _Run:
         self.spec = ModelSpec(model.name, self.dataset.image_shape, self.dataset.num_classes, tuple(model.stages),
                               model.stem_stride, model.dtype)  # fmt: skip
         # Everything that every phase stands on; how a phase trains is added to it.
-        self.ground = (self.config.seed, self.dataset.fingerprint, self.manifest.digest, asdict(self.spec))
+        self.ground = (self.config.seed, train.fingerprint, self.manifest.digest, asdict(self.spec))
         self._trainings = 2 + len(self.config.retraining.variants) + len(self.config.controls)
         self.progress.note(
             f"{self.config.data.source}: {len(self.labels):,} training images {self.dataset.image_shape} in"
@@ -188,6 +196,16 @@ class _Run:
         started = time.monotonic()
         yield
         self.seconds[phase] = time.monotonic() - started
+
+    def keep_manifest(self) -> None:
+        """Writes the manifest, or compares it with the one that is there."""
+        path = self.workdir / "manifest.json"
+        if not path.is_file():
+            write_text(path, self.manifest.to_json())
+        elif read_manifest(path) != self.manifest:
+            raise UsageError(
+                f"{path} was drawn for other data or taken from another attacks.manifest: choose another --workdir"
+            )
 
     def record(self) -> tuple[TrajectoryStore, dict[str, Any]]:
         """Trains the recording model and stores the trajectories, unless that was done before."""
@@ -206,7 +224,7 @@ class _Run:
             recorder = Recorder(kinds, settings.capture, store, self.mesh, batch_size)
             return self._train("recording", recipe, np.arange(len(self.labels)), recorder)
 
-        evaluation = self._model("recording", identity, training)
+        evaluation = self._model("recording", identity, training, recorded=_is_recorded(folder, identity))
         return TrajectoryStore.open(folder), evaluation
 
     def retrain(self, name: str, removed: np.ndarray) -> dict[str, Any]:
@@ -229,27 +247,41 @@ class _Run:
             on_epoch=lambda record: append_metrics(self.workdir, {"model": self._name} | record),
         )  # fmt: skip
 
-    def _model(self, name: str, identity: str, training: Callable[[], TrainState]) -> dict[str, Any]:
+    def _model(
+        self, name: str, identity: str, training: Callable[[], TrainState], recorded: bool = True
+    ) -> dict[str, Any]:
         """Trains, evaluates and saves a model under models/NAME, or takes what an earlier run of this left there."""
         folder = self.workdir / "models" / name.replace("/", "-")
         self._number += 1
         self._name = name
-        self.progress.phase(f"[{self._number}/{self._trainings}] {name}")
+        title = f"[{self._number}/{self._trainings}] {name}"
+        self.progress.phase(title)
+        tested = digest(identity, self.dataset.test.fingerprint, to_dict(self.config)["evaluation"])
         about = read_about(folder)
-        if about is None:
-            started = time.monotonic()
-            state = training()
-            evaluation = evaluate(self.spec, state, self.dataset.test, self.manifest, self.config.evaluation, self.mesh)
-            about = {"hash": identity, "evaluation": evaluation, "seconds": time.monotonic() - started}
-            save_model(folder, self.spec, state, about)
-        elif about["hash"] == identity:
-            self.progress.note(f"[{self._number}/{self._trainings}] {name}  done before")
-        else:
+        if about is not None and about["hash"] != identity:
             raise UsageError(
                 f"{folder} was trained on other data, or by another version, than this run: choose another --workdir"
             )
+        if about is None or not recorded or about["tested"] != tested:
+            started = time.monotonic()
+            start_metrics(self.workdir, name)
+            state = training()
+            evaluation = evaluate(self.spec, state, self.dataset.test, self.manifest, self.config.evaluation, self.mesh)
+            about = {"hash": identity, "tested": tested, "evaluation": evaluation,
+                     "seconds": time.monotonic() - started, "environment": environment()}  # fmt: skip
+            save_model(folder, self.spec, state, about)
+        else:
+            self.progress.note(f"{title}  done before")
         self.seconds[name] = about["seconds"]
         return about["evaluation"]
+
+
+def _is_recorded(folder: Path, identity: str) -> bool:
+    try:
+        store = TrajectoryStore.open(folder)
+    except DataError:
+        return False
+    return store.complete and store.recording_hash == identity
 
 
 def _manifest(config: ConfigDict, dataset: Dataset) -> Manifest:

@@ -1,9 +1,11 @@
-"""Files written aside and renamed, so that a reader never sees half of one."""
+"""Files written aside and renamed, so that a reader never sees half of one; JSON read without trust."""
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from badloss_jax.errors import DataError
 
@@ -22,6 +24,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         aside = Path(name)
         write(aside)
         aside.chmod(0o644)
+        with open(aside, "rb") as written:
+            os.fsync(written.fileno())
         aside.replace(path)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error}") from error
@@ -33,3 +37,21 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text atomically."""
     write_atomically(path, lambda aside: aside.write_text(text, "utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file that may hold anything.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      DataError: it is no JSON object; it is named.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is damaged: it holds no JSON object")
+    return content

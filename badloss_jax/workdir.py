@@ -21,9 +21,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from badloss_jax.config import config_hash, differences, from_json, to_json
+from badloss_jax.config import config_hash, differences, from_json, to_dict, to_json
 from badloss_jax.errors import DataError, UsageError
-from badloss_jax.files import write_text
+from badloss_jax.files import read_json, write_text
 
 
 @contextmanager
@@ -38,16 +38,16 @@ def claim(folder: Path, config: ConfigDict) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--workdir {folder} is a file, not a folder")
     stored = folder / "config.json"
-    if folder.is_dir() and not stored.is_file() and any(p.name != ".lock" for p in folder.iterdir()):
+    if folder.is_dir() and not stored.is_file() and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise UsageError(f"--workdir {folder} holds other files and no run: choose an empty or a new folder")
     with locked(folder):
         if stored.is_file():
             theirs = read_config(folder)
             if config_hash(theirs) != config_hash(config):
-                changes = differences(config, theirs)
+                changed = [f"{key}: {change}" for key, change in differences(to_dict(config), to_dict(theirs)).items()]
                 raise UsageError(
-                    f"--workdir {folder} holds the run of another config ({'; '.join(changes[:5])}"
-                    f"{'; ...' if len(changes) > 5 else ''}): choose another folder, or go on with that config"
+                    f"--workdir {folder} holds the run of another config ({'; '.join(changed[:5])}"
+                    f"{'; ...' if len(changed) > 5 else ''}): choose another folder, or go on with that config"
                 )
         else:
             write_text(stored, to_json(config))
@@ -80,11 +80,21 @@ def read_config(folder: Path) -> ConfigDict:
 
     Raises:
       UsageError: there is no run, or it was made by a version with other keys.
+      DataError: the file cannot be read.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise UsageError(f"--workdir {folder} holds no run (no config.json in it)")
-    return from_json(path.read_text("utf-8"))
+    return from_json(json.dumps(read_json(path)))
+
+
+def start_metrics(folder: Path, model: str) -> None:
+    """Drops what an interrupted training of this model left in metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    if path.is_file():
+        own = f'{{"model": {json.dumps(model)}, '
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines if line.endswith("\n") and not line.startswith(own)))
 
 
 def append_metrics(folder: Path, record: dict[str, Any]) -> None:

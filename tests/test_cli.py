@@ -112,20 +112,24 @@ def test_progress_shows_a_rate_and_an_eta_in_a_terminal_and_lines_elsewhere():
 
 def test_summary(tmp_path, capsys):
     model = {"clean_accuracy": 0.5, "attack_success_rate": {"patch": 1.0}}
-    for seed in (0, 1):
+    for seed in (0, 1, 2):
         (tmp_path / str(seed)).mkdir()
         retrained = model | {"clean_accuracy": 0.4 + 0.02 * seed}
         variant = {"detection": {"auroc": {"overall": 0.9 + 0.02 * seed}}, "removed_share": 0.4,
                    "clean_removed_share": 0.3, "retrained": retrained}  # fmt: skip
-        results = {"schema_version": 1, "undefended": model, "variants": {"loss/fraction": variant, "logits/alpha": {}}}
+        results = {"schema_version": 1, "config": {"seed": seed, "probes": {"count": 9 if seed == 2 else 8}},
+                   "undefended": model, "variants": {"loss/fraction": variant, "logits/alpha": {}}}  # fmt: skip
         (tmp_path / str(seed) / "results.json").write_text(json.dumps(results))
     assert main(["summary", str(tmp_path / "0"), str(tmp_path / "1")]) == 0
     *_, undefended, loss = capsys.readouterr().out.splitlines()
     assert undefended == "| undefended | 0.0 | 0.0 |  | 50.0 | 100.0 | 100.0 |"
     assert loss == "| loss/fraction | 40.0 | 30.0 | 0.910 ± 0.014 | 41.0 ± 1.4 | 100.0 | 100.0 |"
+    for others, message in (("2", "these differ in probes.count: 8 -> 9"), ("0", "differ in nothing")):
+        assert main(["summary", str(tmp_path / "0"), str(tmp_path / others)]) == 2
+        assert message in capsys.readouterr().err
     (tmp_path / "1" / "results.json").write_text('{"schema_version": 2}')
     assert main(["summary", str(tmp_path / "1")]) == 1
-    assert main(["summary", str(tmp_path / "2")]) == 1
+    assert main(["summary", str(tmp_path / "3")]) == 1
     assert "cannot be used" in capsys.readouterr().err
 
 

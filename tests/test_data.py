@@ -35,7 +35,7 @@ def test_subsets_and_padding():
     assert len(dataset.test.labels) == 7
     assert dataset.train.images[:, :2].max() == 0
     same, other = (load_dataset(settings("digits", train_examples=100, test_examples=7, pad=2), s) for s in (0, 1))
-    assert dataset.fingerprint == same.fingerprint != other.fingerprint
+    assert dataset.train.fingerprint == same.train.fingerprint != other.train.fingerprint
     with pytest.raises(UsageError, match=r"data.train_examples = 1348, and the source has 1347"):
         load_dataset(settings("digits", train_examples=1348), 0)
 
@@ -76,6 +76,7 @@ def test_idx(idx_folder):
         (lambda raw: gzip.compress(idx_bytes(np.zeros((30, 6, 5)), magic=0x0D03)), "not an IDX file"),
         (lambda raw: gzip.compress(struct.pack(">4I", 0x0803, *[2**31] * 3)), "."),
         (lambda raw: gzip.compress(idx_bytes(np.zeros((29, 6, 5)))), "29 images and 30 labels"),
+        (lambda raw: gzip.compress(idx_bytes(np.zeros((0, 6, 5)))), "0 images and 30 labels"),
     ],
 )
 def test_damaged_idx(idx_folder, damage, message):
@@ -112,13 +113,23 @@ def test_image_folder(folder):
     np.testing.assert_array_equal(dataset.train.images[5], expected)
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "1", "I;16", "CMYK"])
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "1", "CMYK"])
 def test_any_pillow_mode(folder, mode):
     image = Image.new(mode, (8, 8))
     suffix = "tiff" if mode == "CMYK" else "png"
     image.save(folder / "train" / "cat" / f"9.{suffix}")
     assert load_dataset(settings("image_folder", folder), 0).train.images.shape == (7, 8, 8, 3)
     assert load_dataset(settings("image_folder", folder, channels=1), 0).train.images.shape == (7, 8, 8, 1)
+
+
+def test_16_bits_are_scaled_and_32_refused(folder):
+    ramp = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(folder / "train" / "cat" / "9.png")
+    dataset = load_dataset(settings("image_folder", folder, channels=1), 0)
+    np.testing.assert_array_equal(dataset.train.images[3, ..., 0], np.round(ramp / 257))
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(folder / "train" / "cat" / "8.tiff")
+    with pytest.raises(DataError, match=r"8.tiff does not decode: pixels of mode 'F'"):
+        load_dataset(settings("image_folder", folder), 0)
 
 
 def test_mixed_sizes(folder):
@@ -134,7 +145,7 @@ def test_empty_class_folder(folder):
         load_dataset(settings("image_folder", folder), 0)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", None])
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0\n", None])
 def test_a_file_that_does_not_decode_is_named_or_skipped(folder, content):
     whole = (folder / "train" / "cat" / "0.png").read_bytes()
     (folder / "train" / "cat" / "bad.png").write_bytes(whole[:-60] if content is None else content)
@@ -142,6 +153,10 @@ def test_a_file_that_does_not_decode_is_named_or_skipped(folder, content):
         load_dataset(settings("image_folder", folder), 0)
     with pytest.warns(UserWarning, match=r"left out 1 of 7 files that do not decode, first .*bad.png"):
         dataset = load_dataset(settings("image_folder", folder, skip_corrupt=True), 0)
+    cached = settings("image_folder", folder, skip_corrupt=True, cache_dir=str(folder / "cache"))
+    for _ in range(2):  # decoded, then from the cache
+        with pytest.warns(UserWarning, match=r"left out 1 of 7 files"):
+            load_dataset(cached, 0)
     np.testing.assert_array_equal(dataset.train.labels, [0, 0, 0, 1, 1, 1])
 
 
@@ -172,13 +187,21 @@ def test_cache_is_keyed_by_content(folder, tmp_path, monkeypatch):
     decode = image_folder._decode
     decoded = []
     monkeypatch.setattr(image_folder, "_decode", lambda files, *rest: decoded.append(files) or decode(files, *rest))
-    assert load_dataset(chosen, 0).fingerprint == first.fingerprint
+    assert load_dataset(chosen, 0).train.fingerprint == first.train.fingerprint
     assert not decoded
     Image.new("RGB", (8, 8)).save(folder / "train" / "cat" / "0.png")
-    assert load_dataset(chosen, 0).fingerprint != first.fingerprint
+    assert load_dataset(chosen, 0).train.fingerprint != first.train.fingerprint
     assert len(decoded) == 1
     load_dataset(chosen | {"channels": 1}, 0)
     assert len(decoded) == 3
+
+
+def test_cached_labels_follow_the_class_folders(folder, tmp_path):
+    chosen = settings("image_folder", folder, cache_dir=str(tmp_path / "cache"))
+    assert load_dataset(chosen, 0).test.labels.tolist() == [0, 0, 1, 1]
+    (folder / "train" / "ant").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "train" / "ant" / "0.png")
+    assert load_dataset(chosen, 0).test.labels.tolist() == [1, 1, 2, 2]
 
 
 def test_a_damaged_cache_is_decoded_again(folder, tmp_path):
@@ -187,8 +210,8 @@ def test_a_damaged_cache_is_decoded_again(folder, tmp_path):
     for path in (tmp_path / "cache").rglob("images.npy"):
         path.write_bytes(path.read_bytes()[:100])
     with pytest.warns(UserWarning, match="damaged"):
-        assert load_dataset(chosen, 0).fingerprint == first.fingerprint
-    assert load_dataset(chosen, 0).fingerprint == first.fingerprint
+        assert load_dataset(chosen, 0).train.fingerprint == first.train.fingerprint
+    assert load_dataset(chosen, 0).train.fingerprint == first.train.fingerprint
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_survived(folder, tmp_path):

@@ -48,7 +48,10 @@ def test_evaluate_by_hand(monkeypatch):
     images[:, 0, 0, 0] = labels
     images[4, 0, 0, 0] = 0  # a mistake on the clean image
 
+    counts = []
+
     def predict(spec, state, x, batch_size, mesh):
+        counts.append(len(x))
         return np.where(x[:, 2, 2, 0] == 1, 1, np.round(x[:, 0, 0, 0] * 255)).astype(int)
 
     monkeypatch.setattr(classifier, "predict", predict)
@@ -60,8 +63,17 @@ def test_evaluate_by_hand(monkeypatch):
     assert got["attack_success_rate"] == {"single_pix": 1.0, "blend_p": 0.0}
     assert got["robust_accuracy"] == {"single_pix": 0.0, "blend_p": 1.0}
     assert got["boosted"] == {"blend_p": 0.0}
+    counts.clear()
     settings.max_triggered = 2
-    assert classifier.evaluate(None, None, Split(images, labels), manifest, settings, None)["boosted"]["blend_p"] == 0
+    classifier.evaluate(None, None, Split(images, labels), manifest, settings, None)
+    assert counts == [6, 2, 2, 2]
+
+
+def test_defense_effectiveness_by_hand():
+    before = {"clean_accuracy": 0.9, "attack_success_rate": {"a": 0.8, "b": 0.1}}
+    after = {"clean_accuracy": 0.8, "attack_success_rate": {"a": 0.2, "b": 0.3}}
+    assert classifier.defense_effectiveness(before, after) == {"a": pytest.approx(0.75), "b": pytest.approx(0.45)}
+    assert classifier.defense_effectiveness(after, before) == {"a": pytest.approx(0.5), "b": pytest.approx(0.6)}
 
 
 def test_predict_pads_the_last_batch(mesh):

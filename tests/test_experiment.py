@@ -1,6 +1,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,8 +29,19 @@ def command(workdir, *extra, **changed):
             *overrides(**changed), *extra]  # fmt: skip
 
 
-def run(arguments, **options):
-    return subprocess.run(arguments, capture_output=True, text=True, check=False, env=ENVIRONMENT, **options)
+def run(arguments):
+    return subprocess.run(arguments, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+
+
+def run_on_a_full_disk(arguments, home):
+    """No file can grow beyond 4 KiB; nothing but the run itself writes any."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    environment = ENVIRONMENT | {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment, preexec_fn=limit)
 
 
 def tree(folder):
@@ -107,7 +119,8 @@ def test_models_are_saved(finished, mesh):
     spec, _ = load_model(workdir / "models" / "loss-fraction", mesh)
     assert spec.num_classes == 10
     about = json.loads((workdir / "models" / "loss-fraction" / "about.json").read_text())
-    assert about["evaluation"] == results["variants"]["loss/fraction"]["retrained"]
+    retrained = results["variants"]["loss/fraction"]["retrained"]
+    assert retrained == about["evaluation"] | {"defense_effectiveness": retrained["defense_effectiveness"]}
 
 
 def test_finished_phases_are_not_run_again(finished, mesh, monkeypatch):
@@ -140,7 +153,7 @@ def test_a_clean_training_set_runs(tmp_path, tiny, mesh):
     assert results["variants"]["loss/fraction"]["recall"] == {}
     assert results["undefended"]["attack_success_rate"] == {}
     assert results["variants"]["loss/fraction"]["detection"]["auroc"] == {"overall": None}
-    assert (tmp_path / "report.md").is_file()
+    assert ".png" not in (tmp_path / "report.md").read_text()
 
 
 def test_rescoring_never_touches_the_run(finished):
@@ -159,6 +172,12 @@ def test_rescoring_never_touches_the_run(finished):
     assert (folder / "scores.parquet").is_file()
     same, _ = rescore(workdir, lambda config: override(config, change))
     assert same == folder
+
+
+def test_rescoring_takes_fewer_kinds(finished):
+    workdir, *_ = finished
+    _, rescored = rescore(workdir, lambda config: override(config, ["--config.scoring.kinds=('loss',)"]))
+    assert rescored["variants"].keys() == {f"loss/{rule}" for rule in RULES}
 
 
 def test_rescoring_refuses_what_needs_training(finished, tmp_path):
@@ -206,7 +225,58 @@ def test_other_data_under_the_same_config_is_refused(tmp_path, mesh):
     results = run_experiment(config, tmp_path / "run", mesh=mesh)
     assert results["undefended"]["attack_success_rate"].keys() == {"patch"}
     Image.fromarray(np.zeros((12, 12), np.uint8)).save(tmp_path / "data" / "train" / "a" / "00.png")
+    before = tree(tmp_path / "run")
     with pytest.raises(UsageError, match="was trained on other data"):
+        run_experiment(config, tmp_path / "run", mesh=mesh)
+    assert tree(tmp_path / "run") == before
+
+
+def test_another_manifest_under_the_same_config_is_refused(finished, tmp_path, tiny, mesh):
+    workdir, *_ = finished
+    own = tmp_path / "own.json"
+    own.write_bytes((workdir / "manifest.json").read_bytes())
+    config = tiny(attacks__manifest=own, controls="()", retraining__variants="()")
+    run_experiment(config, tmp_path / "run", mesh=mesh)
+    changed = json.loads(own.read_text())
+    changed["attacks"]["patch"]["example_ids"].pop()
+    own.write_text(json.dumps(changed))
+    before = tree(tmp_path / "run")
+    with pytest.raises(UsageError, match=r"taken from another attacks.manifest"):
+        run_experiment(config, tmp_path / "run", mesh=mesh)
+    assert tree(tmp_path / "run") == before
+
+
+def test_lost_trajectories_are_recorded_again(finished, tmp_path, mesh):
+    workdir, config, results = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "trajectories" / "logits")
+    again = run_experiment(config, tmp_path / "run", mesh=mesh)
+    assert again["variants"] == json.loads(json.dumps(results["variants"]))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    told = [(line["model"], line["epoch"]) for line in lines]
+    assert len(told) == len(set(told)) == 3 + 2 * 5
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("config.json", b"\xff\xfe"), ("config.json", b"[" * 100_000), ("trajectories/about.json", b"[" * 100_000),
+     ("manifest.json", b"{}"), ("trajectories/loss/epoch_0000.npy", b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', "
+      b"'fortran_order': False, 'shape': (1000000000000000,), }" + b" " * 40 + b"\n")],
+)  # fmt: skip
+def test_a_damaged_workdir_is_said(finished, tmp_path, name, content):
+    workdir, *_ = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(content)
+    with pytest.raises((DataError, UsageError), match=r"damaged|not a usable manifest|not a config"):
+        rescore(tmp_path / "run", lambda config: config)
+
+
+@pytest.mark.parametrize("content", ["{}", "[", "[" * 100_000])
+def test_a_damaged_model_is_said(finished, tmp_path, mesh, content):
+    workdir, config, _ = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run" / "models" / "oracle" / "about.json").write_text(content)
+    with pytest.raises(DataError, match=r"oracle/about.json (lacks|is damaged)"):
         run_experiment(config, tmp_path / "run", mesh=mesh)
 
 
@@ -250,17 +320,29 @@ def test_killed_and_run_again_ends_alike(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:os.fork")
-def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
-    def small_files_only():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    failed = run(command(tmp_path / "full"), preexec_fn=small_files_only)
-    assert failed.returncode == 1, failed.stderr
-    assert failed.stderr.count("badloss: error:") == 1
+def test_a_full_disk_is_said(tmp_path):
+    failed = run_on_a_full_disk(command(tmp_path / "full"), tmp_path)
+    assert failed.returncode == 1
     assert "Traceback" not in failed.stderr
-    assert "File too large" in failed.stderr or "cannot be" in failed.stderr
+    assert "badloss: error:" in failed.stderr.splitlines()[-1]
+    assert "cannot be written" in failed.stderr
+
+
+@pytest.mark.filterwarnings("ignore:os.fork")
+def test_a_full_disk_loses_nothing(finished, tmp_path):
+    """While a model is saved; orbax's own threads may have their say beside ours then."""
+    shutil.copytree(finished[0], tmp_path / "full")
+    shutil.rmtree(tmp_path / "full" / "models" / "undefended")
+    (tmp_path / "full" / "results.json").unlink()
+    before = tree(tmp_path / "full")
+    arguments = command(tmp_path / "full", scoring__kinds=f"{KINDS}", scoring__prob__k=5)
+    failed = run_on_a_full_disk(arguments, tmp_path)
+    assert failed.returncode == 1
+    assert failed.stderr.count("badloss: error:") == 1
+    after = tree(tmp_path / "full")
+    assert all(after[name] == content for name, content in before.items() if name not in (".lock", "metrics.jsonl"))
     assert not (tmp_path / "full" / "results.json").exists()
+    assert run(arguments).returncode == 0
 
 
 def test_a_read_only_folder_is_said(tmp_path, tiny, mesh):

@@ -27,7 +27,6 @@ def test_fashion_mnist(tmp_path, mesh):
     dataset = load_dataset(load_config("configs/fashion_mnist.py").data, 0)
     assert dataset.train.images.shape == (60_000, 28, 28, 1)
     assert dataset.test.images.shape == (10_000, 28, 28, 1)
-    assert dataset.class_names[9] == "Ankle boot"
     results = run_experiment(config, tmp_path, mesh=mesh)
     assert results["undefended"]["clean_accuracy"] > 0.5
     assert len(results["undefended"]["attack_success_rate"]) == 6

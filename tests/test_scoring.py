@@ -134,6 +134,8 @@ def test_anomaly_scores():
     np.testing.assert_allclose(scores, [0, 1, 0.5])  # log 0.01, log 1, log 0.1
     np.testing.assert_allclose(anomaly_scores(np.array([1.0, 3.0, 2.0]), transform="linear"), [0, 1, 0.5])
     np.testing.assert_array_equal(anomaly_scores(np.ones(3)), 0)
+    with pytest.raises(UsageError, match="unknown transform 'Log'"):
+        anomaly_scores(np.ones(3), transform="Log")
 
 
 def test_mean_standardised_by_hand():

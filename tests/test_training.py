@@ -20,7 +20,7 @@ from badloss_jax.training.loop import Recipe, train
 from badloss_jax.training.mesh import check_batch_size, make_mesh
 from badloss_jax.training.resident import ResidentData
 from badloss_jax.training.state import AdamW, create_state, graph_of
-from badloss_jax.training.step import make_train_step
+from badloss_jax.training.step import make_sweep_step, make_train_step
 from badloss_jax.trajectories.buffer import create_buffer
 from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.recorder import Recorder
@@ -99,6 +99,34 @@ def test_compiled_step_gathers_only_ids_and_losses_and_aliases_the_buffer():
     assert not [shape for shape, _ in collectives if re.search(r"\[\d+,30\]", shape)]
     position = len(jax.tree.leaves(state))
     assert f"{{{position}}}: ({position}, {{}}, may-alias)" in text
+
+
+def test_compiled_sweep_gathers_only_one_batch_of_values_and_aliases_the_buffer():
+    mesh, kinds = make_mesh(), Kinds(("logits", "ranked", "features"), 10, 16, feature_dim=7)
+    data, buffer = resident(mesh), create_buffer(kinds, 797, 30, mesh)
+    state = create_state(SPEC, AdamW(), 0, mesh)
+    step = make_sweep_step(SPEC, kinds, mesh)
+    text = step.lower(state, buffer, data, np.arange(64, dtype=np.int32), np.int32(0)).compile().as_text()
+    collectives = re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute)\S*\(", text)
+    shapes = {re.sub(r"\{.*?\}", "", shape) for shape in collectives}
+    assert shapes
+    assert not [shape for shape in shapes if re.search(r"\[(800|100|797),", shape) or ",30" in shape], shapes
+    count = text[: text.index("entry_computation_layout")].count("may-alias")
+    assert count == len(buffer) == 4
+
+
+def test_augmented_training_is_the_same_on_any_number_of_devices(tmp_path):
+    one, four, plain = (record(tmp_path / f"{n}{a}", n, epochs=1, augment=a)[0].read("loss")
+                        for n, a in ((1, "crop_flip"), (4, "crop_flip"), (1, "none")))  # fmt: skip
+    np.testing.assert_allclose(four, one, rtol=0, atol=1e-5)
+    assert np.abs(one - plain).mean() > 0.01
+
+
+def test_weights_that_diverge_in_the_last_update_are_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Recipe, "learning_rate_at", lambda self, epoch: np.inf)
+    mesh = make_mesh(jax.devices()[:1])
+    with pytest.raises(NonFiniteLossError, match=r"the last update of phase 'test'"):
+        train(SPEC, Recipe(1, 1, 32), resident(mesh), np.arange(20), seed=0, phase="test", mesh=mesh)
 
 
 def test_step_capture_is_what_the_training_step_saw(tmp_path):
@@ -198,7 +226,7 @@ def test_batch_size_must_be_divisible_by_the_devices():
 
 def test_saved_model_comes_back_bit_by_bit(tmp_path, mesh):
     state = create_state(SPEC, AdamW(), 7, mesh)
-    save_model(tmp_path / "m", SPEC, state, {"hash": "h"})
+    save_model(tmp_path / "m", SPEC, state, {"hash": "", "tested": "", "evaluation": {}, "seconds": 1.0})
     spec, loaded = load_model(tmp_path / "m", mesh)
     assert spec == SPEC
     for ours, theirs in ((state.params, loaded.params), (state.batch_stats, loaded.batch_stats)):

@@ -4,7 +4,6 @@ Attacks never write images. The manifest and the source reproduce a poisoned tra
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from badloss_jax.attacks import ATTACKS, make_trigger
+from badloss_jax.attacks import ATTACKS
 from badloss_jax.config import digest
 from badloss_jax.errors import BadlossError, DataError, UsageError
+from badloss_jax.files import read_json
 from badloss_jax.seeding import derived_seed, generator
 
 _FORMAT = "badloss_jax.manifest/1"
@@ -72,26 +72,29 @@ def draw_manifest(
     """Draws target classes and victims (BaDLoss, section 5.1): no image twice, one target class an attack.
 
     Attacks that change labels take images of other classes than their target; clean-label attacks take images of their
-    target class, and `ratio` is a share of that class. Targets differ while there are classes enough.
+    target class, and `ratio` is a share of that class. Targets differ while there are classes enough, and an attack has
+    the same one with or without the others.
 
     Args:
       settings: `config.attacks`.
       labels: int [N], the true labels.
       num_classes: K.
       image_shape: (H, W, C).
-      seed: everything is a function of it and of the attack's name.
+      seed: of all that is drawn.
 
     Raises:
       UsageError: more poison asked for than there are images, naming both numbers; a target that is no class.
     """
     names = tuple(settings["names"])
-    drawn = generator(seed, "targets").permutation(num_classes)
-    targets = {}
-    for position, name in enumerate(names):
-        asked = settings[name]["target"]
-        if asked >= num_classes:
-            raise UsageError(f"attacks.{name}.target = {asked}: expected a class from 0 to {num_classes - 1}")
-        targets[name] = int(asked if asked >= 0 else drawn[position % num_classes])
+    targets = {name: settings[name]["target"] for name in names}
+    for name, target in targets.items():
+        if target >= num_classes:
+            raise UsageError(f"attacks.{name}.target = {target}: expected a class from 0 to {num_classes - 1}")
+    order = generator(seed, "targets").permutation(num_classes)
+    drawn = [int(target) for target in order if target not in targets.values()] or order.tolist()
+    for name, target in targets.items():
+        if target < 0:
+            targets[name] = drawn[list(ATTACKS).index(name) % len(drawn)]
     free = np.ones(len(labels), bool)
     plans = {}
     for name in sorted(names, key=lambda name: not ATTACKS[name].clean_label):  # the choosy ones first
@@ -118,11 +121,13 @@ def choose_probes(manifest: Manifest, count: int, seed: int) -> Int[np.ndarray, 
     """Draws P clean example ids, sorted. Fewer probes of the same seed are a subset of more.
 
     Raises:
-      UsageError: fewer clean examples than probes asked for, naming both numbers.
+      UsageError: no clean example would be left beside the probes, naming both numbers.
     """
     clean = np.setdiff1d(np.arange(manifest.num_examples), manifest.poisoned_ids)
-    if count > len(clean):
-        raise UsageError(f"probes.count = {count}, and only {len(clean)} examples are clean")
+    if count >= len(clean):
+        raise UsageError(
+            f"probes.count = {count}, and {len(clean)} examples are clean: expected fewer probes than that"
+        )
     order = generator(seed, "probes").permutation(clean)
     return np.sort(order[:count])
 
@@ -132,13 +137,11 @@ def read_manifest(path: Path) -> Manifest:
 
     Raises:
       UsageError: no such file.
-      DataError: it is not a manifest, or names unknown attacks, impossible targets, or an id twice.
+      DataError: it is not a manifest, or names unknown attacks, impossible parameters or targets, or an id twice.
     """
-    if not path.is_file():
-        raise UsageError(f"manifest {path} does not exist")
     try:
-        raw = json.loads(path.read_text("utf-8"))
-        if not isinstance(raw, dict) or raw.get("format") != _FORMAT:
+        raw = read_json(path)
+        if raw.get("format") != _FORMAT:
             raise DataError(f"its format is not {_FORMAT}")
         height, width, channels = (_integer(size) for size in raw["image_shape"])
         manifest = Manifest(
@@ -148,7 +151,9 @@ def read_manifest(path: Path) -> Manifest:
             attacks={str(name): _plan(plan) for name, plan in raw["attacks"].items()},
         )
         _check(manifest)
-    except (BadlossError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except FileNotFoundError as error:
+        raise UsageError(f"manifest {path} does not exist") from error
+    except (BadlossError, KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise DataError(f"{path} is not a usable manifest: {error}") from error
     return manifest
 
@@ -173,15 +178,20 @@ def load_manifest(path: Path, num_examples: int, num_classes: int, image_shape: 
 
 def _plan(raw: Mapping[str, Any]) -> AttackPlan:
     parameters = {str(key): float(value) for key, value in raw["parameters"].items()}
-    if not all(math.isfinite(value) for value in parameters.values()):
-        raise DataError(f"parameters are not finite: {parameters}")
     ids = tuple(_integer(i) for i in raw["example_ids"])
     return AttackPlan(_integer(raw["target"]), _integer(raw["seed"]), ids, parameters)
 
 
 def _check(manifest: Manifest) -> None:
     for name, plan in manifest.attacks.items():
-        make_trigger(name, manifest.image_shape, plan.seed, **plan.parameters)
+        if name not in ATTACKS:
+            raise DataError(f"unknown attack {name!r}: expected one of {', '.join(ATTACKS)}")
+        expected = ATTACKS[name].parameters
+        if plan.parameters.keys() != set(expected):
+            raise DataError(f"attack {name!r} has the parameters {sorted(plan.parameters)}, expected {list(expected)}")
+        for key, value in plan.parameters.items():
+            if not 0 < value <= (1 if key == "strength" else 1e6):
+                raise DataError(f"attack {name!r} has {key} {value}")
         if not 0 <= plan.target < manifest.num_classes:
             raise DataError(f"attack {name!r} has target {plan.target} of {manifest.num_classes} classes")
         if not plan.example_ids:

@@ -1,5 +1,6 @@
 """What a trigger is, and the two ways in which triggers are put on an image."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,11 @@ class Attack:
     make: Callable[..., Trigger]
     boosted: str | None = None
     clean_label: bool = False
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of the trigger's own parameters."""
+        return tuple(inspect.signature(self.make).parameters)[2:]
 
 
 def stamp(mask: np.ndarray) -> Trigger:

@@ -14,7 +14,6 @@ from badloss_jax.data.dataset import Dataset, Split
 from badloss_jax.errors import DataError, UsageError
 
 _FILES = {"train": "train", "test": "t10k"}
-_FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
 def load(settings: Mapping[str, Any]) -> Dataset:
@@ -30,9 +29,10 @@ def load(settings: Mapping[str, Any]) -> Dataset:
         images = _read(folder / f"{prefix}-images-idx3-ubyte.gz", 3)
         labels = _read(folder / f"{prefix}-labels-idx1-ubyte.gz", 1)
         splits[name] = Split(images[..., None], labels.astype(np.int32))
-    count = int(splits["train"].labels.max()) + 1
-    fashion = count == len(_FASHION) and "fashion" in str(folder).lower()
-    return Dataset(splits["train"], splits["test"], _FASHION if fashion else tuple(str(c) for c in range(count)))
+    if not len(splits["train"].labels):
+        raise DataError(f"{folder} has no training examples")
+    names = tuple(str(label) for label in range(int(splits["train"].labels.max()) + 1))
+    return Dataset(splits["train"], splits["test"], names)
 
 
 def _read(path: Path, dimensions: int) -> np.ndarray:

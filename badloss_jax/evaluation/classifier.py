@@ -64,6 +64,13 @@ def evaluate(
     return result
 
 
+def defense_effectiveness(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
+    """Returns DER per attack, in [0, 1]: (max(0, ASR0 - ASR1) - max(0, CA0 - CA1) + 1) / 2 (Zhu et al. 2023)."""
+    lost = max(0.0, before["clean_accuracy"] - after["clean_accuracy"])
+    rates = after["attack_success_rate"]
+    return {name: (max(0.0, before["attack_success_rate"][name] - rates[name]) - lost + 1) / 2 for name in rates}
+
+
 def _as_float(images: np.ndarray) -> np.ndarray:
     return images.astype(np.float32) / 255
 

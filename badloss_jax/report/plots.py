@@ -3,17 +3,13 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from jaxtyping import Bool, Float
+from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
 from badloss_jax.defenses.badloss import Detection
 from badloss_jax.files import write_atomically
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-")
@@ -27,8 +23,8 @@ def plot_trajectories(
     attacks = sorted(set(attack_of) - {""})
     columns = min(3, len(attacks))
     rows = -(-len(attacks) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.9 * rows), sharex=True, sharey=True,
-                                squeeze=False, layout="constrained")  # fmt: skip
+    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     groups = {"clean": ((attack_of == "") & ~is_probe, "#888888", "-"), "probes": (is_probe, "#000000", "--")}
     for axis, name in zip(axes.flat, attacks, strict=False):
         for label, (rows_of, colour, dash) in (groups | {name: (attack_of == name, "#D55E00", "-")}).items():
@@ -53,8 +49,8 @@ def plot_roc(
     attacks = sorted(set(attack_of) - {""})
     columns = min(3, len(detections))
     rows = -(-len(detections) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.9 * rows), sharex=True, sharey=True,
-                                squeeze=False, layout="constrained")  # fmt: skip
+    figure = Figure(figsize=(4.2 * columns, 3.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     clean = (attack_of == "") & ~is_probe
     for axis, (kind, detection) in zip(axes.flat, detections.items(), strict=False):
         for i, name in enumerate(attacks):
@@ -71,6 +67,5 @@ def plot_roc(
     _save(figure, path)
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     write_atomically(path, lambda aside: figure.savefig(aside, dpi=110))
-    plt.close(figure)

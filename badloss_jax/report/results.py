@@ -20,7 +20,7 @@ from badloss_jax.config import config_hash, to_dict
 from badloss_jax.defenses.badloss import Detection
 from badloss_jax.errors import DataError
 from badloss_jax.evaluation.detection import detection_metrics, removal_metrics
-from badloss_jax.files import write_atomically, write_text
+from badloss_jax.files import read_json, write_atomically, write_text
 from badloss_jax.scoring import anomaly_scores
 
 SCHEMA_VERSION = 1
@@ -78,10 +78,10 @@ def read_results(path: Path) -> dict[str, Any]:
       DataError: there are none, they are damaged, of another schema, or of a rescoring.
     """
     try:
-        results = json.loads(path.read_text("utf-8"))
+        results = read_json(path)
         if results["schema_version"] != SCHEMA_VERSION or "undefended" not in results:
             raise ValueError(f"not the results of a run in schema {SCHEMA_VERSION}")
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise DataError(f"{path} cannot be used: {error}") from error
     return results
 

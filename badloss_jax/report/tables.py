@@ -4,6 +4,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from badloss_jax.config import differences
+from badloss_jax.errors import UsageError
+
 
 def headline(results: Mapping[str, Any]) -> list[list[str]]:
     """Returns header and rows: per trained model what was removed, clean accuracy and attack success rates."""
@@ -60,14 +63,25 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Returns header and rows over the results.json of several seeds: per trained model mean +- standard deviation.
 
     The deviation is the sample's (n - 1), and is left out for one seed. ASR per attack are means.
+
+    Raises:
+      UsageError: the runs differ in more than their seed, or two have the same.
     """
+    for run in runs[1:]:
+        changed = differences(run["config"], runs[0]["config"])
+        if changed.keys() != {"seed"}:
+            told = "; ".join(f"{key}: {change}" for key, change in changed.items() if key != "seed")
+            raise UsageError(f"the runs must differ in their seed alone, and these differ in {told or 'nothing'}")
+    if len({run["config"]["seed"] for run in runs}) < len(runs):
+        raise UsageError(f"two runs have the same seed: {', '.join(str(run['config']['seed']) for run in runs)}")
     attacks = list(runs[0]["undefended"]["attack_success_rate"])
     rows = [["model", "removed", "clean lost", "AUROC", "CA", "mean ASR", *attacks]]
     trained = [name for name, variant in runs[0]["variants"].items() if "retrained" in variant]
     for name in ("undefended", *trained):
-        variants = [run["variants"].get(name, {}) for run in runs]
-        models = [variant.get("retrained", run["undefended"]) for variant, run in zip(variants, runs, strict=True)]
+        variants = [{"retrained": run["undefended"]} if name == "undefended" else run["variants"][name] for run in runs]
+        models = [variant["retrained"] for variant in variants]
         aurocs = [variant["detection"]["auroc"]["overall"] for variant in variants if "detection" in variant]
+        aurocs = [auroc for auroc in aurocs if auroc is not None]
         rates = [model["attack_success_rate"] for model in models]
         rows.append([
             name,
@@ -119,6 +133,16 @@ trigger's own doing.
 
 """
 
+_ROC = """
+![ROC per attack](roc.png)
+"""
+
+_TRAJECTORIES = """
+## Trajectories
+
+![Loss over the epochs](trajectories.png)
+"""
+
 _REPORT = """\
 # BaDLoss report
 
@@ -127,18 +151,14 @@ _REPORT = """\
 AUROC overall and per attack, before any threshold; probes are left out.
 
 {detection}
-
-![ROC per attack](roc.png)
+{roc}
 
 ## Removal
 
 What each rule removes: of all examples, of the clean ones, and of each attack's.
 
 {removal}
-
-## Trajectories
-
-![Loss over the epochs](trajectories.png)
+{trajectories}
 
 ## Run
 
@@ -154,11 +174,14 @@ def report_markdown(results: Mapping[str, Any]) -> str:
     models = ""
     if "undefended" in results:
         models = _MODELS.format(verdict=verdict(results), headline=as_markdown(headline(results)))
+    attacked = any(variant["recall"] for variant in results["variants"].values())
     seconds = [[phase, f"{spent:.1f}"] for phase, spent in results["seconds"].items()]
     return _REPORT.format(
         models=models,
         detection=as_markdown(detection_table(results)),
         removal=as_markdown(removal_table(results)),
+        roc=_ROC if attacked else "",
+        trajectories=_TRAJECTORIES if attacked else "",
         source=config["data"]["source"],
         seed=config["seed"],
         config_hash=results["config_hash"],

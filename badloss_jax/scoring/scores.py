@@ -37,6 +37,8 @@ def anomaly_scores(
 
     Ranks are those of the distances. Thresholds are made from distances, never from scores that were scaled set by set.
     """
+    if transform not in ("log", "linear"):
+        raise UsageError(f"unknown transform {transform!r}: expected log or linear")
     values = np.asarray(distances, np.float64)
     if transform == "log":
         if values.min() + eps <= 0:

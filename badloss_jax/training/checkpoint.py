@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from badloss_jax.errors import DataError
-from badloss_jax.files import write_text
+from badloss_jax.files import read_json, write_text
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.mesh import replicated
 from badloss_jax.training.state import AdamW, TrainState, create_state
@@ -30,6 +30,10 @@ def save_model(folder: Path, spec: ModelSpec, state: TrainState, about: dict[str
     """
     try:
         shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        needed, free = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(_pure(state))), shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError(f"{needed} bytes are needed and {free} free")
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder.resolve() / "weights", _pure(state))
     except (OSError, ValueError) as error:
@@ -41,16 +45,16 @@ def read_about(folder: Path) -> dict[str, Any] | None:
     """Returns what `about.json` says, or None if no whole model is there.
 
     Raises:
-      DataError: the file is damaged.
+      DataError: the file is damaged, or lacks a key.
     """
-    path = folder / "about.json"
-    if not path.is_file():
-        return None
     try:
-        about = json.loads(path.read_text("utf-8"))
-        return dict(about)
-    except (OSError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error}): remove {folder} to train this model again") from error
+        about = read_json(folder / "about.json")
+    except FileNotFoundError:
+        return None
+    missing = {"spec", "hash", "tested", "evaluation", "seconds"} - about.keys()
+    if missing:
+        raise DataError(f"{folder / 'about.json'} lacks {min(missing)}: remove {folder} to train this model again")
+    return about
 
 
 def load_model(folder: Path, mesh: Mesh) -> tuple[ModelSpec, TrainState]:

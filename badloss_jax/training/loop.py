@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
@@ -103,6 +104,8 @@ def train(
         if on_epoch:
             on_epoch({"epoch": epoch, "loss": mean_loss, "learning_rate": float(learning_rate),
                       "examples_per_second": len(example_ids) / seconds})  # fmt: skip
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params)):
+        raise NonFiniteLossError(f"the last update of phase {phase!r} made the network's weights NaN or infinite")
     progress.end()
     return state
 

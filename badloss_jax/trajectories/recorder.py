@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from badloss_jax.data.order import cut_batches
+from badloss_jax.errors import NonFiniteLossError
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.resident import ResidentData
 from badloss_jax.training.state import TrainState
@@ -44,15 +44,26 @@ class Recorder:
         return self.kinds if self.capture == "step" else None
 
     def end_epoch(self, spec: ModelSpec, state: TrainState, data: ResidentData, epoch: int) -> None:
-        """Sweeps over the training set if that is how it captures, and stores the epoch."""
+        """Sweeps over the training set if that is how it captures, and stores the epoch.
+
+        Raises:
+          NonFiniteLossError: some example's loss, or another value, is not finite; the epoch is stored all the same.
+        """
         if self.capture == "sweep":
             step = make_sweep_step(spec, self.kinds, self.mesh)
             ids = np.arange(len(data))
             for batch in cut_batches(ids, self.batch_size, padding_id(len(data), self.mesh)):
                 self.buffer = step(state, self.buffer, data, batch, np.int32(epoch))
-        self.flush(epoch)
+        columns = self.flush(epoch)
+        for kind, column in columns.items():
+            if not np.isfinite(column).all():
+                raise NonFiniteLossError(
+                    f"after epoch {epoch} the network's {kind} is NaN or infinite for some examples; what was recorded"
+                    f" is kept in {self.store.folder}. A smaller --config.optimizer.learning_rate usually helps"
+                )
 
-    def flush(self, epoch: int) -> None:
-        """Stores what is recorded of the epoch; cells that are not are NaN."""
-        jax.block_until_ready(self.buffer)
-        self.store.write_epoch(epoch, read_column(self.buffer, epoch, self.store.num_examples))
+    def flush(self, epoch: int) -> dict[str, np.ndarray]:
+        """Stores and returns what is recorded of the epoch, kind -> [N, ...]; cells that are not are NaN."""
+        columns = read_column(self.buffer, epoch, self.store.num_examples)
+        self.store.write_epoch(epoch, columns)
+        return columns

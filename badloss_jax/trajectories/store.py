@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from badloss_jax.errors import DataError
-from badloss_jax.files import write_atomically, write_text
+from badloss_jax.files import read_json, write_atomically, write_text
 
 _FORMAT = "badloss_jax.trajectories/1"
 
@@ -73,7 +73,7 @@ class TrajectoryStore:
           DataError: there is none, or `about.json` is damaged.
         """
         try:
-            about = json.loads((folder / "about.json").read_text("utf-8"))
+            about = read_json(folder / "about.json")
             if about["format"] != _FORMAT:
                 raise DataError(f"format {about['format']!r}, expected {_FORMAT!r}")
             layout = {
@@ -84,7 +84,7 @@ class TrajectoryStore:
             return cls(folder, str(about["recording_hash"]), *sizes, layout)
         except FileNotFoundError as error:
             raise DataError(f"{folder} holds no recorded trajectories") from error
-        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise DataError(f"{folder / 'about.json'} is damaged: {error}") from error
 
     @property
@@ -112,7 +112,7 @@ class TrajectoryStore:
         for position, epoch in enumerate(epochs):
             path = self._path(kind, int(epoch))
             try:
-                column = np.load(path, allow_pickle=False)
+                column = np.load(path, mmap_mode="r", allow_pickle=False)  # its header may claim anything
             except (OSError, ValueError, EOFError) as error:
                 raise DataError(f"{path} is missing or damaged: {error}") from error
             expected = (self.num_examples, *shape)

@@ -57,10 +57,7 @@ def run_experiment(
     """
     check_config(config)
     mesh = mesh or make_mesh()
-    check_batch_size("recording.batch_size", config.recording.batch_size, mesh)
-    check_batch_size("retraining.batch_size", config.retraining.batch_size, mesh)
-    if config.model.dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-        raise UsageError("model.dtype = 'float64' needs the environment variable JAX_ENABLE_X64=1")
+    _check_devices(config, mesh)
     started = time.monotonic()
     dataset = load_dataset(config.data, config.seed)
     manifest = _manifest(config, dataset)
@@ -75,20 +72,9 @@ def run_experiment(
         with run.timed("scoring"):
             detections, epochs = detect(store, probe_ids, config.scoring, config.rejection)
 
-        keep_all = np.zeros(manifest.num_examples, bool)
-        undefended = run.retrain("undefended", keep_all)
-        removals: dict[str, tuple[np.ndarray, Detection | None]] = {
-            f"{kind}/{rule}": (removed, detection)
-            for kind, detection in detections.items()
-            for rule, removed in detection.removed.items()
-        }
-        if "random" in config.controls:
-            fraction = config.rejection.fraction
-            removals["random/fraction"] = (random_removal(len(keep_all), probe_ids, fraction, config.seed), None)
-        if "oracle" in config.controls:
-            removals["oracle"] = (oracle_removal(len(keep_all), manifest.poisoned_ids), None)
+        undefended = run.retrain("undefended", np.zeros(manifest.num_examples, bool))
         variants = {}
-        for name, (removed, detection) in removals.items():
+        for name, removed, detection in _removals(config, detections, manifest, probe_ids):
             wanted = detection is None or name in config.retraining.variants
             retrained = run.retrain(name, removed) if wanted else None
             if retrained is not None:
@@ -282,6 +268,27 @@ def _is_recorded(folder: Path, identity: str) -> bool:
     except DataError:
         return False
     return store.complete and store.recording_hash == identity
+
+
+def _check_devices(config: ConfigDict, mesh: Mesh) -> None:
+    check_batch_size("recording.batch_size", config.recording.batch_size, mesh)
+    check_batch_size("retraining.batch_size", config.retraining.batch_size, mesh)
+    if config.model.dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        raise UsageError("model.dtype = 'float64' needs the environment variable JAX_ENABLE_X64=1")
+
+
+def _removals(
+    config: ConfigDict, detections: dict[str, Detection], manifest: Manifest, probe_ids: np.ndarray
+) -> Iterator[tuple[str, np.ndarray, Detection | None]]:
+    """Yields (variant, removed bool [N], its detection) of every kind and rule, then of the controls."""
+    for kind, detection in detections.items():
+        for rule, removed in detection.removed.items():
+            yield f"{kind}/{rule}", removed, detection
+    size = manifest.num_examples
+    if "random" in config.controls:
+        yield "random/fraction", random_removal(size, probe_ids, config.rejection.fraction, config.seed), None
+    if "oracle" in config.controls:
+        yield "oracle", oracle_removal(size, manifest.poisoned_ids), None
 
 
 def _manifest(config: ConfigDict, dataset: Dataset) -> Manifest:

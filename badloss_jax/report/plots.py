@@ -1,10 +1,11 @@
 """The two plots of a run. Colours are Okabe and Ito's, which colour-blind people can tell apart."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
@@ -21,22 +22,17 @@ def plot_trajectories(
 ) -> None:
     """Draws one panel an attack: its losses (median, 16th to 84th percentile) against the clean and the probes."""
     attacks = sorted(set(attack_of) - {""})
-    columns = min(3, len(attacks))
-    rows = -(-len(attacks) // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    figure, axes = _panels(attacks, height=2.9)
     groups = {"clean": ((attack_of == "") & ~is_probe, "#888888", "-"), "probes": (is_probe, "#000000", "--")}
-    for axis, name in zip(axes.flat, attacks, strict=False):
-        for label, (rows_of, colour, dash) in (groups | {name: (attack_of == name, "#D55E00", "-")}).items():
-            low, median, high = np.percentile(np.maximum(losses[rows_of], _LOW_LOSS), [16, 50, 84], axis=0)
-            epochs = np.arange(1, losses.shape[1] + 1)
-            axis.plot(epochs, median, color=colour, linestyle=dash, label=f"{label} ({rows_of.sum():,})")
+    epochs = np.arange(1, losses.shape[1] + 1)
+    for axis, name in zip(axes, attacks, strict=True):
+        for label, (rows, colour, dash) in (groups | {name: (attack_of == name, "#D55E00", "-")}).items():
+            low, median, high = np.percentile(np.maximum(losses[rows], _LOW_LOSS), [16, 50, 84], axis=0)
+            axis.plot(epochs, median, color=colour, linestyle=dash, label=f"{label} ({rows.sum():,})")
             if label != "probes":
                 axis.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
-        axis.set(title=name, yscale="log")
+        axis.set(yscale="log")
         axis.legend(fontsize=8)
-    for axis in axes.flat[len(attacks) :]:
-        axis.set_visible(False)
     figure.supxlabel("epoch")
     figure.supylabel("loss: median, 16th to 84th percentile")
     _save(figure, path)
@@ -47,24 +43,32 @@ def plot_roc(
 ) -> None:
     """Draws one panel a kind of trajectory: the ROC of each attack against the clean examples, probes left out."""
     attacks = sorted(set(attack_of) - {""})
-    columns = min(3, len(detections))
-    rows = -(-len(detections) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.9 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    figure, axes = _panels(list(detections), height=3.9)
     clean = (attack_of == "") & ~is_probe
-    for axis, (kind, detection) in zip(axes.flat, detections.items(), strict=False):
+    for axis, detection in zip(axes, detections.values(), strict=True):
         for i, name in enumerate(attacks):
             chosen = clean | (attack_of == name)
             false_positives, true_positives, _ = roc_curve((attack_of == name)[chosen], detection.distances[chosen])
             axis.plot(false_positives, true_positives, label=name, color=_COLOURS[i % 7], linestyle=_DASHES[i % 7])
         axis.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8)
-        axis.set(title=kind, xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(attacks), fontsize=9)
-    for axis in axes.flat[len(detections) :]:
-        axis.set_visible(False)
+        axis.set(xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(attacks), fontsize=9)
     figure.supxlabel("clean examples flagged")
     figure.supylabel("poison flagged")
     _save(figure, path)
+
+
+def _panels(titles: Sequence[str], height: float) -> tuple[Figure, list[Axes]]:
+    """Returns a figure with one titled panel each, three in a row; no pyplot, so nobody's backend is touched."""
+    columns = min(3, len(titles))
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(4.2 * columns, height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for axis, title in zip(axes, titles, strict=False):
+        axis.set_title(title)
+    for axis in axes[len(titles) :]:
+        axis.set_visible(False)
+    return figure, axes[: len(titles)]
 
 
 def _save(figure: Figure, path: Path) -> None:

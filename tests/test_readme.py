@@ -30,6 +30,8 @@ def test_every_table_is_what_was_measured(folder):
     assert as_markdown(summary(measured)) in README
     assert len({json.dumps(run["config"] | {"seed": 0, "data": 0}) for run in measured}) == 1
     assert len({run["config"]["seed"] for run in measured}) == len(measured)
+    for run in measured:
+        assert "dirty" not in (run["environment"]["git_commit"] or "dirty")
 
 
 @pytest.mark.parametrize("folder", MEASURED, ids=lambda folder: folder.name)
@@ -51,6 +53,14 @@ def test_every_command_of_the_readme_parses(capsys):
         assert stop.value.code == 0
     for spec in re.findall(r"--config (configs/\S+)", README):
         load_config(spec)
+
+
+def test_the_python_of_the_readme_runs():
+    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert len(names["distances"]) == 1000
+    assert not set(names["suspects"]) & set(names["probe_ids"])
 
 
 def test_links_and_pictures_exist():

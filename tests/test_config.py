@@ -19,7 +19,9 @@ CONFIGS = sorted(str(path) for path in Path("configs").glob("*.py"))
 DIGITS = "configs/digits.py"
 
 
-@pytest.mark.parametrize("spec", [*CONFIGS, "configs/fashion_mnist.py:quick", "configs/cifar10.py:quick"])
+@pytest.mark.parametrize(
+    "spec", [*CONFIGS, "configs/digits.py:step", "configs/fashion_mnist.py:quick", "configs/cifar10.py:quick"]
+)
 def test_every_config_loads_and_survives_json(spec):
     config = load_config(spec)
     again = from_json(to_json(config))

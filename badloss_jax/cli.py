@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from badloss_jax import __version__
+
 _ABOUT = """\
 Finds poisoned training examples by how a network learns them (BaDLoss, ICLR 2025), in JAX.
 
   badloss run --config configs/digits.py --workdir OUT    poison, record, score, remove, retrain, report
-  badloss score --workdir OUT --config.scoring.loss.k=20  score the same recording again, without training
+  badloss score --workdir OUT --config.scoring.loss.k=5   score the same recording again, without training
   badloss summary OUT0 OUT1 OUT2                          mean and spread over the runs of several seeds
 """
 
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "badloss", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"badloss_jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND")
     run = _command(commands, "run", "run a whole experiment", _RUN, [
         "badloss run --config configs/digits.py --workdir /tmp/digits --config.seed=1",
@@ -61,19 +64,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="config file, and its variant if any")
     run.add_argument("--workdir", required=True, type=Path, metavar="OUT", help="folder of this run, new or its own")
     score = _command(commands, "score", "score a recording again, without training", _SCORE, [
-        "badloss score --workdir /tmp/digits --config.scoring.loss.k=20 --config.rejection.alpha=0.05",
+        "badloss score --workdir /tmp/digits --config.scoring.loss.k=5 --config.rejection.alpha=0.05",
     ])  # fmt: skip
     score.add_argument("--workdir", required=True, type=Path, metavar="OUT", help="folder of a finished run")
 
     summary = commands.add_parser("summary", help="mean and spread over several seeds", description=_SUMMARY,
                                   formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
-    summary.add_argument("runs", nargs="+", type=Path, metavar="OUT", help="folders of finished runs")
+    summary.add_argument(
+        "runs", nargs="+", type=Path, metavar="OUT", help="folders of finished runs, or copies of their results.json"
+    )
 
     arguments, overrides = parser.parse_known_args(argv)
     configurable = arguments.command in ("run", "score")
     strangers = [text for text in overrides if not (configurable and text.startswith("--config."))]
     if strangers:
-        commands.choices[arguments.command].error(f"unknown argument {strangers[0]!r}")
+        commands.choices[arguments.command].error(
+            f"unknown argument {strangers[0]!r}; settings are written --config.GROUP.KEY=VALUE"
+        )
     return _guarded(arguments, overrides)
 
 
@@ -99,12 +106,15 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from badloss_jax.config import load_config
     from badloss_jax.experiment import run_experiment
     from badloss_jax.progress import Progress
-    from badloss_jax.report.tables import as_text, short_table
+    from badloss_jax.report.tables import as_text, detection_table, short_table
 
     config = load_config(arguments.config, overrides)
     _set_up_jax()
     results = run_experiment(config, arguments.workdir, Progress())
-    print(f"\n{as_text(short_table(results))}\n\nReport: {arguments.workdir / 'report.md'}")
+    print(f"\n{as_text(short_table(results))}\n")
+    if not any("retrained" in variant for variant in results["variants"].values()):
+        print(f"{as_text(detection_table(results))}\n")
+    print(f"Report: {arguments.workdir / 'report.md'}")
     return 0
 
 
@@ -114,7 +124,9 @@ def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from badloss_jax.report.tables import as_text, detection_table, removal_table
 
     folder, results = rescore(arguments.workdir, lambda config: override(config, overrides))
-    print(f"{as_text(detection_table(results))}\n\n{as_text(removal_table(results))}\n")
+    for key, change in results["changed"].items():
+        print(f"{key}: {change}")
+    print(f"\n{as_text(detection_table(results))}\n\n{as_text(removal_table(results))}\n")
     print(f"Report: {folder / 'report.md'}")
     return 0
 
@@ -123,7 +135,8 @@ def _summary(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from badloss_jax.report.results import read_results
     from badloss_jax.report.tables import as_markdown, summary
 
-    print(as_markdown(summary([read_results(run / "results.json") for run in arguments.runs])))
+    files = [run if run.suffix == ".json" else run / "results.json" for run in arguments.runs]
+    print(as_markdown(summary([read_results(file) for file in files])))
     return 0
 
 

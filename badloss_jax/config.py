@@ -88,7 +88,9 @@ def default_config() -> ConfigDict:
     }
     config.rejection = {
         "fraction": 0.4,  # remove this share of all examples (the paper's rule)
-        "alpha": 0.1,  # remove p <= alpha: about this share of the clean data is lost
+        # remove p <= alpha: this share of the clean data is lost, give or take sqrt(alpha (1 - alpha) / P), and more
+        # where probes and examples are not quite exchangeable
+        "alpha": 0.1,
         "fdr": 0.1,  # Benjamini-Hochberg at this false discovery rate
     }
     config.retraining = {
@@ -136,7 +138,11 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     try:
         values(argv)
     except (flags.Error, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"a value has the wrong type: {' '.join(str(error).split())}") from error
+        if len(overrides) > 1:  # find out which
+            for text in overrides:
+                override(config, [text])
+        key, _, value = overrides[-1].removeprefix("--config.").partition("=")
+        raise UsageError(f"{key} = {value!r}: expected {_kind_of(_at(config, key))}") from error
     check_config(config)
     return config
 
@@ -334,6 +340,11 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
+def _kind_of(value: Any) -> str:
+    names = {bool: "True or False", int: "an integer", float: "a number", tuple: "a tuple, such as \"('a', 'b')\""}
+    return names.get(type(value), "a string")
+
+
 def _one_of(key: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
         raise UsageError(f"{key} has {value!r}: expected one of {_listed(choices)}{_nearest(value, choices)}")
@@ -345,7 +356,7 @@ def _in_range(config: ConfigDict, key: str, low: float, high: float = math.inf, 
     below = value <= low if open_low else value < low
     above = value >= high if open_high else value > high
     if below or above or (isinstance(value, float) and not math.isfinite(value)):
-        bounds = f"a finite number, {'more than' if open_low else 'at least'} {low}"
+        bounds = f"a finite number {'above' if open_low else 'of at least'} {low}"
         if high < math.inf:
             bounds += f" and {'below' if open_high else 'at most'} {high}"
         raise UsageError(f"{key} = {value}: expected {bounds}" + (f" ({why})" if why else ""))

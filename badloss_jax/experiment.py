@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from badloss_jax.attacks.manifest import Manifest, choose_probes, draw_manifest, load_manifest, read_manifest
 from badloss_jax.attacks.poisoning import apply_manifest
-from badloss_jax.config import check_config, config_hash, digest, to_dict
+from badloss_jax.config import check_config, config_hash, differences, digest, to_dict
 from badloss_jax.data import Dataset, load_dataset
 from badloss_jax.defenses.badloss import Detection, detect
 from badloss_jax.defenses.controls import oracle_removal, random_removal
@@ -116,7 +116,9 @@ def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[
         )
     store = TrajectoryStore.open(workdir / "trajectories")
     if not store.complete:
-        raise DataError(f"{store.folder} is not complete: run `badloss run --workdir {workdir}` to the end first")
+        raise DataError(
+            f"{store.folder} is not complete: its `badloss run` is still at work, or did not come to the end"
+        )
     labels, is_probe = store.read_examples()
     manifest = read_manifest(workdir / "manifest.json")
     if manifest.num_examples != store.num_examples:
@@ -128,6 +130,7 @@ def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[
     detections, epochs = detect(store, np.flatnonzero(is_probe), config.scoring, config.rejection)
     results = header(config) | {
         "rescored_from": config_hash(stored),
+        "changed": differences(to_dict(config), to_dict(stored)),
         "seconds": {"scoring": time.monotonic() - started},
         "epochs_kept": epochs.tolist(),
         "variants": {

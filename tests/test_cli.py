@@ -92,6 +92,7 @@ def test_run_and_score_on_four_devices(tmp_path):
                            env=environment, capture_output=True, text=True, check=False)  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert "rescored" in again.stdout
+    assert "scoring.loss.k: 5 -> 7" in again.stdout
 
 
 def test_progress_shows_a_rate_and_an_eta_in_a_terminal_and_lines_elsewhere():
@@ -120,7 +121,7 @@ def test_summary(tmp_path, capsys):
         results = {"schema_version": 1, "config": {"seed": seed, "probes": {"count": 9 if seed == 2 else 8}},
                    "undefended": model, "variants": {"loss/fraction": variant, "logits/alpha": {}}}  # fmt: skip
         (tmp_path / str(seed) / "results.json").write_text(json.dumps(results))
-    assert main(["summary", str(tmp_path / "0"), str(tmp_path / "1")]) == 0
+    assert main(["summary", str(tmp_path / "0" / "results.json"), str(tmp_path / "1")]) == 0
     *_, undefended, loss = capsys.readouterr().out.splitlines()
     assert undefended == "| undefended | 0.0 | 0.0 |  | 50.0 | 100.0 | 100.0 |"
     assert loss == "| loss/fraction | 40.0 | 30.0 | 0.910 ± 0.014 | 41.0 ± 1.4 | 100.0 | 100.0 |"
@@ -129,8 +130,9 @@ def test_summary(tmp_path, capsys):
         assert message in capsys.readouterr().err
     (tmp_path / "1" / "results.json").write_text('{"schema_version": 2}')
     assert main(["summary", str(tmp_path / "1")]) == 1
-    assert main(["summary", str(tmp_path / "3")]) == 1
     assert "cannot be used" in capsys.readouterr().err
+    assert main(["summary", str(tmp_path / "3")]) == 2
+    assert "is 3 the folder of a finished run?" in capsys.readouterr().err.replace(f"{tmp_path}/", "")
 
 
 def test_tables():

@@ -153,7 +153,9 @@ def test_a_clean_training_set_runs(tmp_path, tiny, mesh):
     assert results["variants"]["loss/fraction"]["recall"] == {}
     assert results["undefended"]["attack_success_rate"] == {}
     assert results["variants"]["loss/fraction"]["detection"]["auroc"] == {"overall": None}
-    assert ".png" not in (tmp_path / "report.md").read_text()
+    report = (tmp_path / "report.md").read_text()
+    assert ".png" not in report
+    assert "No attack was simulated" in report
 
 
 def test_rescoring_never_touches_the_run(finished):

@@ -4,6 +4,7 @@ Attacks never write images. The manifest and the source reproduce a poisoned tra
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -127,6 +128,10 @@ def choose_probes(manifest: Manifest, count: int, seed: int) -> Int[np.ndarray, 
     if count >= len(clean):
         raise UsageError(
             f"probes.count = {count}, and {len(clean)} examples are clean: expected fewer probes than that"
+        )
+    if count > len(clean) / 5:
+        warnings.warn(
+            f"probes.count = {count} of {len(clean)} clean examples: little is left to measure on", stacklevel=2
         )
     order = generator(seed, "probes").permutation(clean)
     return np.sort(order[:count])

@@ -35,7 +35,7 @@ def load_dataset(settings: Mapping[str, Any], seed: int) -> Dataset:
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         count, have = settings[f"{name}_examples"], len(split.labels)
         if count > have:
-            raise UsageError(f"data.{name}_examples = {count}, and the source has {have}")
+            raise UsageError(f"data.{name}_examples = {count}, and the source has {have}: 0 takes all")
         if count:
             rows = np.sort(generator(seed, "subset", name).choice(have, count, replace=False))
             split = Split(split.images[rows], split.labels[rows])

@@ -66,6 +66,7 @@ def _panels(titles: Sequence[str], height: float) -> tuple[Figure, list[Axes]]:
     axes = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     for axis, title in zip(axes, titles, strict=False):
         axis.set_title(title)
+        axis.tick_params(labelbottom=True)
     for axis in axes[len(titles) :]:
         axis.set_visible(False)
     return figure, axes[: len(titles)]

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 import badloss_jax
 from badloss_jax.config import config_hash, to_dict
 from badloss_jax.defenses.badloss import Detection
-from badloss_jax.errors import DataError
+from badloss_jax.errors import DataError, UsageError
 from badloss_jax.evaluation.detection import detection_metrics, removal_metrics
 from badloss_jax.files import read_json, write_atomically, write_text
 from badloss_jax.scoring import anomaly_scores
@@ -60,7 +60,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in _PACKAGES},
         "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
+        "cpu_count": len(os.sched_getaffinity(0)),  # that this process may use
         "devices": [f"{device.platform}: {device.device_kind}" for device in devices],
         "jax_enable_x64": bool(jax.config.jax_enable_x64),  # type: ignore[attr-defined]
     }
@@ -75,13 +75,17 @@ def read_results(path: Path) -> dict[str, Any]:
     """Reads the results of a run that went to its end.
 
     Raises:
-      DataError: there are none, they are damaged, of another schema, or of a rescoring.
+      UsageError: there are none.
+      DataError: they are damaged, of another schema, or of a rescoring.
     """
     try:
         results = read_json(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(f"{path} does not exist: is {path.parent} the folder of a finished run?") from error
+    try:
         if results["schema_version"] != SCHEMA_VERSION or "undefended" not in results:
-            raise ValueError(f"not the results of a run in schema {SCHEMA_VERSION}")
-    except (OSError, KeyError, ValueError) as error:
+            raise ValueError(f"it is not of a whole run in schema {SCHEMA_VERSION}")
+    except (KeyError, ValueError) as error:
         raise DataError(f"{path} cannot be used: {error}") from error
     return results
 

@@ -135,12 +135,14 @@ trigger's own doing.
 
 _ROC = """
 ![ROC per attack](roc.png)
+
 """
 
 _TRAJECTORIES = """
 ## Trajectories
 
 ![Loss over the epochs](trajectories.png)
+
 """
 
 _REPORT = """\
@@ -151,16 +153,12 @@ _REPORT = """\
 AUROC overall and per attack, before any threshold; probes are left out.
 
 {detection}
-{roc}
-
-## Removal
+{roc}## Removal
 
 What each rule removes: of all examples, of the clean ones, and of each attack's.
 
 {removal}
-{trajectories}
-
-## Run
+{trajectories}## Run
 
 {source}, seed {seed}, config {config_hash}, {devices}. Epochs scored: {kept} of {epochs}.
 
@@ -195,6 +193,11 @@ def report_markdown(results: Mapping[str, Any]) -> str:
 def verdict(results: Mapping[str, Any]) -> str:
     """Says in a sentence or two what the attacks did and what each defence made of them; picks no winner."""
     undefended = results["undefended"]
+    if not undefended["attack_success_rate"]:
+        return (
+            "No attack was simulated, so there is nothing to detect and nothing to measure: what the rules removed is"
+            " clean data, as far as anybody knows. This is no scan of the training set."
+        )
     told = [
         f"{_percent(_mean_asr(variant['retrained']))} by {name}"
         f" (clean accuracy {_percent(variant['retrained']['clean_accuracy'])})"

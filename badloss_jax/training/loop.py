@@ -119,5 +119,6 @@ def _check_finite(loss: jax.Array, epoch: int, number: int, steps: int, phase: s
         kept = f"; what was recorded up to then is kept in {recorder.store.folder}"
     raise NonFiniteLossError(
         f"the loss became NaN or infinite in phase {phase!r} at step {epoch * steps + number} (epoch {epoch}, batch"
-        f" {number}){kept}. A smaller --config.optimizer.learning_rate, or float32 instead of bfloat16, usually helps"
+        f" {number}){kept}. A smaller --config.optimizer.learning_rate, or float32 instead of bfloat16, usually"
+        " helps, in another --workdir"
     )

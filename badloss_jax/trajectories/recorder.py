@@ -59,7 +59,8 @@ class Recorder:
             if not np.isfinite(column).all():
                 raise NonFiniteLossError(
                     f"after epoch {epoch} the network's {kind} is NaN or infinite for some examples; what was recorded"
-                    f" is kept in {self.store.folder}. A smaller --config.optimizer.learning_rate usually helps"
+                    f" is kept in {self.store.folder}. A smaller --config.optimizer.learning_rate usually helps, in"
+                    " another --workdir"
                 )
 
     def flush(self, epoch: int) -> dict[str, np.ndarray]:

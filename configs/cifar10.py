@@ -3,7 +3,7 @@
 Source: BaDLoss (Alex et al., ICLR 2025), section 5 and appendix. The poison ratios are those of the authors' program:
 about 6 % of the images with these six attacks. The paper's mean ASR over all seven attacks is 7.98 %. These settings
 need a GPU and are not measured yet. `:quick` is measured in `configs/results/README.md`: 20,000 images, a small
-network, about 20 minutes on two CPU cores.
+network, about 18 minutes on two CPU cores.
 
     badloss run --config configs/cifar10.py:quick --config.data.dir=DIR --workdir /tmp/cifar10
 """

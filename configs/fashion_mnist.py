@@ -1,7 +1,7 @@
 """Fashion-MNIST (Xiao et al. 2017) as gzipped IDX files, at the paper's CIFAR-10 settings; the paper has no figures.
 
 The full set needs a GPU and is not measured yet. `:quick` is measured in `configs/results/README.md`: 20,000 images, a
-small network, about 10 minutes on two CPU cores.
+small network, about 13 minutes on two CPU cores.
 
     badloss run --config configs/fashion_mnist.py:quick --workdir /tmp/fashion
 """

@@ -27,7 +27,7 @@ def short_table(results: Mapping[str, Any]) -> list[list[str]]:
         model = variant.get("retrained", results["undefended"])
         auroc = _number(variant["detection"]["auroc"]["overall"]) if "detection" in variant else ""
         worst = max(model["attack_success_rate"].items(), key=lambda item: item[1], default=None)
-        told = f"{worst[0]} {_percent(worst[1])}" if worst else ""
+        told = f"{worst[0]} {100 * worst[1]:.0f} %" if worst else ""
         rows.append([name, removed, lost, auroc, accuracy, mean, told])
     return rows
 

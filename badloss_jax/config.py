@@ -21,9 +21,11 @@ from badloss_jax.errors import UsageError
 RECORDED_KINDS = ("prob", "logits", "ranked", "features")  # beside the loss, which always is
 KINDS = ("loss", *RECORDED_KINDS, "combined")
 RULES = ("fraction", "alpha", "fdr")
+WRITERS = ("tensorboard", "wandb")
 CONTROLS = ("random", "oracle")
 # Where files lie cannot change a result: the data's and the manifest's own fingerprints are hashed in their stead.
-_PLACES = ("data.dir", "data.cache_dir", "attacks.manifest")
+# Nor can what is shown of it.
+_PLACES = ("data.dir", "data.cache_dir", "attacks.manifest", "report.gallery", "report.writers")
 
 
 def default_config() -> ConfigDict:
@@ -32,15 +34,16 @@ def default_config() -> ConfigDict:
     config.seed = 0  # poison, probes, initial weights, order of examples, augmentation
     config.controls = CONTROLS  # models trained beside the defended ones: "random", "oracle"
     config.data = {
-        "source": "digits",  # digits | idx | image_folder
-        "dir": "",  # where the source's files lie
+        "source": "digits",  # digits | idx | image_folder | gtsrb | arrays
+        "dir": "",  # the folder where the source's files lie (arrays: the .npz file)
         "cache_dir": "~/.cache/badloss_jax",  # decoded images, keyed by content; "" keeps no cache
         "train_examples": 0,  # draw so many training examples (seeded by `seed`); 0 = all
         "test_examples": 0,
         "pad": 0,  # zero pixels added on each side
-        "image_size": 0,  # image_folder: resize to this many pixels a side; 0 = as they are
-        "channels": 3,  # image_folder: 3 (RGB) or 1 (grey)
-        "skip_corrupt": False,  # image_folder: leave unreadable files out, and count them
+        "image_size": 0,  # image_folder, gtsrb: resize to this many pixels a side; 0 = as they are
+        "channels": 3,  # image_folder, gtsrb: 3 (RGB) or 1 (grey)
+        "skip_corrupt": False,  # image_folder, gtsrb: leave unreadable files out, and count them
+        "class_names": (),  # in the order of the labels; () takes the source's own
     }
     config.attacks = {
         "names": ("patch", "single_pix", "blend_r", "blend_p", "sinusoid", "frequency"),
@@ -50,12 +53,28 @@ def default_config() -> ConfigDict:
         "single_pix": {"ratio": 0.01, "target": -1},
         "blend_r": {"ratio": 0.01, "target": -1, "strength": 0.075},
         "blend_p": {"ratio": 0.01, "target": -1, "strength": 0.025},
-        "sinusoid": {"ratio": 0.1, "target": -1, "strength": 0.075, "cycles": 6.0},
+        "sinusoid": {
+            "ratio": 0.1,
+            "target": -1,
+            "strength": 0.075,
+            "cycles": 6.0,
+            "min_images": 0,  # poison at least so many images of the target class
+            "min_class": 0,  # draw the target among the classes of at least so many images
+        },
         "frequency": {"ratio": 0.01, "target": -1, "magnitude": 30.0},
+        "narcissus": {  # its ratio is a share of its target class, too
+            "ratio": 0.005,
+            "target": 2,
+            "strength": 1.0,  # multiple of the perturbation
+            "epsilon": 16,  # largest change of a pixel, in 1/255
+            "surrogate": "resnet_small",  # the network that the perturbation is optimised on
+            "surrogate_epochs": 15,
+            "steps": 300,  # of projected gradient descent
+        },
     }
     config.probes = {"count": 250}  # P, known-clean training examples
     config.model = {
-        "name": "resnet18",  # resnet_small | resnet18 | resnet50
+        "name": "resnet18",  # resnet_small | resnet18 | resnet34 | resnet50 | vgg16_bn | mobilenet_v2
         "stages": (16, 32, 64),  # resnet_small: channels of each stage, one block a stage
         "stem_stride": 2,  # resnet_small
         "dtype": "float32",  # of the computation: float32 | bfloat16 | float64 (needs JAX_ENABLE_X64=1)
@@ -87,6 +106,7 @@ def default_config() -> ConfigDict:
         "transform": "log",  # of the score that is shown: log | linear; ranks are the same
     }
     config.rejection = {
+        "rules": RULES,  # applied to every kind; RULE@LEVEL, such as "fraction@0.1", takes another level than below
         "fraction": 0.4,  # remove this share of all examples (the paper's rule)
         # remove p <= alpha: this share of the clean data is lost, give or take sqrt(alpha (1 - alpha) / P), and more
         # where probes and examples are not quite exchangeable
@@ -96,7 +116,8 @@ def default_config() -> ConfigDict:
     config.retraining = {
         "epochs": 100,
         "batch_size": 128,
-        "augment": "none",  # none | crop_flip (reflect-pad 4, random crop, random flip)
+        # none | crop_flip (reflect-pad 4, random crop, random flip) | resized_crop_flip (of 8 to 100 % of the area)
+        "augment": "none",
         "variants": ("loss/fraction", "logits/fraction", "combined/fraction"),  # kind/rule of each model to retrain
     }
     config.evaluation = {
@@ -104,7 +125,30 @@ def default_config() -> ConfigDict:
         "max_triggered": 10_000,  # test images per attack
         "boost": 2.0,  # how much stronger the "boosted" trigger is
     }
+    config.report = {
+        "gallery": 60,  # highest-ranked images to keep for report.html, of each kind
+        "writers": (),  # of what metrics.jsonl gets, too: "tensorboard", "wandb"
+    }
     return config.lock()
+
+
+def parse_rule(text: str) -> tuple[str, float | None]:
+    """Splits "RULE" or "RULE@LEVEL"; a rule without a level takes that of `config.rejection`.
+
+    Raises:
+      UsageError: an unknown rule, or a level that is not above 0 and below 1.
+    """
+    rule, at, level = text.partition("@")
+    _one_of("rejection.rules", rule, RULES)
+    if not at:
+        return rule, None
+    try:
+        value = float(level)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise UsageError(f"rejection.rules has {text!r}: expected a level above 0 and below 1 after the @")
+    return rule, value
 
 
 def check_variant(variant: str, known: Sequence[str]) -> None:
@@ -210,7 +254,7 @@ def check_config(config: ConfigDict) -> None:
 
     for key, value in _leaves(to_dict(default_config())):
         if isinstance(value, list):
-            wanted = type(value[0])
+            wanted = type(value[0]) if value else str
             if not all(type(element) is wanted for element in _at(config, key)):
                 raise UsageError(f"{key} = {_at(config, key)}: expected a tuple of {wanted.__name__}")
     single: dict[str, Sequence[Any]] = {
@@ -229,6 +273,7 @@ def check_config(config: ConfigDict) -> None:
         "controls": CONTROLS,
         "recording.kinds": RECORDED_KINDS,
         "scoring.kinds": KINDS,
+        "report.writers": WRITERS,
     }
     for key, choices in several.items():
         values = _at(config, key)
@@ -243,7 +288,7 @@ def check_config(config: ConfigDict) -> None:
         _in_range(config, key, 1)
     _in_range(config, "seed", 0, 2**63 - 1)
     for key in ("data.train_examples", "data.test_examples", "data.pad", "data.image_size",
-                "scoring.combined.k", "optimizer.weight_decay"):  # fmt: skip
+                "scoring.combined.k", "optimizer.weight_decay", "report.gallery"):  # fmt: skip
         _in_range(config, key, 0)
     for key in ("optimizer.learning_rate", "optimizer.loss_clamp", "evaluation.boost"):
         _in_range(config, key, 0, open_low=True)
@@ -260,6 +305,12 @@ def check_config(config: ConfigDict) -> None:
                 _in_range(config, path, -1)
             elif key in ("ratio", "strength"):
                 _in_range(config, path, 0, 1, open_low=True)
+            elif key in ("min_images", "min_class"):
+                _in_range(config, path, 0)
+            elif key == "epsilon":
+                _in_range(config, path, 1, 127)
+            elif key == "surrogate":
+                _one_of(path, value, tuple(MODELS))
             elif not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{path} = {value}: expected a positive number")
     _check_kinds(config)
@@ -281,10 +332,15 @@ def _check_kinds(config: ConfigDict) -> None:
                     f"scoring.{kind}.k = {k} with probes.count = {config.probes.count}: expected 1 <= k < probes.count"
                     " (a probe's own distance leaves itself out); ask for a smaller k or more probes"
                 )
+    rules = config.rejection.rules
+    for rule in rules:
+        parse_rule(rule)
+    if not rules or len(set(rules)) != len(rules):
+        raise UsageError(f"rejection.rules = {rules}: expected some of {_listed(RULES)}, each once")
     for variant in config.retraining.variants:
         kind, _, rule = variant.partition("/")
-        if kind not in config.scoring.kinds or rule not in RULES:
-            known = [f"{kind}/{rule}" for kind in config.scoring.kinds for rule in RULES]
+        if kind not in config.scoring.kinds or rule not in rules:
+            known = [f"{kind}/{rule}" for kind in config.scoring.kinds for rule in rules]
             raise UsageError(f"retraining.variants has {variant!r}: expected KIND/RULE{_nearest(variant, known)}")
 
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from badloss_jax.attacks.manifest import Manifest, choose_probes, draw_manifest, load_manifest, read_manifest
+from badloss_jax.attacks.narcissus import optimise_perturbation
 from badloss_jax.attacks.poisoning import apply_manifest
 from badloss_jax.config import check_config, config_hash, differences, digest, to_dict
 from badloss_jax.data import Dataset, load_dataset
@@ -32,6 +33,7 @@ from badloss_jax.training.loop import Recipe, train
 from badloss_jax.training.mesh import check_batch_size, make_mesh, round_up
 from badloss_jax.training.resident import ResidentData
 from badloss_jax.training.state import AdamW, TrainState
+from badloss_jax.training.step import network_of
 from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.recorder import Recorder
 from badloss_jax.trajectories.store import TrajectoryStore
@@ -58,15 +60,16 @@ def run_experiment(
     check_config(config)
     mesh = mesh or make_mesh()
     _check_devices(config, mesh)
-    started = time.monotonic()
+    started, progress = time.monotonic(), progress or Progress(None)
     dataset = load_dataset(config.data, config.seed)
-    manifest = _manifest(config, dataset)
-    probe_ids = choose_probes(manifest, config.probes.count, config.seed)
+    planned = plan_poison(config, dataset)
+    probe_ids = choose_probes(planned, config.probes.count, config.seed)
     with claim(workdir, config):
         about = header(config)
-        run = _Run(config, workdir, mesh, dataset, manifest, probe_ids, progress or Progress(None))
-        run.keep_manifest()
-        run.seconds["data"] = time.monotonic() - started
+        seconds = {"data": time.monotonic() - started}
+        manifest, spent = _keep_manifest(workdir / "manifest.json", planned, config, dataset, mesh, progress)
+        seconds |= {"surrogate": spent} if spent else {}
+        run = _Run(config, workdir, mesh, dataset, manifest, probe_ids, progress, seconds)
 
         store, recording_model = run.record()
         with run.timed("scoring"):
@@ -156,7 +159,7 @@ class _Run:
     manifest: Manifest
     probe_ids: np.ndarray
     progress: Progress
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float]
     _name: str = ""
     _number: int = 0
 
@@ -166,9 +169,7 @@ class _Run:
         self.labels, self.attack_of = poisoning.labels, self.manifest.attack_of()
         self.is_probe = np.isin(np.arange(len(self.labels)), self.probe_ids)
         self.data = ResidentData.place(self.mesh, train.images, self.labels, poisoning.ids, poisoning.images)
-        model = self.config.model
-        self.spec = ModelSpec(model.name, self.dataset.image_shape, self.dataset.num_classes, tuple(model.stages),
-                              model.stem_stride, model.dtype)  # fmt: skip
+        self.spec = _spec(self.config, self.dataset, self.config.model.name)
         # Everything that every phase stands on; how a phase trains is added to it.
         self.ground = (self.config.seed, train.fingerprint, self.manifest.digest, asdict(self.spec))
         self._trainings = 2 + len(self.config.retraining.variants) + len(self.config.controls)
@@ -186,22 +187,12 @@ class _Run:
         yield
         self.seconds[phase] = time.monotonic() - started
 
-    def keep_manifest(self) -> None:
-        """Writes the manifest, or compares it with the one that is there."""
-        path = self.workdir / "manifest.json"
-        if not path.is_file():
-            write_text(path, self.manifest.to_json())
-        elif read_manifest(path) != self.manifest:
-            raise UsageError(
-                f"{path} was drawn for other data or taken from another attacks.manifest: choose another --workdir"
-            )
-
     def record(self) -> tuple[TrajectoryStore, dict[str, Any]]:
         """Trains the recording model and stores the trajectories, unless that was done before."""
         settings = self.config.recording
         kinds = Kinds(tuple(settings.kinds), self.dataset.num_classes, self.spec.num_features, settings.feature_dim,
                       settings.ranked_others, derived_seed(self.config.seed, "projection"))  # fmt: skip
-        recipe = self._recipe(settings.epochs, settings.schedule_epochs, settings.batch_size, "none")
+        recipe = _recipe(self.config, settings.epochs, settings.schedule_epochs, settings.batch_size)
         identity = digest(*self.ground, asdict(recipe), asdict(kinds), settings.capture)
         folder = self.workdir / "trajectories"
 
@@ -219,15 +210,10 @@ class _Run:
     def retrain(self, name: str, removed: np.ndarray) -> dict[str, Any]:
         """Trains from scratch on what is left, by the recipe that all of these models share."""
         settings = self.config.retraining
-        recipe = self._recipe(settings.epochs, settings.epochs, settings.batch_size, settings.augment)
+        recipe = _recipe(self.config, settings.epochs, settings.epochs, settings.batch_size, settings.augment)
         kept = np.flatnonzero(~removed)
         identity = digest(*self.ground, asdict(recipe), kept.tolist())
         return self._model(name, identity, lambda: self._train("retraining", recipe, kept))
-
-    def _recipe(self, epochs: int, schedule_epochs: int, batch_size: int, augment: str) -> Recipe:
-        settings = self.config.optimizer
-        adamw = AdamW(settings.weight_decay, settings.b1, settings.b2)
-        return Recipe(epochs, schedule_epochs, batch_size, settings.learning_rate, adamw, settings.loss_clamp, augment)
 
     def _train(self, phase: str, recipe: Recipe, ids: np.ndarray, recorder: Recorder | None = None) -> TrainState:
         return train(
@@ -294,11 +280,67 @@ def _removals(
         yield "oracle", oracle_removal(size, manifest.poisoned_ids), None
 
 
-def _manifest(config: ConfigDict, dataset: Dataset) -> Manifest:
+def plan_poison(config: ConfigDict, dataset: Dataset) -> Manifest:
+    """Draws the manifest, or takes the one that the config names; perturbations may still have to be optimised."""
     size = len(dataset.train.labels), dataset.num_classes, dataset.image_shape
     if config.attacks.manifest:
         return load_manifest(Path(config.attacks.manifest).expanduser(), *size)
     return draw_manifest(config.attacks, dataset.train.labels, *size[1:], config.seed)
+
+
+def optimise_triggers(
+    manifest: Manifest, config: ConfigDict, dataset: Dataset, mesh: Mesh, progress: Progress
+) -> Manifest:
+    """Trains a surrogate on the clean training set for each attack that needs one, and optimises its perturbation."""
+    train_set = dataset.train
+    for name in manifest.unoptimised:
+        settings, plan = config.attacks[name], manifest.attacks[name]
+        data = ResidentData.place(mesh, train_set.images, train_set.labels, np.zeros(0, int),
+                                  np.zeros((0, *dataset.image_shape), np.float32))  # fmt: skip
+        spec, epochs = _spec(config, dataset, settings.surrogate), settings.surrogate_epochs
+        recipe = _recipe(config, epochs, epochs, config.retraining.batch_size)
+        progress.phase(f"surrogate for {name}")
+        state = train(spec, recipe, data, np.arange(len(data)), seed=plan.seed, phase="surrogate", mesh=mesh,
+                      progress=progress)  # fmt: skip
+        of_target = train_set.images[train_set.labels == plan.target]
+        perturbation = optimise_perturbation(
+            network_of(spec, state), of_target, plan.target, settings.epsilon, settings.steps, plan.seed
+        )
+        manifest = manifest.with_perturbation(name, perturbation)
+    return manifest
+
+
+def _keep_manifest(
+    path: Path, planned: Manifest, config: ConfigDict, dataset: Dataset, mesh: Mesh, progress: Progress
+) -> tuple[Manifest, float]:
+    """Returns the manifest with its perturbations, and the seconds these took; writes it, or takes what is there."""
+    if path.is_file():
+        stored = read_manifest(path)
+        bare = stored
+        for name in planned.unoptimised:
+            bare = bare.with_perturbation(name, np.zeros(0, int)) if name in bare.attacks else bare
+        if bare != planned:
+            raise UsageError(
+                f"{path} was drawn for other data or taken from another attacks.manifest: choose another --workdir"
+            )
+        return stored, 0.0
+    started = time.monotonic()
+    manifest = optimise_triggers(planned, config, dataset, mesh, progress)
+    write_text(path, manifest.to_json())
+    return manifest, time.monotonic() - started if planned.unoptimised else 0.0
+
+
+def _spec(config: ConfigDict, dataset: Dataset, name: str) -> ModelSpec:
+    model = config.model
+    return ModelSpec(
+        name, dataset.image_shape, dataset.num_classes, tuple(model.stages), model.stem_stride, model.dtype
+    )
+
+
+def _recipe(config: ConfigDict, epochs: int, schedule_epochs: int, batch_size: int, augment: str = "none") -> Recipe:
+    settings = config.optimizer
+    adamw = AdamW(settings.weight_decay, settings.b1, settings.b2)
+    return Recipe(epochs, schedule_epochs, batch_size, settings.learning_rate, adamw, settings.loss_clamp, augment)
 
 
 def _write_report(

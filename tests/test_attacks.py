@@ -8,12 +8,19 @@ from hypothesis import strategies as st
 from scipy.fft import dctn, idctn
 
 from badloss_jax.attacks import ATTACKS, make_trigger
+from badloss_jax.attacks.narcissus import optimise_perturbation
 from badloss_jax.errors import UsageError
 
 
 def images(shape, seed=0, count=3):
     """Images of 8-bit values, as sources give them."""
     return np.random.default_rng(seed).integers(0, 256, (count, *shape)).astype(np.float32) / 255
+
+
+def built(name, shape, seed):
+    """A trigger, an optimised one with any perturbation."""
+    perturbation = np.random.default_rng(seed).integers(-16, 17, shape)
+    return make_trigger(name, shape, seed, **({"perturbation": perturbation} if ATTACKS[name].optimised else {}))
 
 
 def changed_pixels(trigger, shape):
@@ -120,7 +127,7 @@ def test_frequency_on_grey_images_agrees_with_scipy(size):
 def test_triggers_are_pure_and_stay_in_range(name, size, channels, seed):
     shape = (*size, channels)
     x = images(shape, seed)
-    kept, trigger = x.copy(), make_trigger(name, shape, seed)
+    kept, trigger = x.copy(), built(name, shape, seed)
     out = trigger(x)
     assert isinstance(out, np.ndarray)
     assert out.shape == x.shape
@@ -135,7 +142,7 @@ def test_triggers_are_pure_and_stay_in_range(name, size, channels, seed):
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
 def test_numpy_and_jax_agree(name):
-    x, trigger = images((32, 32, 3)), make_trigger(name, (32, 32, 3), 1)
+    x, trigger = images((32, 32, 3)), built(name, (32, 32, 3), 1)
     in_jax = trigger(jnp.asarray(x))
     assert isinstance(in_jax, jax.Array)
     tolerance = 1.5 / 255 if name == "frequency" else 1e-6  # 8-bit rounding may fall to either side of a tie
@@ -150,6 +157,7 @@ def test_numpy_and_jax_agree(name):
         (("patch", (3, 32, 3)), "at least 4x4 pixels, got 3x32"),
         (("single_pix", (1, 1, 3)), "at least 2x2"),
         (("frequency", (40, 40, 3)), "multiples of 32, got 40x40"),
+        (("narcissus", (32, 32, 3)), "needs its perturbation: optimise one"),
         (("patch", (32, 32)), "expected .height, width, channels."),
     ],
 )
@@ -158,3 +166,18 @@ def test_make_trigger_refuses(arguments, message):
         make_trigger(*arguments)
     with pytest.raises(UsageError, match="unexpected keyword argument 'power'"):
         make_trigger("sinusoid", (32, 32, 3), power=2)
+    with pytest.raises(UsageError, match="perturbation of 3 values does not fit"):
+        make_trigger("narcissus", (32, 32, 3), perturbation=np.ones(3))
+
+
+def test_narcissus_raises_the_target_class_within_its_bound():
+    """On a linear surrogate the best perturbation is known: epsilon times the sign of how the target's logit leads."""
+    weights = np.random.default_rng(1).normal(size=(8 * 8 * 3, 4)).astype(np.float32)
+    x = (images((8, 8, 3), count=40) * 0.8 + 0.1) * 255
+    got = optimise_perturbation(
+        lambda batch: batch.reshape(len(batch), -1) @ weights[:, :2], x.astype(np.uint8), 1, 8, 60, 0
+    )
+    assert got.dtype == np.int8
+    assert np.abs(got).max() == 8
+    best = 8 * np.sign(weights[:, 1] - weights[:, 0]).reshape(8, 8, 3)
+    assert (got == best).mean() > 0.95

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from badloss_jax.config import default_config
-from badloss_jax.data import image_folder, load_dataset
+from badloss_jax.data import decoding, load_dataset
 from badloss_jax.data.augment import crop_flip
 from badloss_jax.errors import DataError, UsageError
 
@@ -184,9 +184,9 @@ def test_missing_folder_and_foreign_class(folder, tmp_path):
 def test_cache_is_keyed_by_content(folder, tmp_path, monkeypatch):
     chosen = settings("image_folder", folder, cache_dir=str(tmp_path / "cache"))
     first = load_dataset(chosen, 0)
-    decode = image_folder._decode
+    decode = decoding._decode
     decoded = []
-    monkeypatch.setattr(image_folder, "_decode", lambda files, *rest: decoded.append(files) or decode(files, *rest))
+    monkeypatch.setattr(decoding, "_decode", lambda files, *rest: decoded.append(files) or decode(files, *rest))
     assert load_dataset(chosen, 0).train.fingerprint == first.train.fingerprint
     assert not decoded
     Image.new("RGB", (8, 8)).save(folder / "train" / "cat" / "0.png")

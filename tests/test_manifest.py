@@ -28,6 +28,14 @@ def draw(seed=0, **changed):
     return draw_manifest(settings(**changed), LABELS, 10, SHAPE, seed)
 
 
+PERTURBATION = np.random.default_rng(0).integers(-16, 17, SHAPE)
+
+
+def with_narcissus():
+    """A manifest of all attacks."""
+    return draw(names=tuple(ATTACKS), narcissus__ratio=0.05).with_perturbation("narcissus", PERTURBATION)
+
+
 def test_no_image_twice_and_the_right_ones():
     manifest = draw()
     assert len(set(manifest.poisoned_ids)) == len(manifest.poisoned_ids) == 5 * 10 + 10
@@ -107,10 +115,52 @@ def test_only_the_poisoned_change():
 
 def test_boosted_triggers_are_twice_as_strong():
     grey = np.full((1, *SHAPE), 0.5, np.float32)
-    shown = {(name, boosted): trigger(grey) for name, _, boosted, trigger in evaluation_triggers(draw(), 2.0)}
-    assert {name for name, boosted in shown if boosted} == {"blend_r", "blend_p", "sinusoid", "frequency"}
-    for name in ("blend_r", "blend_p", "sinusoid"):
-        np.testing.assert_allclose(shown[name, True] - 0.5, 2 * (shown[name, False] - 0.5), atol=1e-6)
+    manifest = with_narcissus()
+    shown = {
+        (name, version): trigger(grey)[0] - 0.5 for name, _, version, trigger in evaluation_triggers(manifest, 2.0)
+    }
+    additive = {"blend_r", "blend_p", "sinusoid", "narcissus"}
+    assert {name for name, version in shown if version == "boosted"} == additive | {"frequency"}
+    assert {name for name, version in shown if version == "plain"} == set(ATTACKS)
+    for name in additive:
+        np.testing.assert_allclose(shown[name, "boosted"], 2 * shown[name, "plain"], atol=1e-6)
+    assert {name for name, version in shown if version == "scrambled"} == {"narcissus"}
+    plain, scrambled = shown["narcissus", "plain"], shown["narcissus", "scrambled"]
+    assert (plain != scrambled).any()
+    np.testing.assert_array_equal(np.sort(plain.ravel()), np.sort(scrambled.ravel()))
+
+
+def test_an_optimised_trigger_goes_with_the_manifest(tmp_path):
+    manifest = with_narcissus()
+    assert manifest.unoptimised == ()
+    assert draw(names=("patch", "narcissus"), narcissus__ratio=0.05).unoptimised == ("narcissus",)
+    path = tmp_path / "manifest.json"
+    path.write_text(manifest.to_json())
+    assert read_manifest(path) == manifest
+    (victim, *_), x = manifest.attacks["narcissus"].example_ids, np.full((1000, *SHAPE), 128, np.uint8)
+    poisoning = apply_manifest(manifest, x, LABELS)
+    added = (poisoning.images[poisoning.ids == victim][0] * 255).round() - 128
+    np.testing.assert_array_equal(added.ravel(), PERTURBATION.ravel())
+
+
+def test_a_small_class_is_no_target_of_the_sinusoid():
+    labels = np.repeat(np.arange(10), [40, 30, 200, 30, 30, 30, 200, 30, 30, 30])
+    for seed in range(20):
+        manifest = draw_manifest(settings(sinusoid__min_class=100, sinusoid__min_images=60), labels, 10, SHAPE, seed)
+        plan = manifest.attacks["sinusoid"]
+        assert plan.target in (2, 6)
+        assert len(plan.example_ids) == 60
+        others = {name: plan.target for name, plan in manifest.attacks.items() if name != "sinusoid"}
+        free = draw_manifest(settings(), labels, 10, SHAPE, seed)
+        assert others == {name: plan.target for name, plan in free.attacks.items() if name != "sinusoid"}
+        alone = settings(names=("sinusoid",), sinusoid__min_class=100)
+        assert draw_manifest(alone, labels, 10, SHAPE, seed).attacks["sinusoid"].target == plan.target
+    with pytest.raises(UsageError, match="min_class = 201: the largest class has 200 images"):
+        draw_manifest(settings(sinusoid__min_class=201), labels, 10, SHAPE, 0)
+    with pytest.raises(
+        UsageError, match=r"attacks.sinusoid.target = 0 has 40 images, and attacks.sinusoid.min_class = 50"
+    ):
+        draw_manifest(settings(sinusoid__min_class=50, sinusoid__target=0), labels, 10, SHAPE, 0)
 
 
 def broken(**changed):

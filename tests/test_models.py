@@ -49,7 +49,7 @@ def test_resolution_is_that_of_the_32_px_stem():
 def test_bfloat16_computes_in_16_bits_and_answers_in_32():
     spec = ModelSpec("resnet_small", (8, 8, 1), 10, (8,), 1, "bfloat16")
     model = spec.build(nnx.Rngs(0))
-    assert model.head.kernel.dtype == jnp.float32
+    assert model.head.linear.kernel.dtype == jnp.float32
     x = jax.random.uniform(jax.random.key(0), (4, 8, 8, 1))
     assert model.stem(x, True, None).dtype == jnp.bfloat16
     logits, features = model(x, train=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from badloss_jax.attacks.blend import blend_p, blend_r
 from badloss_jax.attacks.frequency import frequency
+from badloss_jax.attacks.narcissus import narcissus
 from badloss_jax.attacks.patch import patch, single_pix
 from badloss_jax.attacks.sinusoid import sinusoid
 from badloss_jax.attacks.trigger import Attack, ImageShape, Trigger
@@ -19,6 +20,7 @@ ATTACKS: dict[str, Attack] = {
     "blend_p": Attack(blend_p, boosted="strength"),
     "sinusoid": Attack(sinusoid, boosted="strength", clean_label=True),
     "frequency": Attack(frequency, boosted="magnitude"),
+    "narcissus": Attack(narcissus, boosted="strength", clean_label=True),
 }
 
 
@@ -29,7 +31,8 @@ def make_trigger(name: str, image_shape: ImageShape, seed: int = 0, **parameters
       name: a key of `ATTACKS`.
       image_shape: (H, W, C) of the images it will be given.
       seed: draws what the trigger draws at random (blend_r's pattern).
-      **parameters: the attack's own, such as `strength`; its defaults are the paper's for 32 px images.
+      **parameters: the attack's own, such as `strength`; its defaults are the paper's for 32 px images. narcissus
+        needs its `perturbation` (see `optimise_perturbation`).
 
     Returns:
       A pure function from images, float [B, H, W, C] in [0, 1], NumPy or JAX, to images of the same kind.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from badloss_jax.attacks.trigger import ImageShape, Trigger
+from badloss_jax.attacks.trigger import ImageShape, Trigger, add
 from badloss_jax.errors import UsageError
 
 _WINDOW = 32
@@ -26,7 +26,7 @@ def frequency(image_shape: ImageShape, seed: int = 0, magnitude: float = 30.0) -
     """
     height, width, channels = image_shape
     pattern = magnitude * _pattern(height, width)
-    return _raise_chroma(pattern) if channels == 3 else _raise_all(pattern)
+    return _raise_chroma(pattern) if channels == 3 else add(pattern[..., None] / 255)
 
 
 def _pattern(height: int, width: int) -> np.ndarray:
@@ -64,13 +64,5 @@ def _raise_chroma(pattern: np.ndarray) -> Trigger:
         cb = xp.clip(xp.round(cb + added), 0, 255) - 128
         out = xp.stack([luma + 1.403 * cr, luma - 0.714 * cr - 0.344 * cb, luma + 1.773 * cb], axis=-1)
         return xp.asarray(xp.clip(out / 255, 0, 1), dtype=images.dtype)
-
-    return trigger
-
-
-def _raise_all(pattern: np.ndarray) -> Trigger:
-    def trigger(images: Any) -> Any:
-        xp = images.__array_namespace__()
-        return xp.clip(images + xp.asarray(pattern[..., None] / 255, dtype=images.dtype), 0, 1)
 
     return trigger

@@ -4,9 +4,10 @@ Attacks never write images. The manifest and the source reproduce a poisoned tra
 """
 
 import json
+import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,16 @@ _FORMAT = "badloss_jax.manifest/1"
 
 @dataclass(frozen=True)
 class AttackPlan:
-    """What one attacker does: the trigger (seed and parameters), the target class and the poisoned example ids."""
+    """What one attacker does: the trigger (seed and parameters), the target class and the poisoned example ids.
+
+    An optimised trigger's `perturbation` is in 1/255, flattened from [H, W, C]; the others have none.
+    """
 
     target: int
     seed: int
     example_ids: tuple[int, ...]
     parameters: dict[str, float] = field(default_factory=dict)
+    perturbation: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,16 @@ class Manifest:
         for name, plan in self.attacks.items():
             names[list(plan.example_ids)] = name
         return names
+
+    @property
+    def unoptimised(self) -> tuple[str, ...]:
+        """The attacks whose perturbation is not there yet."""
+        return tuple(n for n, plan in self.attacks.items() if ATTACKS[n].optimised and not plan.perturbation)
+
+    def with_perturbation(self, name: str, perturbation: Int[np.ndarray, "H W C"]) -> "Manifest":
+        """Returns a copy in which this attack has its perturbation, in 1/255 (none, if that is empty)."""
+        plan = replace(self.attacks[name], perturbation=tuple(int(value) for value in perturbation.ravel()))
+        return replace(self, attacks=self.attacks | {name: plan})
 
     def to_json(self) -> str:
         """Returns what `read_manifest` reads."""
@@ -93,9 +108,7 @@ def draw_manifest(
             raise UsageError(f"attacks.{name}.target = {target}: expected a class from 0 to {num_classes - 1}")
     order = generator(seed, "targets").permutation(num_classes)
     drawn = [int(target) for target in order if target not in targets.values()] or order.tolist()
-    for name, target in targets.items():
-        if target < 0:
-            targets[name] = drawn[list(ATTACKS).index(name) % len(drawn)]
+    targets |= _draw_targets(settings, drawn, np.bincount(labels, minlength=num_classes), names)
     free = np.ones(len(labels), bool)
     plans = {}
     for name in sorted(names, key=lambda name: not ATTACKS[name].clean_label):  # the choosy ones first
@@ -104,6 +117,7 @@ def draw_manifest(
         clean_label = ATTACKS[name].clean_label
         ratio = settings[name]["ratio"]
         count = round(ratio * (of_target.sum() if clean_label else len(labels)))
+        count = max(count, settings[name].get("min_images", 0))
         candidates = np.flatnonzero(free & (of_target if clean_label else ~of_target))
         if not 1 <= count <= len(candidates):
             where = f"of its target class {target}" if clean_label else f"outside its target class {target}"
@@ -113,9 +127,36 @@ def draw_manifest(
             )
         chosen = generator(attack_seed, "victims").choice(candidates, count, replace=False)
         free[chosen] = False
-        parameters = {k: float(v) for k, v in settings[name].items() if k not in ("ratio", "target")}
+        parameters = {key: float(settings[name][key]) for key in ATTACKS[name].parameters}
         plans[name] = AttackPlan(target, attack_seed, tuple(int(i) for i in np.sort(chosen)), parameters)
     return Manifest(len(labels), num_classes, image_shape, {name: plans[name] for name in names})
+
+
+def _draw_targets(
+    settings: Mapping[str, Any], drawn: Sequence[int], sizes: Int[np.ndarray, "K"], names: Sequence[str]
+) -> dict[str, int]:
+    """Gives each attack without a fixed target the class at its place in `drawn`, or the next that is large enough."""
+    wish = {name: drawn[place % len(drawn)] for place, name in enumerate(ATTACKS)}
+    targets = {}
+    for name in names:
+        least = settings[name].get("min_class", 0)
+        if settings[name]["target"] >= 0:
+            if sizes[settings[name]["target"]] < least:
+                raise UsageError(
+                    f"attacks.{name}.target = {settings[name]['target']} has {sizes[settings[name]['target']]} images,"
+                    f" and attacks.{name}.min_class = {least}"
+                )
+            continue
+        others = {target for other, target in wish.items() if other != name}
+        spare = [target for target in drawn if target not in others and sizes[target] >= least]
+        large = [target for target in (wish[name], *spare, *drawn) if sizes[target] >= least]
+        if not large:
+            raise UsageError(
+                f"attacks.{name}.min_class = {least}: the largest class has {sizes.max()} images, and none may be the"
+                " target"
+            )
+        targets[name] = large[0]
+    return targets
 
 
 def choose_probes(manifest: Manifest, count: int, seed: int) -> Int[np.ndarray, "P"]:
@@ -184,7 +225,10 @@ def load_manifest(path: Path, num_examples: int, num_classes: int, image_shape: 
 def _plan(raw: Mapping[str, Any]) -> AttackPlan:
     parameters = {str(key): float(value) for key, value in raw["parameters"].items()}
     ids = tuple(_integer(i) for i in raw["example_ids"])
-    return AttackPlan(_integer(raw["target"]), _integer(raw["seed"]), ids, parameters)
+    perturbation = tuple(raw.get("perturbation", ()))
+    if not all(type(value) is int and -127 <= value <= 127 for value in perturbation):
+        raise DataError("a perturbation holds something else than integers from -127 to 127")
+    return AttackPlan(_integer(raw["target"]), _integer(raw["seed"]), ids, parameters, perturbation)
 
 
 def _check(manifest: Manifest) -> None:
@@ -201,6 +245,9 @@ def _check(manifest: Manifest) -> None:
             raise DataError(f"attack {name!r} has target {plan.target} of {manifest.num_classes} classes")
         if not plan.example_ids:
             raise DataError(f"attack {name!r} poisons nothing")
+        size = math.prod(manifest.image_shape) if ATTACKS[name].optimised else 0
+        if len(plan.perturbation) != size:
+            raise DataError(f"attack {name!r} has a perturbation of {len(plan.perturbation)} values, expected {size}")
     ids = manifest.poisoned_ids
     outside = ids[(ids < 0) | (ids >= manifest.num_examples)]
     if len(outside):

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, UInt8
 from badloss_jax.attacks import ATTACKS, make_trigger
 from badloss_jax.attacks.manifest import AttackPlan, Manifest
 from badloss_jax.attacks.trigger import Trigger
+from badloss_jax.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,31 @@ def apply_manifest(manifest: Manifest, images: UInt8[np.ndarray, "N H W C"], lab
     for name, plan in manifest.attacks.items():
         ids = list(plan.example_ids)
         new_labels[ids] = plan.target
-        triggered.append(_trigger(name, manifest, plan)(images[ids].astype(np.float32) / 255))
+        triggered.append(plan_trigger(name, manifest)(images[ids].astype(np.float32) / 255))
     empty = np.zeros((0, *manifest.image_shape), np.float32)
     return Poisoning(new_labels, manifest.poisoned_ids, np.concatenate([empty, *triggered]))
 
 
-def evaluation_triggers(manifest: Manifest, boost: float) -> Iterator[tuple[str, AttackPlan, bool, Trigger]]:
-    """Yields (attack, plan, boosted, trigger) of every attack, and once more `boost` times as strong if it can be."""
+def evaluation_triggers(manifest: Manifest, boost: float) -> Iterator[tuple[str, AttackPlan, str, Trigger]]:
+    """Yields (attack, plan, version, trigger) of every attack.
+
+    The versions: "plain"; "boosted", `boost` times as strong, if it can be; "scrambled" of an optimised trigger, whose
+    values are permuted over pixels and channels: noise of the very same size, which should do nothing.
+    """
     for name, plan in manifest.attacks.items():
-        yield name, plan, False, _trigger(name, manifest, plan)
+        yield name, plan, "plain", plan_trigger(name, manifest)
         stronger = ATTACKS[name].boosted
         if stronger is not None:
-            yield name, plan, True, _trigger(name, manifest, plan, **{stronger: boost * plan.parameters[stronger]})
+            yield name, plan, "boosted", plan_trigger(name, manifest, **{stronger: boost * plan.parameters[stronger]})
+        if ATTACKS[name].optimised:
+            noise = generator(plan.seed, "scrambled").permutation(np.array(plan.perturbation))
+            yield name, plan, "scrambled", plan_trigger(name, manifest, perturbation=noise)
 
 
-def _trigger(name: str, manifest: Manifest, plan: AttackPlan, **changed: Any) -> Trigger:
-    return make_trigger(name, manifest.image_shape, plan.seed, **{**plan.parameters, **changed})
+def plan_trigger(name: str, manifest: Manifest, **changed: Any) -> Trigger:
+    """Builds the trigger of an attack as the manifest has it, or with some of its parameters changed."""
+    plan = manifest.attacks[name]
+    given: dict[str, Any] = dict(plan.parameters)
+    if ATTACKS[name].optimised:
+        given["perturbation"] = np.array(plan.perturbation)
+    return make_trigger(name, manifest.image_shape, plan.seed, **{**given, **changed})

@@ -1,4 +1,4 @@
-"""What a trigger is, and the two ways in which triggers are put on an image."""
+"""What a trigger is, and the ways in which triggers are put on an image."""
 
 import inspect
 from collections.abc import Callable
@@ -21,8 +21,14 @@ class Attack:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """The names of the trigger's own parameters."""
-        return tuple(inspect.signature(self.make).parameters)[2:]
+        """The names of the trigger's own parameters, all numbers."""
+        given = list(inspect.signature(self.make).parameters.values())[2:]
+        return tuple(parameter.name for parameter in given if parameter.kind is not parameter.KEYWORD_ONLY)
+
+    @property
+    def optimised(self) -> bool:
+        """Whether the trigger is a perturbation that has to be optimised on a surrogate network first."""
+        return "perturbation" in inspect.signature(self.make).parameters
 
 
 def stamp(mask: np.ndarray) -> Trigger:
@@ -42,5 +48,15 @@ def blend(pattern: np.ndarray, strength: float) -> Trigger:
         xp = images.__array_namespace__()
         overlay = xp.asarray(strength * pattern, dtype=images.dtype)
         return xp.clip((1 - strength) * images + overlay, 0, 1)
+
+    return trigger
+
+
+def add(pattern: np.ndarray) -> Trigger:
+    """Returns the trigger clip(x + pattern), the pattern being float [H, W, C] or broadcast to it."""
+
+    def trigger(images: Any) -> Any:
+        xp = images.__array_namespace__()
+        return xp.clip(images + xp.asarray(pattern, dtype=images.dtype), 0, 1)
 
     return trigger

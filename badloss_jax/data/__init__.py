@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from badloss_jax.data import digits, idx, image_folder
+from badloss_jax.data import arrays, digits, gtsrb, idx, image_folder
 from badloss_jax.data.augment import AUGMENTATIONS
 from badloss_jax.data.dataset import Dataset, Split
 from badloss_jax.errors import UsageError
@@ -20,11 +20,13 @@ SOURCES: dict[str, Callable[[Mapping[str, Any]], Dataset]] = {
     "digits": digits.load,
     "idx": idx.load,
     "image_folder": image_folder.load,
+    "gtsrb": gtsrb.load,
+    "arrays": arrays.load,
 }
 
 
 def load_dataset(settings: Mapping[str, Any], seed: int) -> Dataset:
-    """Loads `config.data`: the source, then the subset drawn by `seed`, then the padding.
+    """Loads `config.data`: the source, the subset drawn by `seed`, the padding, the names of the classes.
 
     Raises:
       UsageError: the folder is missing, or more examples are asked for than there are.
@@ -43,7 +45,10 @@ def load_dataset(settings: Mapping[str, Any], seed: int) -> Dataset:
             split = replace(split, images=np.pad(split.images, ((0, 0), (pad, pad), (pad, pad), (0, 0))))
         splits.append(split)
     train, test = splits
-    return Dataset(train, test, dataset.class_names)
+    names = tuple(settings["class_names"]) or dataset.class_names
+    if len(names) != dataset.num_classes:
+        raise UsageError(f"data.class_names has {len(names)} names, and the source has {dataset.num_classes} classes")
+    return Dataset(train, test, names)
 
 
 __all__ = ["AUGMENTATIONS", "SOURCES", "Dataset", "Split", "load_dataset"]

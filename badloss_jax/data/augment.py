@@ -1,5 +1,6 @@
 """Augmentations, applied inside the jitted step. A new one is a function and one line in `AUGMENTATIONS`."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 _PAD = 4  # px
+_AREA = (0.08, 1.0)  # share of the image
+_LOG_RATIO = math.log(4 / 3)
 
 
 def keep(image: Float[Array, "H W C"], key: Key[Array, ""]) -> Float[Array, "H W C"]:
@@ -23,4 +26,22 @@ def crop_flip(image: Float[Array, "H W C"], key: Key[Array, ""]) -> Float[Array,
     return jnp.where(jax.random.bernoulli(for_flip), cropped[:, ::-1], cropped)
 
 
-AUGMENTATIONS: dict[str, Callable] = {"none": keep, "crop_flip": crop_flip}
+def resized_crop_flip(image: Float[Array, "H W C"], key: Key[Array, ""]) -> Float[Array, "H W C"]:
+    """Cuts out 8 to 100 % of the area, 3:4 to 4:3, resizes it to the whole (bilinear) and flips every second image.
+
+    Where the cut would be wider or higher than the image, it is as wide or high as the image (Szegedy et al. 2015).
+    """
+    for_area, for_ratio, for_place, for_flip = jax.random.split(key, 4)
+    whole = jnp.array(image.shape[:2], image.dtype)
+    area = jax.random.uniform(for_area, (), image.dtype, *_AREA) * whole.prod()
+    ratio = jnp.exp(jax.random.uniform(for_ratio, (), image.dtype, -_LOG_RATIO, _LOG_RATIO))
+    cut = jnp.clip(jnp.round(jnp.sqrt(area * jnp.stack([1 / ratio, ratio]))), 1, whole)
+    corner = jnp.floor(jax.random.uniform(for_place, (2,), image.dtype) * (whole - cut + 1))
+    scale = whole / cut
+    resized = jax.image.scale_and_translate(
+        image, image.shape, (0, 1), scale, -corner * scale, "linear", antialias=False
+    )
+    return jnp.where(jax.random.bernoulli(for_flip), resized[:, ::-1], resized)
+
+
+AUGMENTATIONS: dict[str, Callable] = {"none": keep, "crop_flip": crop_flip, "resized_crop_flip": resized_crop_flip}

@@ -36,6 +36,8 @@ class Dataset:
     class_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        if len(set(self.class_names)) != len(self.class_names):
+            raise DataError(f"two classes have the same name: {', '.join(self.class_names)}")
         for name, split in (("train", self.train), ("test", self.test)):
             if split.images.ndim != 4 or split.images.dtype != np.uint8:
                 raise DataError(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from badloss_jax.config import RULES
+from badloss_jax.config import parse_rule
 from badloss_jax.scoring import (
     conformal_p_values,
     filter_epochs,
@@ -26,7 +26,7 @@ class Detection:
     Attributes:
       distances: [N], to the nearest probes; for "combined" the mean standardised log distance.
       p_values: [N], conformal, from the probes' leave-one-out distances.
-      removed: rule -> [N], the examples that it removes.
+      removed: rule, as in `config.rejection.rules` -> [N], the examples that it removes.
     """
 
     distances: Float[np.ndarray, "N"]
@@ -63,6 +63,9 @@ def detect(
         else:
             ours, of_probes = distances_of(kind, k)
         p_values = conformal_p_values(ours, of_probes)
-        removed = {rule: reject(rule, rejection[rule], ours, p_values, is_probe) for rule in RULES}
+        removed = {}
+        for text in rejection["rules"]:
+            rule, level = parse_rule(text)
+            removed[text] = reject(rule, rejection[rule] if level is None else level, ours, p_values, is_probe)
         detections[kind] = Detection(ours, p_values, removed)
     return detections, epochs

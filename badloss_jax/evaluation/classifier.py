@@ -40,7 +40,8 @@ def evaluate(
     Returns:
       `clean_accuracy`; per attack `attack_success_rate` (share of triggered test images, target class left out, that
       are called the target), `robust_accuracy` (share given their true class) and, where a trigger can be made
-      `settings.boost` times as strong, `boosted` (its success rate). Shares in [0, 1].
+      `settings.boost` times as strong, `boosted` (its success rate). Of optimised triggers also `scrambled`, that
+      of noise of the same size. Shares in [0, 1].
     """
     size = settings["batch_size"]
     clean = predict(spec, state, _as_float(test.images), size, mesh)
@@ -50,14 +51,14 @@ def evaluate(
         "robust_accuracy": {},
         "boosted": {},
     }
-    for name, plan, boosted, trigger in evaluation_triggers(manifest, settings["boost"]):
+    for name, plan, version, trigger in evaluation_triggers(manifest, settings["boost"]):
         rows = np.flatnonzero(test.labels != plan.target)
         if len(rows) > settings["max_triggered"]:
             rows = np.sort(generator(plan.seed, "test images").choice(rows, settings["max_triggered"], replace=False))
         predicted = predict(spec, state, trigger(_as_float(test.images[rows])), size, mesh)
         success = _share(predicted == plan.target)
-        if boosted:
-            result["boosted"][name] = success
+        if version != "plain":
+            result.setdefault(version, {})[name] = success
         else:
             result["attack_success_rate"][name] = success
             result["robust_accuracy"][name] = _share(predicted == test.labels[rows])

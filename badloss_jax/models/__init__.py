@@ -1,6 +1,7 @@
 """Networks. Each is an nnx.Module with `logits, features = model(images, train=..., mask=...)`.
 
-A new one is a function `(channels, num_classes, *, rngs, dtype, ...) -> module` and one line in `MODELS`.
+A new one is a function `(image_shape, num_classes, *, rngs, dtype, ...) -> module` with a `Head` called `head`, and one
+line in `MODELS`.
 """
 
 from collections.abc import Callable
@@ -10,12 +11,17 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from badloss_jax.models.resnet import resnet18, resnet50, resnet_small
+from badloss_jax.models.mobilenet import mobilenet_v2
+from badloss_jax.models.resnet import resnet18, resnet34, resnet50, resnet_small
+from badloss_jax.models.vgg import vgg16_bn
 
 MODELS: dict[str, Callable[..., Any]] = {
     "resnet_small": resnet_small,
     "resnet18": resnet18,
+    "resnet34": resnet34,
     "resnet50": resnet50,
+    "vgg16_bn": vgg16_bn,
+    "mobilenet_v2": mobilenet_v2,
 }
 
 
@@ -33,13 +39,13 @@ class ModelSpec:
     @property
     def num_features(self) -> int:
         """F, the width of the penultimate layer."""
-        return nnx.eval_shape(lambda: self.build(nnx.Rngs(0))).head.in_features
+        return nnx.eval_shape(lambda: self.build(nnx.Rngs(0))).head.linear.in_features
 
     def build(self, rngs: nnx.Rngs) -> Any:
         """Returns the network with fresh weights; these are float32, or float64 for a float64 computation."""
         dtype = jnp.dtype(self.dtype)
         return MODELS[self.name](
-            self.image_shape[-1],
+            self.image_shape,
             self.num_classes,
             rngs=rngs,
             dtype=dtype,

@@ -1,33 +1,17 @@
-"""Residual networks (He et al. 2016) for small images: 3x3 stem of stride 1, then the usual 3x3 max-pool of stride 2.
+"""Residual networks (He et al. 2016).
 
-As in the authors' program: He-normal (fan-out) convolutions, batch norm that keeps 0.9 of its running statistics with
-eps 1e-5 and takes its statistics over the whole (global, masked) batch.
+Images of at least 112 px get the usual stem, a 7x7 convolution of stride 2; smaller ones, as in the paper, a 3x3
+convolution of stride 1. The 3x3 max-pool of stride 2 follows either way.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-_he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
-
-
-class ConvNorm(nnx.Module):
-    """A convolution without bias, padded to keep its size, and batch norm."""
-
-    def __init__(self, inputs: int, outputs: int, size: int, stride: int, *, rngs: nnx.Rngs, **dtypes: Any):
-        self.conv = nnx.Conv(
-            inputs, outputs, (size, size), strides=stride, padding=[(size // 2, size // 2)] * 2,
-            use_bias=False, kernel_init=_he_normal, rngs=rngs, **dtypes,
-        )  # fmt: skip
-        self.norm = nnx.BatchNorm(outputs, momentum=0.9, epsilon=1e-5, rngs=rngs, **dtypes)
-
-    def __call__(self, x: Array, train: bool, mask: Array | None) -> Array:
-        """Maps [B, H, W, C] to [B, H / stride, W / stride, outputs]."""
-        return self.norm(self.conv(x), use_running_average=not train, mask=mask)
+from badloss_jax.models.layers import ConvNorm, Head, is_large, rows_of
 
 
 class BasicBlock(nnx.Module):
@@ -88,9 +72,9 @@ class ResNet(nnx.Module):
 
     def __init__(
         self, channels: int, num_classes: int, block: Block, widths: Sequence[int], depths: Sequence[int], *,
-        stem_stride: int, max_pool: bool, rngs: nnx.Rngs, **dtypes: Any,
+        stem: tuple[int, int], max_pool: bool, rngs: nnx.Rngs, **dtypes: Any,
     ):  # fmt: skip
-        self.stem = ConvNorm(channels, widths[0], 3, stem_stride, rngs=rngs, **dtypes)
+        self.stem = ConvNorm(channels, widths[0], *stem, rngs=rngs, **dtypes)
         self.max_pool = max_pool
         blocks, inputs = [], widths[0]
         for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
@@ -99,7 +83,7 @@ class ResNet(nnx.Module):
                 blocks.append(block(inputs, width, stride, rngs=rngs, **dtypes))
                 inputs = block.expansion * width
         self.blocks = nnx.List(blocks)
-        self.head = nnx.Linear(inputs, num_classes, rngs=rngs, **dtypes)
+        self.head = Head(inputs, num_classes, rngs=rngs, **dtypes)
 
     def __call__(
         self, images: Float[Array, "B H W C"], *, train: bool, mask: Bool[Array, "B"] | None = None
@@ -111,29 +95,31 @@ class ResNet(nnx.Module):
           train: normalise by the batch's statistics, and update the running ones.
           mask: False for padding, which then does not count in the statistics.
         """
-        where = None if mask is None else mask[:, None, None, None]
+        where = rows_of(mask)
         x = nnx.relu(self.stem(images, train, where))
         if self.max_pool:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for block in self.blocks:
             x = block(x, train, where)
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        features = x.astype(wide).mean((1, 2))
-        return self.head(features).astype(wide), features
+        return self.head(x)
 
 
 def _resnet(
-    block: Block, depths: Sequence[int], channels: int, num_classes: int, *, stages: Any, stem_stride: Any, **rest: Any
-) -> ResNet:
-    widths = (64, 128, 256, 512)
-    return ResNet(channels, num_classes, block, widths, depths, stem_stride=1, max_pool=True, **rest)
+    block: Block, depths: Sequence[int], image_shape: tuple[int, int, int], num_classes: int, *, stages: Any,
+    stem_stride: Any, **rest: Any,
+) -> ResNet:  # fmt: skip
+    widths, stem = (64, 128, 256, 512), (7, 2) if is_large(image_shape) else (3, 1)
+    return ResNet(image_shape[-1], num_classes, block, widths, depths, stem=stem, max_pool=True, **rest)
 
 
 resnet18: Callable[..., ResNet] = partial(_resnet, BasicBlock, (2, 2, 2, 2))
+resnet34: Callable[..., ResNet] = partial(_resnet, BasicBlock, (3, 4, 6, 3))
 resnet50: Callable[..., ResNet] = partial(_resnet, Bottleneck, (3, 4, 6, 3))
 
 
-def resnet_small(channels: int, num_classes: int, *, stages: Sequence[int], stem_stride: int, **rest: Any) -> ResNet:
+def resnet_small(
+    image_shape: tuple[int, int, int], num_classes: int, *, stages: Sequence[int], stem_stride: int, **rest: Any
+) -> ResNet:
     """Returns one basic block a stage, without a max-pool: (16, 32, 64) is a ResNet-8."""
-    depths = (1,) * len(stages)
-    return ResNet(channels, num_classes, BasicBlock, stages, depths, stem_stride=stem_stride, max_pool=False, **rest)
+    depths, stem = (1,) * len(stages), (3, stem_stride)
+    return ResNet(image_shape[-1], num_classes, BasicBlock, stages, depths, stem=stem, max_pool=False, **rest)

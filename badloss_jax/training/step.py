@@ -86,6 +86,17 @@ def make_sweep_step(spec: ModelSpec, kinds: Kinds, mesh: Mesh) -> Callable:
     return jax.jit(step, donate_argnums=1, in_shardings=(everywhere, rows, everywhere, rows, None), out_shardings=rows)
 
 
+def network_of(spec: ModelSpec, state: TrainState) -> Callable[[Float[Array, "B H W C"]], Float[Array, "B K"]]:
+    """Returns the trained network in evaluation mode as a function from images in [0, 1] to logits, differentiable."""
+    graph = graph_of(spec)
+
+    def logits_of(images: Float[Array, "B H W C"]) -> Float[Array, "B K"]:
+        logits, _ = nnx.merge(graph, state.params, state.batch_stats)(images, train=False)
+        return logits
+
+    return logits_of
+
+
 @lru_cache(maxsize=32)
 def make_predict_step(spec: ModelSpec, mesh: Mesh) -> Callable:
     """Compiles (state, images float32 [B, H, W, C] in [0, 1]) -> predicted classes, int32 [B]."""

@@ -1,0 +1,67 @@
+"""Arrays in one .npz file: x_train, y_train, x_test, y_test, the names that Keras made usual."""
+
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from badloss_jax.data.dataset import Dataset, Split
+from badloss_jax.errors import DataError, UsageError
+
+_KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+def load(settings: Mapping[str, Any]) -> Dataset:
+    """Reads the .npz file `data.dir`: images uint8 [N, H, W] or [N, H, W, C], integer labels [N] or [N, 1].
+
+    `class_names`, an array of strings, is optional; without it classes are called by their numbers.
+
+    Raises:
+      UsageError: no such file.
+      DataError: it is no .npz file, is damaged or larger than the memory, lacks an array, or has one of another kind.
+    """
+    path = Path(settings["dir"]).expanduser()
+    if not settings["dir"] or not path.is_file():
+        raise UsageError(f"data.dir: {settings['dir']!r} is not a file; --config.data.dir=FILE.npz names one with"
+                         f" {', '.join(_KEYS)}")  # fmt: skip
+    try:
+        with zipfile.ZipFile(path) as archive:
+            needed = sum(member.file_size for member in archive.infolist())
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > memory:
+            raise DataError(f"{path} unpacks to {needed:,} bytes, and the machine has {memory:,} of memory")
+        with np.load(path, allow_pickle=False) as file:
+            missing = [key for key in _KEYS if key not in file]
+            if missing:
+                raise DataError(f"{path} lacks {', '.join(missing)}; it has {', '.join(file) or 'nothing'}")
+            arrays = {key: file[key] for key in (*_KEYS, "class_names") if key in file}
+    except DataError:
+        raise
+    except (OSError, EOFError, KeyError, ValueError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is damaged, or no .npz file of plain arrays: {error}") from error
+    splits = {name: _split(path, name, arrays[f"x_{name}"], arrays[f"y_{name}"]) for name in ("train", "test")}
+    if "class_names" in arrays:
+        if arrays["class_names"].ndim != 1 or arrays["class_names"].dtype.kind != "U":
+            raise DataError(f"{path}: class_names is {arrays['class_names'].dtype}, expected a list of strings")
+        names = tuple(str(name) for name in arrays["class_names"])
+    else:
+        names = tuple(str(label) for label in range(1 + max(int(split.labels.max()) for split in splits.values())))
+    return Dataset(splits["train"], splits["test"], names)
+
+
+def _split(path: Path, name: str, images: np.ndarray, labels: np.ndarray) -> Split:
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or not len(images):
+        raise DataError(f"{path}: x_{name} is {images.dtype} {images.shape}, expected uint8 [N, H, W] or [N, H, W, C]")
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        raise DataError(f"{path}: y_{name} is {labels.dtype} {labels.shape}, expected integers [{len(images)}]")
+    if labels.min() < 0 or labels.max() >= 10**6:
+        raise DataError(
+            f"{path}: y_{name} goes from {labels.min()} to {labels.max()}, expected classes from 0 to 999,999"
+        )
+    return Split(images.reshape(*images.shape[:3], -1), labels.astype(np.int32))

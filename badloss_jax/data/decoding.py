@@ -1,0 +1,132 @@
+"""Image files decoded to arrays of one size, kept in a cache that is keyed by their content."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from badloss_jax.data.dataset import Split
+from badloss_jax.errors import DataError
+
+_MAX_PIXELS = 2**26  # of one image: more is taken for a decompression bomb
+
+
+def decode_split(folder: Path, files: list[Path], labels: Sequence[int], settings: Mapping[str, Any]) -> Split:
+    """Decodes the files of a split, or takes them from the cache.
+
+    Args:
+      folder: that the files lie in.
+      files: in the order of the examples.
+      labels: of the files.
+      settings: `config.data`, for cache_dir, image_size, channels, skip_corrupt.
+
+    Raises:
+      DataError: a file does not decode (with `skip_corrupt` it is left out, with a warning), or two differ in size.
+    """
+    if settings["cache_dir"]:
+        entry = Path(settings["cache_dir"]).expanduser() / "images" / _content_key(folder, files, settings)
+        images, kept = _read_cache(entry) or _write_cache(entry, *_decode(files, settings))
+    else:
+        images, kept = _decode(files, settings)
+    if len(kept) < len(files):
+        first = files[np.setdiff1d(np.arange(len(files)), kept)[0]]
+        warnings.warn(f"left out {len(files) - len(kept)} of {len(files)} files that do not decode, first {first}",
+                      stacklevel=2)  # fmt: skip
+    return Split(images, np.array(labels, np.int32)[kept])
+
+
+def _decode(files: list[Path], settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images, uint8 [N, H, W, C], and which of the files they are, int64 [N]."""
+    size, mode = settings["image_size"], {1: "L", 3: "RGB"}[settings["channels"]]
+
+    def decode(path: Path) -> np.ndarray | None:
+        try:
+            with Image.open(path) as image:
+                pixels = _to_8_bit(image).convert(mode)
+                if size:
+                    pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
+                return np.asarray(pixels)
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+            if settings["skip_corrupt"]:
+                return None
+            raise DataError(
+                f"{path} does not decode: {error}; --config.data.skip_corrupt=True leaves such files out"
+            ) from error
+
+    with ThreadPoolExecutor() as pool:
+        decoded = list(tqdm(pool.map(decode, files), "decoding", len(files), unit=" images", leave=False, disable=None))
+    kept = [i for i, pixels in enumerate(decoded) if pixels is not None]
+    if not kept:
+        raise DataError(f"no file under {files[0].parent.parent} decodes")
+    first = kept[0]
+    for i in kept:
+        if decoded[i].shape != decoded[first].shape:
+            raise DataError(
+                f"{files[first]} is {decoded[first].shape[:2]} and {files[i]} is {decoded[i].shape[:2]}"
+                " (height, width): --config.data.image_size=PIXELS resizes all images to one size"
+            )
+    images = np.stack([decoded[i] for i in kept])
+    return images.reshape(*images.shape[:3], -1), np.array(kept)
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Refuses what is too large or has no known range, and scales 16 bits to 8, which Pillow would clip."""
+    if image.format == "EPS":
+        raise ValueError("EPS files are programs, and are not run")
+    if image.width * image.height > _MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels are more than {_MAX_PIXELS}")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode!r} (32 bits) have no known range")
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.round(np.asarray(image).astype(np.float64) / 257).astype(np.uint8))
+    return image
+
+
+def _content_key(folder: Path, files: list[Path], settings: Mapping[str, Any]) -> str:
+    """Hashes the names and the bytes of all files, and what else changes the decoded pixels."""
+    content = hashlib.sha256(repr([settings[key] for key in ("image_size", "channels", "skip_corrupt")]).encode())
+    for path in files:
+        name, data = os.fsencode(path.relative_to(folder)), path.read_bytes()
+        content.update(b"%d %d " % (len(name), len(data)) + name + data)
+    return content.hexdigest()[:32]
+
+
+def _read_cache(entry: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    if not entry.is_dir():
+        return None
+    try:
+        images, kept = (
+            np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("images", "kept")
+        )
+        if images.dtype != np.uint8 or images.ndim != 4 or kept.shape != images.shape[:1]:
+            raise ValueError(f"images are {images.dtype} {images.shape}")
+        return np.asarray(images), np.asarray(kept)
+    except (OSError, ValueError) as error:
+        warnings.warn(f"the cached images in {entry} are damaged ({error}): decoding again", stacklevel=2)
+        return None
+
+
+def _write_cache(entry: Path, images: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    aside = None
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=entry.name, dir=entry.parent))
+        np.save(aside / "images.npy", images, allow_pickle=False)
+        np.save(aside / "kept.npy", kept, allow_pickle=False)
+        shutil.rmtree(entry, ignore_errors=True)
+        aside.rename(entry)
+    except OSError as error:
+        warnings.warn(f"decoded images are not cached: {error}; --config.data.cache_dir names another folder",
+                      stacklevel=2)  # fmt: skip
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+    return images, kept

@@ -1,0 +1,65 @@
+"""MobileNetV2 (Sandler et al. 2018), for the ablation of architectures: depthwise convolutions, few parameters.
+
+Images below 112 px keep their resolution through the stem and the second stage, as is usual for CIFAR-10.
+"""
+
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from badloss_jax.models.layers import ConvNorm, Head, is_large, rows_of
+
+# Expansion, width, blocks and stride of each stage.
+_STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+
+
+class InvertedResidual(nnx.Module):
+    """1x1 expansion, 3x3 depthwise convolution, linear 1x1 projection; a shortcut where shapes agree."""
+
+    def __init__(self, inputs: int, outputs: int, expansion: int, stride: int, *, rngs: nnx.Rngs, **dtypes: Any):
+        hidden = expansion * inputs
+        self.expand = ConvNorm(inputs, hidden, 1, 1, rngs=rngs, **dtypes) if expansion > 1 else None
+        self.depthwise = ConvNorm(hidden, hidden, 3, stride, hidden, rngs=rngs, **dtypes)
+        self.project = ConvNorm(hidden, outputs, 1, 1, rngs=rngs, **dtypes)
+        self.residual = stride == 1 and inputs == outputs
+
+    def __call__(self, x: Array, train: bool, mask: Array | None) -> Array:
+        """Maps [B, H, W, inputs] to [B, H / stride, W / stride, outputs]."""
+        y = x if self.expand is None else nnx.relu6(self.expand(x, train, mask))
+        y = nnx.relu6(self.depthwise(y, train, mask))
+        y = self.project(y, train, mask)
+        return x + y if self.residual else y
+
+
+class MobileNetV2(nnx.Module):
+    """Stem, seven stages of inverted residuals, a 1x1 convolution to 1280 features, mean over pixels, linear head."""
+
+    def __init__(
+        self, image_shape: tuple[int, int, int], num_classes: int, *, stages: Any, stem_stride: Any, rngs: nnx.Rngs,
+        **dtypes: Any,
+    ):  # fmt: skip
+        first = 2 if is_large(image_shape) else 1
+        self.stem = ConvNorm(image_shape[-1], 32, 3, first, rngs=rngs, **dtypes)
+        blocks, inputs = [], 32
+        for stage, (expansion, width, depth, stride) in enumerate(_STAGES):
+            for position in range(depth):
+                step = 1 if position else first if stage == 1 else stride
+                blocks.append(InvertedResidual(inputs, width, expansion, step, rngs=rngs, **dtypes))
+                inputs = width
+        self.blocks = nnx.List(blocks)
+        self.last = ConvNorm(inputs, 1280, 1, 1, rngs=rngs, **dtypes)
+        self.head = Head(1280, num_classes, rngs=rngs, **dtypes)
+
+    def __call__(
+        self, images: Float[Array, "B H W C"], *, train: bool, mask: Bool[Array, "B"] | None = None
+    ) -> tuple[Float[Array, "B K"], Float[Array, "B F"]]:
+        """Returns logits and penultimate features; see `ResNet`."""
+        where = rows_of(mask)
+        x = nnx.relu6(self.stem(images, train, where))
+        for block in self.blocks:
+            x = block(x, train, where)
+        return self.head(nnx.relu6(self.last(x, train, where)))
+
+
+mobilenet_v2 = MobileNetV2

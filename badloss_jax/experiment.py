@@ -21,12 +21,12 @@ from badloss_jax.defenses.badloss import Detection, detect
 from badloss_jax.defenses.controls import oracle_removal, random_removal
 from badloss_jax.errors import DataError, UsageError
 from badloss_jax.evaluation.classifier import defense_effectiveness, evaluate
-from badloss_jax.files import write_text
+from badloss_jax.files import read_json, write_text
 from badloss_jax.models import ModelSpec
 from badloss_jax.progress import Progress
-from badloss_jax.report.plots import plot_roc, plot_trajectories
+from badloss_jax.report.gallery import choose_gallery, write_gallery
+from badloss_jax.report.page import write_reports
 from badloss_jax.report.results import environment, header, variant_entry, write_results, write_scores
-from badloss_jax.report.tables import report_markdown
 from badloss_jax.seeding import derived_seed
 from badloss_jax.training.checkpoint import read_about, save_model
 from badloss_jax.training.loop import Recipe, train
@@ -65,10 +65,10 @@ def run_experiment(
     planned = plan_poison(config, dataset)
     probe_ids = choose_probes(planned, config.probes.count, config.seed)
     with claim(workdir, config):
-        about = header(config)
         seconds = {"data": time.monotonic() - started}
         manifest, spent = _keep_manifest(workdir / "manifest.json", planned, config, dataset, mesh, progress)
         seconds |= {"surrogate": spent} if spent else {}
+        about = header(config, manifest, dataset.class_names)
         run = _Run(config, workdir, mesh, dataset, manifest, probe_ids, progress, seconds)
 
         store, recording_model = run.record()
@@ -91,9 +91,11 @@ def run_experiment(
             "recording_model": recording_model,
             "variants": variants,
         }
-        write_scores(workdir / "scores.parquet", run.labels, run.attack_of, run.is_probe, detections,
-                     config.scoring.transform)  # fmt: skip
-        _write_report(workdir, results, store, detections, run.attack_of, run.is_probe)
+        write_scores(workdir / "scores.parquet", run.labels, dataset.class_names, run.attack_of, run.is_probe,
+                     detections, config.scoring.transform)  # fmt: skip
+        run.keep_gallery({kind: detection.distances for kind, detection in detections.items()})
+        write_results(workdir / "results.json", results)
+        write_reports(workdir)
         return results
 
 
@@ -128,10 +130,10 @@ def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[
         raise DataError(
             f"manifest.json speaks of {manifest.num_examples} examples, trajectories/ of {store.num_examples}"
         )
-    attack_of = manifest.attack_of()
+    attack_of, class_names = manifest.attack_of(), _class_names(workdir, manifest)
     started = time.monotonic()
     detections, epochs = detect(store, np.flatnonzero(is_probe), config.scoring, config.rejection)
-    results = header(config) | {
+    results = header(config, manifest, class_names) | {
         "rescored_from": config_hash(stored),
         "changed": differences(to_dict(config), to_dict(stored)),
         "seconds": {"scoring": time.monotonic() - started},
@@ -143,8 +145,10 @@ def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[
         },
     }
     folder = workdir / "rescored" / digest(to_dict(config)["scoring"], to_dict(config)["rejection"])
-    write_scores(folder / "scores.parquet", labels, attack_of, is_probe, detections, config.scoring.transform)
-    _write_report(folder, results, store, detections, attack_of, is_probe)
+    write_scores(folder / "scores.parquet", labels, class_names, attack_of, is_probe, detections,
+                 config.scoring.transform)  # fmt: skip
+    write_results(folder / "results.json", results)
+    write_reports(folder, workdir)
     return folder, results
 
 
@@ -165,7 +169,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         train = self.dataset.train
-        poisoning = apply_manifest(self.manifest, train.images, train.labels)
+        self.poisoning = poisoning = apply_manifest(self.manifest, train.images, train.labels)
         self.labels, self.attack_of = poisoning.labels, self.manifest.attack_of()
         self.is_probe = np.isin(np.arange(len(self.labels)), self.probe_ids)
         self.data = ResidentData.place(self.mesh, train.images, self.labels, poisoning.ids, poisoning.images)
@@ -186,6 +190,12 @@ class _Run:
         started = time.monotonic()
         yield
         self.seconds[phase] = time.monotonic() - started
+
+    def keep_gallery(self, distances: dict[str, np.ndarray]) -> None:
+        """Keeps the images that the report shows."""
+        gallery = choose_gallery(self.dataset.train, self.manifest, self.poisoning, distances, self.is_probe,
+                                 self.config.report.gallery)  # fmt: skip
+        write_gallery(self.workdir / "gallery.npz", gallery)
 
     def record(self) -> tuple[TrajectoryStore, dict[str, Any]]:
         """Trains the recording model and stores the trajectories, unless that was done before."""
@@ -343,12 +353,11 @@ def _recipe(config: ConfigDict, epochs: int, schedule_epochs: int, batch_size: i
     return Recipe(epochs, schedule_epochs, batch_size, settings.learning_rate, adamw, settings.loss_clamp, augment)
 
 
-def _write_report(
-    folder: Path, results: dict[str, Any], store: TrajectoryStore, detections: dict[str, Detection],
-    attack_of: np.ndarray, is_probe: np.ndarray,
-) -> None:  # fmt: skip
-    if attack_of.any():
-        plot_trajectories(folder / "trajectories.png", store.read("loss"), attack_of, is_probe)
-        plot_roc(folder / "roc.png", detections, attack_of, is_probe)
-    write_text(folder / "report.md", report_markdown(results))
-    write_results(folder / "results.json", results)
+def _class_names(workdir: Path, manifest: Manifest) -> list[str]:
+    """Returns what the run called its classes; numbers, if it did not come to its end."""
+    try:
+        names = read_json(workdir / "results.json")["class_names"]
+    except (FileNotFoundError, KeyError):
+        names = []
+    numbers = [str(label) for label in range(manifest.num_classes)]
+    return [str(name) for name in names] if len(names) == manifest.num_classes else numbers

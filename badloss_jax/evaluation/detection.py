@@ -42,5 +42,24 @@ def removal_metrics(removed: Bool[np.ndarray, "N"], attack_of: np.ndarray) -> di
     }
 
 
+def recall_at_clean_loss(
+    scores: Float[np.ndarray, "N"], attack_of: np.ndarray, is_probe: Bool[np.ndarray, "N"], lost: Float[np.ndarray, "L"]
+) -> dict[str, Float[np.ndarray, "L"]]:
+    """Returns each attack's recall when the threshold costs the given shares of the clean examples.
+
+    The threshold that costs a share c of M clean examples (probes left out) is the highest at which floor(c M) of them
+    lie above it; an example at the threshold is kept.
+
+    Args:
+      scores: [N], higher is more suspicious.
+      attack_of: str [N], the example's attack or "".
+      is_probe: [N].
+      lost: [L], shares of the clean examples in [0, 1).
+    """
+    clean = np.sort(scores[(attack_of == "") & ~is_probe])
+    thresholds = clean[len(clean) - 1 - np.floor(np.asarray(lost) * len(clean) + 1e-9).astype(int)]
+    return {name: (scores[attack_of == name][:, None] > thresholds).mean(0) for name in _attacks(attack_of)}
+
+
 def _attacks(attack_of: np.ndarray) -> list[str]:
     return sorted(set(attack_of) - {""})

@@ -1,76 +1,183 @@
-"""The two plots of a run. Colours are Okabe and Ito's, which colour-blind people can tell apart."""
+"""The plots of a run, as PNG files for report.md and as SVG panels for report.html.
 
-from collections.abc import Mapping, Sequence
+Colours are Okabe and Ito's, which colour-blind people can tell apart; lines differ in their dashes, too.
+"""
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import matplotlib as mpl
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
-from badloss_jax.defenses.badloss import Detection
+from badloss_jax.evaluation.detection import recall_at_clean_loss
 from badloss_jax.files import write_atomically
+from badloss_jax.report.gallery import difference
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-")
+_POISON, _CLEAN = "#D55E00", "#888888"
+_SIZE = (4.4, 3.3)  # of a panel, inches
 _LOW_LOSS = 1e-4  # below this a loss is drawn as this, on the logarithmic axis
+_CLEAN_LOSS = np.arange(1, 41) / 100
+_CURVE_POINTS = 300
+
+Draw = Callable[[Axes], None]
 
 
-def plot_trajectories(
-    path: Path, losses: Float[np.ndarray, "N T"], attack_of: np.ndarray, is_probe: Bool[np.ndarray, "N"]
-) -> None:
-    """Draws one panel an attack: its losses (median, 16th to 84th percentile) against the clean and the probes."""
-    attacks = sorted(set(attack_of) - {""})
-    figure, axes = _panels(attacks, height=2.9)
-    groups = {"clean": ((attack_of == "") & ~is_probe, "#888888", "-"), "probes": (is_probe, "#000000", "--")}
-    epochs = np.arange(1, losses.shape[1] + 1)
-    for axis, name in zip(axes, attacks, strict=True):
-        for label, (rows, colour, dash) in (groups | {name: (attack_of == name, "#D55E00", "-")}).items():
+def trajectories_of(name: str, losses: Float[np.ndarray, "N T"], attack_of: np.ndarray, is_probe: np.ndarray) -> Draw:
+    """Draws an attack's losses (median, 16th to 84th percentile) against those of the clean examples and the probes."""
+    groups = {"clean": ((attack_of == "") & ~is_probe, _CLEAN, "-"), "probes": (is_probe, "#000000", "--")}
+
+    def draw(axis: Axes) -> None:
+        epochs = np.arange(1, losses.shape[1] + 1)
+        for label, (rows, colour, dash) in (groups | {name: (attack_of == name, _POISON, "-")}).items():
             low, median, high = np.percentile(np.maximum(losses[rows], _LOW_LOSS), [16, 50, 84], axis=0)
             axis.plot(epochs, median, color=colour, linestyle=dash, label=f"{label} ({rows.sum():,})")
             if label != "probes":
                 axis.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
-        axis.set(yscale="log")
+        axis.set(yscale="log", title=name, xlabel="epoch", ylabel="loss")
         axis.legend(fontsize=8)
-    figure.supxlabel("epoch")
-    figure.supylabel("loss: median, 16th to 84th percentile")
-    _save(figure, path)
+
+    return draw
 
 
-def plot_roc(
-    path: Path, detections: Mapping[str, Detection], attack_of: np.ndarray, is_probe: Bool[np.ndarray, "N"]
-) -> None:
-    """Draws one panel a kind of trajectory: the ROC of each attack against the clean examples, probes left out."""
-    attacks = sorted(set(attack_of) - {""})
-    figure, axes = _panels(list(detections), height=3.9)
+def roc_of(kind: str, distances: Float[np.ndarray, "N"], attack_of: np.ndarray, is_probe: np.ndarray) -> Draw:
+    """Draws the ROC of each attack against the clean examples, probes left out."""
     clean = (attack_of == "") & ~is_probe
-    for axis, detection in zip(axes, detections.values(), strict=True):
-        for i, name in enumerate(attacks):
+
+    def draw(axis: Axes) -> None:
+        for i, name in enumerate(_attacks(attack_of)):
             chosen = clean | (attack_of == name)
-            false_positives, true_positives, _ = roc_curve((attack_of == name)[chosen], detection.distances[chosen])
-            axis.plot(false_positives, true_positives, label=name, color=_COLOURS[i % 7], linestyle=_DASHES[i % 7])
+            false_positives, true_positives, _ = roc_curve((attack_of == name)[chosen], distances[chosen])
+            thin = np.unique(np.linspace(0, len(false_positives) - 1, _CURVE_POINTS).astype(int))
+            axis.plot(false_positives[thin], true_positives[thin], label=name, **_line(i))
         axis.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8)
-        axis.set(xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(attacks), fontsize=9)
-    figure.supxlabel("clean examples flagged")
-    figure.supylabel("poison flagged")
-    _save(figure, path)
+        axis.set(xlim=(0, 1), ylim=(0, 1.01), title=kind, xlabel="clean examples flagged", ylabel="poison flagged")
+        axis.legend(fontsize=7, loc="lower right")
+
+    return draw
 
 
-def _panels(titles: Sequence[str], height: float) -> tuple[Figure, list[Axes]]:
-    """Returns a figure with one titled panel each, three in a row; no pyplot, so nobody's backend is touched."""
-    columns = min(3, len(titles))
-    rows = -(-len(titles) // columns)
-    figure = Figure(figsize=(4.2 * columns, height * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
-    for axis, title in zip(axes, titles, strict=False):
-        axis.set_title(title)
-        axis.tick_params(labelbottom=True)
-    for axis in axes[len(titles) :]:
+def histogram_of(
+    kind: str, scores: Float[np.ndarray, "N"], removed: Bool[np.ndarray, "N"], attack_of: np.ndarray,
+    is_probe: np.ndarray,
+) -> Draw:  # fmt: skip
+    """Draws how the scores of clean and of poisoned examples are spread, and from where on a rule removes."""
+
+    def draw(axis: Axes) -> None:
+        bins = np.linspace(0, 1, 61).tolist()
+        groups = (("clean", (attack_of == "") & ~is_probe, _CLEAN), ("poison", attack_of != "", _POISON))
+        for label, rows, colour in groups:
+            if rows.any():
+                weights = np.full(rows.sum(), 100 / rows.sum())
+                axis.hist(scores[rows], bins, weights=weights, color=colour, alpha=0.35, histtype="stepfilled")
+                axis.hist(scores[rows], bins, weights=weights, color=colour, histtype="step", label=label)
+        if removed.any():
+            axis.axvline(
+                scores[removed].min(), color="#000000", linestyle="--", linewidth=1, label="removed from here on"
+            )
+        axis.set(xlim=(0, 1), title=kind, xlabel="score", ylabel="% of the group")
+        axis.legend(fontsize=8)
+
+    return draw
+
+
+def recall_by_kind(distances: Mapping[str, np.ndarray], attack_of: np.ndarray, is_probe: np.ndarray) -> Draw:
+    """Draws for each kind the mean recall over attacks against the share of clean examples lost."""
+
+    def draw(axis: Axes) -> None:
+        for i, (kind, values) in enumerate(distances.items()):
+            recalls = recall_at_clean_loss(values, attack_of, is_probe, _CLEAN_LOSS)
+            _recall_line(axis, np.mean(list(recalls.values()), axis=0), kind, i)
+        _recall_axis(axis, "all kinds, mean over attacks")
+
+    return draw
+
+
+def recall_by_attack(kind: str, distances: np.ndarray, attack_of: np.ndarray, is_probe: np.ndarray) -> Draw:
+    """Draws for each attack its recall against the share of clean examples lost."""
+
+    def draw(axis: Axes) -> None:
+        recalls = recall_at_clean_loss(distances, attack_of, is_probe, _CLEAN_LOSS)
+        for i, (name, recall) in enumerate(recalls.items()):
+            _recall_line(axis, recall, name, i)
+        _recall_axis(axis, f"{kind}, per attack")
+
+    return draw
+
+
+def save_png(path: Path, draws: Sequence[Draw]) -> None:
+    """Draws panels three in a row; no pyplot, so nobody's backend is touched."""
+    columns = min(3, len(draws))
+    rows = -(-len(draws) // columns)
+    figure = Figure(figsize=(_SIZE[0] * columns, _SIZE[1] * rows))
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure.subplots_adjust(**_margins(rows, columns))
+    for axis, draw in zip(axes, draws, strict=False):
+        draw(axis)
+    for axis in axes[len(draws) :]:
         axis.set_visible(False)
-    return figure, axes[: len(titles)]
-
-
-def _save(figure: Figure, path: Path) -> None:
     write_atomically(path, lambda aside: figure.savefig(aside, dpi=110))
+
+
+def svg_uri(draw: Draw) -> str:
+    """Draws one panel as SVG in a data: address, for a page; the same data give the same bytes."""
+    figure = Figure(figsize=_SIZE)
+    draw(figure.subplots())
+    figure.subplots_adjust(**_margins(1, 1))
+    file = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "badloss", "svg.fonttype": "none"}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def save_triggers(
+    path: Path, names: Sequence[str], before: UInt8[np.ndarray, "A M H W C"], after: UInt8[np.ndarray, "A M H W C"]
+) -> None:
+    """Draws one row an attack: of each of M images the image, the triggered image, and the difference times ten."""
+    attacks, images = before.shape[:2]
+    figure = Figure(figsize=(1.1 + 3.3 * images, 0.45 + 1.2 * attacks), layout="constrained")
+    axes = figure.subplots(attacks, 3 * images, squeeze=False)
+    for row, name in enumerate(names):
+        axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center")
+        for column in range(images):
+            old, new = before[row, column], after[row, column]
+            for place, picture in enumerate((old, new, difference(old, new))):
+                axis = axes[row, 3 * column + place]
+                grey: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 255} if picture.shape[-1] == 1 else {}
+                axis.imshow(picture[..., 0] if grey else picture, interpolation="nearest", **grey)
+                axis.set(xticks=[], yticks=[])
+                if not row:
+                    axis.set_title(("image", "triggered", "difference x 10")[place], fontsize=9)
+    write_atomically(path, lambda aside: figure.savefig(aside, dpi=110, format="png"))
+
+
+def _margins(rows: int, columns: int) -> dict[str, float]:
+    """Returns fixed margins of 0.62, 0.12, 0.5 and 0.32 inches around each panel: measuring texts takes far longer."""
+    left, right, bottom, top = 0.62 / _SIZE[0], 0.12 / _SIZE[0], 0.5 / _SIZE[1], 0.32 / _SIZE[1]
+    return {"left": left / columns, "right": 1 - right / columns, "bottom": bottom / rows, "top": 1 - top / rows,
+            "wspace": (left + right) / (1 - left - right), "hspace": (bottom + top) / (1 - bottom - top)}  # fmt: skip
+
+
+def _recall_line(axis: Axes, recall: np.ndarray, label: str, i: int) -> None:
+    axis.plot(100 * _CLEAN_LOSS, 100 * recall, label=label, **_line(i))
+
+
+def _recall_axis(axis: Axes, title: str) -> None:
+    axis.set(xlim=(1, 40), ylim=(0, 101), title=title, xlabel="clean examples lost, %", ylabel="poison found, %")
+    axis.legend(fontsize=7, loc="lower right")
+
+
+def _line(i: int) -> dict[str, Any]:
+    return {"color": _COLOURS[i % 7], "linestyle": _DASHES[i % 7]}
+
+
+def _attacks(attack_of: np.ndarray) -> list[str]:
+    return sorted(set(attack_of) - {""})

@@ -4,7 +4,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
 import badloss_jax
+from badloss_jax.attacks import ATTACKS
+from badloss_jax.attacks.manifest import Manifest
 from badloss_jax.config import config_hash, to_dict
 from badloss_jax.defenses.badloss import Detection
 from badloss_jax.errors import DataError, UsageError
@@ -41,14 +44,21 @@ def variant_entry(
     return entry
 
 
-def header(config: ConfigDict) -> dict[str, Any]:
-    """Returns what every results.json begins with."""
+def header(config: ConfigDict, manifest: Manifest, class_names: Sequence[str]) -> dict[str, Any]:
+    """Returns what every results.json begins with: the schema, the settings, where it ran, and who attacks what."""
     return {
         "schema_version": SCHEMA_VERSION,
         "config": to_dict(config),
         "config_hash": config_hash(config),
         "environment": environment(),
-    }
+        "num_examples": manifest.num_examples,
+        "class_names": list(class_names),
+        "attacks": {
+            name: {"target": plan.target, "target_name": class_names[plan.target], "examples": len(plan.example_ids),
+                   "clean_label": ATTACKS[name].clean_label, "parameters": plan.parameters}
+            for name, plan in manifest.attacks.items()
+        },
+    }  # fmt: skip
 
 
 def environment() -> dict[str, Any]:
@@ -71,8 +81,12 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(results, indent=2, allow_nan=False) + "\n")
 
 
-def read_results(path: Path) -> dict[str, Any]:
+def read_results(path: Path, rescored: bool = False) -> dict[str, Any]:
     """Reads the results of a run that went to its end.
+
+    Args:
+      path: of results.json.
+      rescored: whether those of a rescoring will do, too.
 
     Raises:
       UsageError: there are none.
@@ -82,22 +96,77 @@ def read_results(path: Path) -> dict[str, Any]:
         results = read_json(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"{path} does not exist: is {path.parent} the folder of a finished run?") from error
-    try:
-        if results["schema_version"] != SCHEMA_VERSION or "undefended" not in results:
-            raise ValueError(f"it is not of a whole run in schema {SCHEMA_VERSION}")
-    except (KeyError, ValueError) as error:
-        raise DataError(f"{path} cannot be used: {error}") from error
+    whole = "undefended" in results or (rescored and "rescored_from" in results)
+    if results.get("schema_version") != SCHEMA_VERSION or not whole:
+        raise DataError(f"{path} cannot be used: it is not of a whole run in schema {SCHEMA_VERSION}")
     return results
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What scores.parquet says of N examples.
+
+    Attributes:
+      labels: int [N], as trained on.
+      attack_of: str [N], the example's attack or "".
+      is_probe: bool [N].
+      distances: kind -> [N].
+      scores: kind -> [N], in [0, 1].
+      removed: kind -> rule -> bool [N].
+    """
+
+    labels: np.ndarray
+    attack_of: np.ndarray
+    is_probe: np.ndarray
+    distances: dict[str, np.ndarray]
+    scores: dict[str, np.ndarray]
+    removed: dict[str, dict[str, np.ndarray]]
+
+    @property
+    def attacks(self) -> list[str]:
+        """The attacks, sorted."""
+        return sorted(set(self.attack_of) - {""})
+
+
+def read_scores(path: Path) -> Scores:
+    """Reads scores.parquet.
+
+    Raises:
+      DataError: it is missing or damaged, or lacks a column.
+    """
+    try:
+        table = pq.read_table(path)
+        columns = {name: table[name].to_numpy() for name in table.column_names if name != "attack"}
+        attack_of = np.array(table["attack"].to_pylist(), dtype=object)
+        kinds = [name.removeprefix("distance_") for name in columns if name.startswith("distance_")]
+        removed = {
+            kind: {name.removeprefix(f"removed_{kind}_"): column.astype(bool) for name, column in columns.items()
+                   if name.startswith(f"removed_{kind}_")}
+            for kind in kinds
+        }  # fmt: skip
+        scores = Scores(
+            columns["label"].astype(np.int64), attack_of, columns["probe"].astype(bool),
+            {kind: columns[f"distance_{kind}"].astype(np.float64) for kind in kinds},
+            {kind: columns[f"score_{kind}"].astype(np.float64) for kind in kinds}, removed,
+        )  # fmt: skip
+        if not kinds or not all(removed.values()):
+            raise ValueError("no kind of trajectory with its rules is in it")
+        if not all(np.isfinite(values).all() for part in (scores.distances, scores.scores) for values in part.values()):
+            raise ValueError("a distance or score is not finite")
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{path} is missing or damaged: {error}") from error
+    return scores
+
+
 def write_scores(
-    path: Path, labels: np.ndarray, attack_of: np.ndarray, is_probe: np.ndarray, detections: Mapping[str, Detection],
-    transform: str,
+    path: Path, labels: np.ndarray, class_names: Sequence[str], attack_of: np.ndarray, is_probe: np.ndarray,
+    detections: Mapping[str, Detection], transform: str,
 ) -> None:  # fmt: skip
     """Writes one row an example: ids, what is known of it, and what every kind and rule says."""
     columns: dict[str, Any] = {
         "example_id": np.arange(len(labels), dtype=np.int64),
         "label": labels.astype(np.int32),
+        "class_name": pa.array([class_names[label] for label in labels.tolist()], pa.string()).dictionary_encode(),
         "probe": is_probe,
         "attack": pa.array(attack_of.tolist(), pa.string()),
     }

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from badloss_jax.config import differences
+from badloss_jax.config import differences, parse_rule
 from badloss_jax.errors import UsageError
 
 
@@ -40,7 +40,7 @@ def detection_table(results: Mapping[str, Any]) -> list[list[str]]:
         if "detection" not in variant or any(row[0] == kind for row in rows):
             continue  # every rule of a kind stands on the same ranks
         auroc = variant["detection"]["auroc"]
-        attacks = [attack for attack in auroc if attack != "overall"]
+        attacks = _attack_names(results)
         if not rows:
             rows.append(["trajectories", "AUROC", "avg. precision", "TPR at 1 % FPR", *attacks])
         cells = [variant["detection"][metric]["overall"] for metric in ("auroc", "average_precision", "tpr_at_1_fpr")]
@@ -50,11 +50,11 @@ def detection_table(results: Mapping[str, Any]) -> list[list[str]]:
 
 def removal_table(results: Mapping[str, Any]) -> list[list[str]]:
     """Returns header and rows: per kind and rule the shares removed and the recall of each attack."""
-    rows: list[list[str]] = []
+    attacks = _attack_names(results)
+    rows = [["variant", "removed", "clean lost", *attacks]]
     for name, variant in results["variants"].items():
-        if not rows:
-            rows.append(["variant", "removed", "clean lost", *variant["recall"]])
-        shares = [variant["removed_share"], variant["clean_removed_share"], *variant["recall"].values()]
+        recall = [variant["recall"][attack] for attack in attacks]
+        shares = [variant["removed_share"], variant["clean_removed_share"], *recall]
         rows.append([name, *(_percent(share) for share in shares)])
     return rows
 
@@ -123,6 +123,7 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
 _MODELS = """\
 {verdict}
 
+{attacks}
 ## Models
 
 {headline}
@@ -169,10 +170,12 @@ What each rule removes: of all examples, of the clean ones, and of each attack's
 def report_markdown(results: Mapping[str, Any]) -> str:
     """Renders report.md: the verdict, the tables, the plots, how it was made."""
     config = results["config"]
-    models = ""
+    attacked, models = bool(results["attacks"]), ""
     if "undefended" in results:
-        models = _MODELS.format(verdict=verdict(results), headline=as_markdown(headline(results)))
-    attacked = any(variant["recall"] for variant in results["variants"].values())
+        models = _MODELS.format(
+            verdict=verdict(results), headline=as_markdown(headline(results)),
+            attacks=f"{as_markdown(attack_table(results))}\n" if attacked else "",
+        )  # fmt: skip
     seconds = [[phase, f"{spent:.1f}"] for phase, spent in results["seconds"].items()]
     return _REPORT.format(
         models=models,
@@ -191,30 +194,69 @@ def report_markdown(results: Mapping[str, Any]) -> str:
 
 
 def verdict(results: Mapping[str, Any]) -> str:
-    """Says in a sentence or two what the attacks did and what each defence made of them; picks no winner."""
-    undefended = results["undefended"]
-    if not undefended["attack_success_rate"]:
+    """Says in three sentences what the attacks did, and what the first and the last defence of the config leave.
+
+    Which ones are told was settled before the run, by the order of `retraining.variants`: no winner is picked.
+    """
+    attacks = results["attacks"]
+    if not attacks:
         return (
             "No attack was simulated, so there is nothing to detect and nothing to measure: what the rules removed is"
             " clean data, as far as anybody knows. This is no scan of the training set."
         )
+    poisoned, size = sum(attack["examples"] for attack in attacks.values()), results["num_examples"]
+    several = "attacks" if len(attacks) > 1 else "attack"
     told = [
-        f"{_percent(_mean_asr(variant['retrained']))} by {name}"
-        f" (clean accuracy {_percent(variant['retrained']['clean_accuracy'])})"
-        for name, variant in results["variants"].items()
-        if "retrained" in variant and "detection" in variant
+        f"{len(attacks)} {several} poisoned {poisoned:,} of {size:,} training images ({_percent(poisoned / size)})."
     ]
-    start = (
-        f"Undefended, the attacks succeed on {_percent(_mean_asr(undefended))} of the triggered test images (clean"
-        f" accuracy {_percent(undefended['clean_accuracy'])})"
-    )
-    return f"{start}. After removal and retraining: {', '.join(told)}." if told else f"{start}."
+    if "undefended" in results:
+        undefended = results["undefended"]
+        told.append(
+            f"Undefended, {_percent(_mean_asr(undefended))} of the triggered test images are classified as the attacker"
+            f" wants; clean accuracy is {_percent(undefended['clean_accuracy'])}."
+        )
+    named = results["config"]["retraining"]["variants"]
+    trained = [name for name in named if "retrained" in results["variants"].get(name, {})]
+    for name in dict.fromkeys([*trained[:1], *trained[-1:]]):
+        model = results["variants"][name]["retrained"]
+        told.append(
+            f"After {variant_title(name, results['config'])}, and retraining: {_percent(_mean_asr(model))}, at a clean"
+            f" accuracy of {_percent(model['clean_accuracy'])}."
+        )
+    return " ".join(told)
+
+
+def variant_title(name: str, config: Mapping[str, Any]) -> str:
+    """Says a variant's name in words: "combined/fraction@0.1" is "combined, 10 % removed"."""
+    kind, _, text = name.partition("/")
+    if not text:
+        return {"oracle": "oracle, exactly the poison removed"}.get(kind, kind)
+    rule, given = parse_rule(text)
+    level = config["rejection"][rule] if given is None else given
+    told = {"fraction": f"{100 * level:g} % removed", "alpha": f"p ≤ {level:g} removed"}
+    return f"{kind}, {told.get(rule, f'false discovery rate {level:g}')}"
+
+
+def attack_table(results: Mapping[str, Any]) -> list[list[str]]:
+    """Returns header and rows: per attack its target class, the images it poisons, whether it keeps their labels."""
+    rows = [["attack", "target class", "images", "share", "labels"]]
+    for name, attack in results["attacks"].items():
+        share = _percent(attack["examples"] / results["num_examples"])
+        labels = "kept" if attack["clean_label"] else "changed"
+        rows.append([name, attack["target_name"], f"{attack['examples']:,}", share, labels])
+    return rows
 
 
 def _model_row(name: str, variant: Mapping[str, Any] | None, model: Mapping[str, Any], attacks: list[str]) -> list[str]:
     shares = [variant["removed_share"], variant["clean_removed_share"]] if variant else [0.0, 0.0]
     measured = [model["clean_accuracy"], _mean_asr(model), *(model["attack_success_rate"][a] for a in attacks)]
     return [name, *(_percent(share) for share in shares + measured)]
+
+
+def _attack_names(results: Mapping[str, Any]) -> list[str]:
+    """Returns the attacks in the order of the config."""
+    present = next(iter(results["variants"].values()))["recall"]
+    return [name for name in results["config"]["attacks"]["names"] if name in present] or list(present)
 
 
 def _mean_asr(model: Mapping[str, Any]) -> float:

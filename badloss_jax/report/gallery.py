@@ -1,0 +1,142 @@
+"""gallery.npz: the images that a report shows, so that it can be rendered without the data set.
+
+ids          int64 [G], the highest-ranked examples of each kind of trajectory
+true_labels  int32 [G], before poisoning
+originals    uint8 [G, h, w, C], before poisoning, at most 64 px a side
+shown        uint8 [G, h, w, C], as the network saw them
+attacks      str [A]
+before       uint8 [A, H, W, C], one poisoned example of each attack, before poisoning
+after        uint8 [A, H, W, C], and after
+"""
+
+import base64
+import io
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image
+
+from badloss_jax.attacks.manifest import Manifest
+from badloss_jax.attacks.poisoning import Poisoning
+from badloss_jax.data import Split
+from badloss_jax.errors import DataError
+from badloss_jax.files import write_atomically
+
+_THUMBNAIL = 64  # px
+_DIFFERENCE = 10
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """See the module."""
+
+    ids: Int[np.ndarray, "G"]
+    true_labels: Int[np.ndarray, "G"]
+    originals: UInt8[np.ndarray, "G h w C"]
+    shown: UInt8[np.ndarray, "G h w C"]
+    attacks: np.ndarray
+    before: UInt8[np.ndarray, "A H W C"]
+    after: UInt8[np.ndarray, "A H W C"]
+
+
+def highest_ranked(
+    distances: Float[np.ndarray, "N"], is_probe: Bool[np.ndarray, "N"], count: int
+) -> Int[np.ndarray, "G"]:
+    """Returns the ids of the largest distances, in that order, probes left out."""
+    order = np.argsort(-distances, kind="stable")
+    return order[~is_probe[order]][:count]
+
+
+def choose_gallery(
+    train: Split, manifest: Manifest, poisoning: Poisoning, distances: Mapping[str, np.ndarray],
+    is_probe: Bool[np.ndarray, "N"], count: int,
+) -> Gallery:  # fmt: skip
+    """Takes the `count` highest-ranked examples of each kind, and one example of each attack's trigger."""
+    ranked = [highest_ranked(values, is_probe, count) for values in distances.values()]
+    ids = np.unique(np.concatenate([np.zeros(0, np.int64), *ranked]))
+    row = {int(example): place for place, example in enumerate(poisoning.ids)}
+    originals = train.images[ids]
+    shown = np.array([_poisoned(poisoning, row[i]) if i in row else train.images[i] for i in ids.tolist()], np.uint8)
+    first = [plan.example_ids[0] for plan in manifest.attacks.values()]
+    after = np.array([_poisoned(poisoning, row[i]) for i in first], np.uint8)
+    shape = train.images.shape[1:]
+    return Gallery(
+        ids, train.labels[ids], _thumbnails(originals), _thumbnails(shown.reshape(-1, *shape)),
+        np.array(list(manifest.attacks), dtype="U"), train.images[first], after.reshape(-1, *shape),
+    )  # fmt: skip
+
+
+def write_gallery(path: Path, gallery: Gallery) -> None:
+    """Writes gallery.npz."""
+    write_atomically(path, lambda aside: np.savez_compressed(aside, **asdict(gallery)))
+
+
+def read_gallery(path: Path) -> Gallery:
+    """Reads gallery.npz.
+
+    Raises:
+      FileNotFoundError: there is none.
+      DataError: it is damaged, or its arrays do not fit together.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            gallery = Gallery(**{field.name: arrays[field.name] for field in fields(Gallery)})
+    except FileNotFoundError:
+        raise
+    except (OSError, EOFError, KeyError, ValueError, MemoryError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+    for images, rows in ((gallery.originals, gallery.ids), (gallery.shown, gallery.ids),
+                         (gallery.before, gallery.attacks), (gallery.after, gallery.attacks)):  # fmt: skip
+        if images.dtype != np.uint8 or images.ndim != 4 or rows.ndim != 1 or len(images) != len(rows):
+            raise DataError(
+                f"{path} is damaged: it holds {images.dtype} {images.shape} images of {rows.shape} examples"
+            )
+    if gallery.true_labels.shape != gallery.ids.shape or gallery.originals.shape != gallery.shown.shape:
+        raise DataError(f"{path} is damaged: its arrays are of different lengths")
+    return gallery
+
+
+def difference(before: UInt8[np.ndarray, "..."], after: UInt8[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
+    """Returns what a trigger changed, times ten, clipped."""
+    return np.clip(np.abs(after.astype(int) - before) * _DIFFERENCE, 0, 255).astype(np.uint8)
+
+
+def sheet(images: UInt8[np.ndarray, "G h w C"], columns: int) -> UInt8[np.ndarray, "R S C"]:
+    """Lays images out on one, row by row."""
+    count, height, width, channels = images.shape
+    rows = max(1, -(-count // columns))
+    tiles = np.zeros((rows * columns, height, width, channels), np.uint8)
+    tiles[:count] = images
+    tiles = tiles.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
+    return tiles.reshape(rows * height, columns * width, channels)
+
+
+def data_uri(image: UInt8[np.ndarray, "H W C"]) -> str:
+    """Returns an image as a PNG in a data: address."""
+    file = io.BytesIO()
+    _picture(image).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _picture(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:
+    grey = image.shape[-1] not in (3, 4)
+    return Image.fromarray(image[..., 0] if grey else image)
+
+
+def _poisoned(poisoning: Poisoning, row: int) -> UInt8[np.ndarray, "H W C"]:
+    return np.round(poisoning.images[row] * 255).astype(np.uint8)
+
+
+def _thumbnails(images: UInt8[np.ndarray, "G H W C"]) -> UInt8[np.ndarray, "G h w C"]:
+    height, width = images.shape[1:3]
+    if max(height, width) <= _THUMBNAIL:
+        return images
+    scale = _THUMBNAIL / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = [np.asarray(_picture(image).resize(size, Image.Resampling.BOX)) for image in images]
+    channels = images.shape[-1] if images.shape[-1] in (3, 4) else 1
+    return np.array(small, np.uint8).reshape(len(images), size[1], size[0], channels)

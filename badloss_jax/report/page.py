@@ -1,0 +1,207 @@
+"""report.md and report.html, rendered from the files of a run alone."""
+
+import json
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from jaxtyping import Float
+
+from badloss_jax.errors import DataError
+from badloss_jax.files import write_text
+from badloss_jax.report.gallery import Gallery, data_uri, difference, highest_ranked, read_gallery, sheet
+from badloss_jax.report.plots import (
+    histogram_of,
+    recall_by_attack,
+    recall_by_kind,
+    roc_of,
+    save_png,
+    svg_uri,
+    trajectories_of,
+)
+from badloss_jax.report.results import Scores, read_results, read_scores
+from badloss_jax.report.tables import (
+    attack_table,
+    detection_table,
+    headline,
+    removal_table,
+    report_markdown,
+    variant_title,
+    verdict,
+)
+from badloss_jax.trajectories.store import TrajectoryStore
+
+_COLUMNS = 40  # tiles in a row of a sheet
+_LOW_LOSS = 1e-4
+_SPARK = (100.0, 36.0)  # size of a small trajectory
+
+
+def write_reports(folder: Path, run: Path | None = None) -> Path:
+    """Renders the reports of a run, or of a rescoring of it, and their plots; returns the path of report.html.
+
+    Args:
+      folder: with results.json and scores.parquet; the reports go there.
+      run: with trajectories/ and gallery.npz, by default the same.
+
+    Raises:
+      UsageError: there is no results.json.
+      DataError: a file is missing or damaged; it is named.
+    """
+    results, scores = read_results(folder / "results.json", rescored=True), read_scores(folder / "scores.parquet")
+    run = run or folder
+    losses = TrajectoryStore.open(run / "trajectories").read("loss")
+    try:
+        gallery = read_gallery(run / "gallery.npz")
+    except FileNotFoundError:
+        gallery = None
+    if len(losses) != len(scores.labels):
+        raise DataError(f"{run} has the trajectories of {len(losses)} examples and the scores of {len(scores.labels)}")
+    if results["attacks"]:
+        who = scores.attack_of, scores.is_probe
+        save_png(folder / "trajectories.png", [trajectories_of(name, losses, *who) for name in results["attacks"]])
+        save_png(folder / "roc.png", [roc_of(kind, values, *who) for kind, values in scores.distances.items()])
+    write_text(folder / "report.md", report_markdown(results))
+    write_text(folder / "report.html", render_page(results, scores, losses, gallery))
+    return folder / "report.html"
+
+
+def render_page(
+    results: Mapping[str, Any], scores: Scores, losses: Float[np.ndarray, "N T"], gallery: Gallery | None
+) -> str:
+    """Returns one self-contained HTML page: no script, no request, every string from the data escaped."""
+    config = results["config"]
+    main = main_kind(list(scores.distances))
+    figures = _figures(results, scores, losses, main)
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    templates.filters["unbroken"] = lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%")
+    return templates.get_template("page.html.jinja").render(
+        results=results,
+        title=f"{config['data']['source']}, seed {config['seed']}",
+        verdict=verdict(results),
+        models=_models(results),
+        attacks=results.get("attacks", {}),
+        attack_table=attack_table(results),
+        triggers=_triggers(gallery) if gallery else [],
+        figures=figures,
+        detection=detection_table(results),
+        removal=[[variant_title(row[0], config), *row[1:]] for row in removal_table(results)],
+        gallery=_gallery_of(results, scores, losses, gallery, main) if gallery and len(gallery.ids) else None,
+        seconds=results["seconds"],
+        settings=json.dumps(config, indent=2),
+        environment=results["environment"],
+    )
+
+
+def main_kind(kinds: list[str]) -> str:
+    """Returns the kind that a report shows first: "combined" if it was scored, else the last one."""
+    return "combined" if "combined" in kinds else kinds[-1]
+
+
+def _models(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The headline table: rows of cells, each with its text, what stands small below it, and how dark it is."""
+    if "undefended" not in results:
+        return None
+    header, *body = headline(results)
+    rows = []
+    for name, *cells in body:
+        variant = results["variants"].get(name, {})
+        model = variant.get("retrained", results["undefended"])
+        rates = []
+        for attack, rate in model["attack_success_rate"].items():
+            boosted = model["boosted"].get(attack)
+            rates.append({"text": f"{100 * rate:.1f}", "small": "" if boosted is None else f"{100 * boosted:.1f}",
+                          "share": rate})  # fmt: skip
+        mean = float(np.mean([rate["share"] for rate in rates])) if rates else 0.0
+        rows.append({"name": name, "title": variant_title(name, results["config"]), "cells": cells[:4], "mean": mean,
+                     "control": name != "undefended" and "detection" not in variant, "rates": rates})  # fmt: skip
+    return {"header": header, "rows": rows}
+
+
+def _figures(
+    results: Mapping[str, Any], scores: Scores, losses: np.ndarray, main: str
+) -> dict[str, list[dict[str, str]]]:
+    """Returns the panels of each section, each with its address and what it shows in words."""
+    who = scores.attack_of, scores.is_probe
+    rules = {kind: next(iter(removed.values())) for kind, removed in scores.removed.items()}
+    histograms = [
+        (f"Scores of {kind}", histogram_of(kind, values, rules[kind], *who)) for kind, values in scores.scores.items()
+    ]
+    groups: dict[str, list] = {"histograms": histograms, "trajectories": [], "roc": [], "recall": []}
+    if results["attacks"]:
+        groups["trajectories"] = [
+            (f"Loss of {name} over the epochs", trajectories_of(name, losses, *who)) for name in results["attacks"]
+        ]
+        groups["roc"] = [(f"ROC of {kind}", roc_of(kind, values, *who)) for kind, values in scores.distances.items()]
+        groups["recall"] = [
+            ("Recall of all kinds against clean loss", recall_by_kind(scores.distances, *who)),
+            (f"Recall of {main} against clean loss", recall_by_attack(main, scores.distances[main], *who)),
+        ]
+    return {name: [{"alt": alt, "uri": svg_uri(draw)} for alt, draw in panels] for name, panels in groups.items()}
+
+
+def _triggers(gallery: Gallery) -> list[dict[str, str]]:
+    return [
+        {"name": str(name), "before": data_uri(before), "after": data_uri(after),
+         "difference": data_uri(difference(before, after))}
+        for name, before, after in zip(gallery.attacks, gallery.before, gallery.after, strict=True)
+    ]  # fmt: skip
+
+
+def _gallery_of(
+    results: Mapping[str, Any], scores: Scores, losses: np.ndarray, gallery: Gallery, main: str
+) -> dict[str, Any]:
+    """What the gallery shows: sheets of tiles, and for each kind its cards in the order of rank."""
+    names = results.get("class_names", [])
+    place = {int(example): position for position, example in enumerate(gallery.ids)}
+    if gallery.ids.min() < 0 or gallery.ids.max() >= len(losses):
+        raise DataError(f"gallery.npz has the example ids {gallery.ids.min()} to {gallery.ids.max()} of {len(losses)}")
+    clean = (scores.attack_of == "") & ~scores.is_probe
+    top = math.log(max(float(losses[gallery.ids].max()), 1.0))
+    spark = partial(_spark, top=top)
+
+    def card(example: int, rank: int) -> dict[str, Any]:
+        position = place[example]
+        label, before = int(scores.labels[example]), int(gallery.true_labels[position])
+        row, column = divmod(position, _COLUMNS)
+        return {"id": example, "rank": rank, "label": _class(names, label), "attack": scores.attack_of[example],
+                "before": "" if label == before else _class(names, before), "row": row, "column": column,
+                "path": spark(losses[example])}  # fmt: skip
+
+    wanted = min(results["config"]["report"]["gallery"], len(losses))
+    kinds = []
+    for kind in sorted(scores.distances, key=lambda kind: kind != main):
+        ranked = highest_ranked(scores.distances[kind], scores.is_probe, wanted).tolist()
+        cards = [card(example, rank) for rank, example in enumerate(ranked, 1) if example in place]
+        kinds.append({"name": kind, "cards": cards, "wanted": len(ranked)})
+    height, width = gallery.shown.shape[1:3]
+    tile = max(40, min(80, width))
+    return {
+        "kinds": kinds,
+        "clean": spark(np.median(losses[clean], axis=0)) if clean.any() else "",
+        "tile": (tile, round(tile * height / width)),
+        "columns": _COLUMNS,
+        "size": _SPARK,
+        "sheets": {"shown": data_uri(sheet(gallery.shown, _COLUMNS)),
+                   "original": data_uri(sheet(gallery.originals, _COLUMNS)),
+                   "difference": data_uri(sheet(difference(gallery.originals, gallery.shown), _COLUMNS))},
+    }  # fmt: skip
+
+
+def _spark(losses: Float[np.ndarray, "T"], top: float) -> str:
+    """Returns a trajectory as an SVG path: loss on a logarithmic axis, from 1e-4 to exp(top)."""
+    bottom = math.log(_LOW_LOSS)
+    heights = (np.log(np.maximum(losses, _LOW_LOSS)) - bottom) / (top - bottom)
+    x = np.linspace(0, _SPARK[0], len(losses))
+    y = _SPARK[1] * (1 - np.minimum(heights, 1))
+    return "M" + "L".join(f"{a:.0f} {b:.0f}" for a, b in zip(x, y, strict=True))
+
+
+def _class(names: list[str], label: int) -> str:
+    return names[label] if label < len(names) else str(label)

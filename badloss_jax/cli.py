@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from badloss_jax import __version__
+from badloss_jax.errors import BadlossError, UsageError
 
 _ABOUT = """\
 Finds poisoned training examples by how a network learns them (BaDLoss, ICLR 2025), in JAX.
@@ -15,6 +16,8 @@ Finds poisoned training examples by how a network learns them (BaDLoss, ICLR 202
   badloss run --config configs/digits.py --workdir OUT    poison, record, score, remove, retrain, report
   badloss score --workdir OUT --config.scoring.loss.k=5   score the same recording again, without training
   badloss summary OUT0 OUT1 OUT2                          mean and spread over the runs of several seeds
+  badloss report --workdir OUT                            render the report again, from the files of the run
+  badloss attacks --config configs/digits.py --out A.png  show every attack's trigger as a picture
 """
 
 _RUN = """\
@@ -22,9 +25,9 @@ Run a whole experiment: poison a training set with several attacks at once, reco
 score the examples against a few known-clean probes, remove what stands out, retrain, and measure clean accuracy and
 attack success before and after.
 
-The same command in the same folder goes on after the last finished phase. OUT then holds report.md (read this),
-results.json and scores.parquet (for scripts), trajectories.png, roc.png, metrics.jsonl, manifest.json (the poison),
-trajectories/ (for `badloss score`) and models/ (orbax: undefended, loss-fraction, ...).
+The same command in the same folder goes on after the last finished phase. OUT then holds report.html (look at this),
+report.md, results.json and scores.parquet (for scripts), trajectories.png, roc.png, metrics.jsonl, manifest.json (the
+poison), trajectories/ (for `badloss score`) and models/ (orbax: undefended, loss-fraction, ...).
 """
 
 _SCORE = """\
@@ -35,6 +38,16 @@ OUT/rescored/<hash>/; the run's own are never touched. Only scoring.* and reject
 _SUMMARY = """\
 Print a Markdown table over finished runs that differ in their seed alone: of each trained model the mean, and the
 standard deviation of the sample, in percent (AUROC: 0 to 1).
+"""
+
+_REPORT = """\
+Render report.html, report.md and the plots again from the files of a finished run, or of one of its rescorings
+(OUT/rescored/HASH). Nothing is trained or scored, and the data set is not needed.
+"""
+
+_ATTACKS = """\
+Draw a grid of every attack's trigger on images of the data set: image, triggered image, difference times ten. narcissus
+trains its surrogate for it, unless --config.attacks.manifest names a manifest that has the perturbation.
 """
 
 _OVERRIDES = """\
@@ -68,6 +81,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     ])  # fmt: skip
     score.add_argument("--workdir", required=True, type=Path, metavar="OUT", help="folder of a finished run")
 
+    report = commands.add_parser("report", help="render the report of a run again", description=_REPORT,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
+    report.add_argument("--workdir", required=True, type=Path, metavar="OUT", help="folder of a finished run")
+
+    attacks = _command(commands, "attacks", "show every attack's trigger", _ATTACKS, [
+        "badloss attacks --config configs/digits.py --out /tmp/attacks.png",
+    ])  # fmt: skip
+    attacks.add_argument(
+        "--config", required=True, metavar="FILE[:VARIANT]", help="config file, and its variant if any"
+    )
+    attacks.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="the picture")
+
     summary = commands.add_parser("summary", help="mean and spread over several seeds", description=_SUMMARY,
                                   formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
     summary.add_argument(
@@ -75,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
     arguments, overrides = parser.parse_known_args(argv)
-    configurable = arguments.command in ("run", "score")
+    configurable = arguments.command in ("run", "score", "attacks")
     strangers = [text for text in overrides if not (configurable and text.startswith("--config."))]
     if strangers:
         commands.choices[arguments.command].error(
@@ -87,10 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Does the work; turns what went wrong into one screen and an exit code."""
     warnings.showwarning = lambda message, *_, **__: print(f"badloss: warning: {message}", file=sys.stderr)
-    from badloss_jax.errors import BadlossError
-
     try:
-        return {"run": _run, "score": _score, "summary": _summary}[arguments.command](arguments, overrides)
+        work = {"run": _run, "score": _score, "summary": _summary, "report": _report, "attacks": _attacks}
+        return work[arguments.command](arguments, overrides)
     except BadlossError as error:
         print(f"badloss: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -114,7 +138,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     print(f"\n{as_text(short_table(results))}\n")
     if not any("retrained" in variant for variant in results["variants"].values()):
         print(f"{as_text(detection_table(results))}\n")
-    print(f"Report: {arguments.workdir / 'report.md'}")
+    print(f"Report: {arguments.workdir / 'report.html'}")
     return 0
 
 
@@ -127,7 +151,7 @@ def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
     for key, change in results["changed"].items():
         print(f"{key}: {change}")
     print(f"\n{as_text(detection_table(results))}\n\n{as_text(removal_table(results))}\n")
-    print(f"Report: {folder / 'report.md'}")
+    print(f"Report: {folder / 'report.html'}")
     return 0
 
 
@@ -137,6 +161,32 @@ def _summary(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     files = [run if run.suffix == ".json" else run / "results.json" for run in arguments.runs]
     print(as_markdown(summary([read_results(file) for file in files])))
+    return 0
+
+
+def _report(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from badloss_jax.report.page import write_reports
+    from badloss_jax.workdir import locked
+
+    if not (arguments.workdir / "results.json").is_file():
+        raise UsageError(f"--workdir {arguments.workdir} holds no finished run (no results.json in it)")
+    with locked(arguments.workdir):
+        print(f"Report: {write_reports(arguments.workdir)}")
+    return 0
+
+
+def _attacks(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from badloss_jax.config import load_config
+    from badloss_jax.experiment import picture_attacks
+    from badloss_jax.progress import Progress
+    from badloss_jax.report.tables import as_text, attack_table
+
+    if arguments.out.suffix.lower() != ".png":
+        raise UsageError(f"--out {arguments.out}: expected a file name that ends in .png")
+    config = load_config(arguments.config, overrides)
+    _set_up_jax()
+    about = picture_attacks(config, arguments.out, Progress())
+    print(f"\n{as_text(attack_table(about))}\n\nPicture: {arguments.out}")
     return 0
 
 

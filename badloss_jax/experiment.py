@@ -1,7 +1,7 @@
 """One run, from a config to a verdict: poison, record, score, reject, retrain, evaluate, report."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from badloss_jax.attacks.manifest import Manifest, choose_probes, draw_manifest, load_manifest, read_manifest
 from badloss_jax.attacks.narcissus import optimise_perturbation
-from badloss_jax.attacks.poisoning import apply_manifest
+from badloss_jax.attacks.poisoning import apply_manifest, plan_trigger
 from badloss_jax.config import check_config, config_hash, differences, digest, to_dict
 from badloss_jax.data import Dataset, load_dataset
 from badloss_jax.defenses.badloss import Detection, detect
@@ -26,7 +26,9 @@ from badloss_jax.models import ModelSpec
 from badloss_jax.progress import Progress
 from badloss_jax.report.gallery import choose_gallery, write_gallery
 from badloss_jax.report.page import write_reports
+from badloss_jax.report.plots import save_triggers
 from badloss_jax.report.results import environment, header, variant_entry, write_results, write_scores
+from badloss_jax.report.writers import Writer, open_writers
 from badloss_jax.seeding import derived_seed
 from badloss_jax.training.checkpoint import read_about, save_model
 from badloss_jax.training.loop import Recipe, train
@@ -64,12 +66,12 @@ def run_experiment(
     dataset = load_dataset(config.data, config.seed)
     planned = plan_poison(config, dataset)
     probe_ids = choose_probes(planned, config.probes.count, config.seed)
-    with claim(workdir, config):
+    with claim(workdir, config), open_writers(workdir, config) as writers:
         seconds = {"data": time.monotonic() - started}
         manifest, spent = _keep_manifest(workdir / "manifest.json", planned, config, dataset, mesh, progress)
         seconds |= {"surrogate": spent} if spent else {}
         about = header(config, manifest, dataset.class_names)
-        run = _Run(config, workdir, mesh, dataset, manifest, probe_ids, progress, seconds)
+        run = _Run(config, workdir, mesh, dataset, manifest, probe_ids, progress, writers, seconds)
 
         store, recording_model = run.record()
         with run.timed("scoring"):
@@ -148,7 +150,7 @@ def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[
     write_scores(folder / "scores.parquet", labels, class_names, attack_of, is_probe, detections,
                  config.scoring.transform)  # fmt: skip
     write_results(folder / "results.json", results)
-    write_reports(folder, workdir)
+    write_reports(folder)
     return folder, results
 
 
@@ -163,6 +165,7 @@ class _Run:
     manifest: Manifest
     probe_ids: np.ndarray
     progress: Progress
+    writers: Sequence[Writer]
     seconds: dict[str, float]
     _name: str = ""
     _number: int = 0
@@ -228,9 +231,14 @@ class _Run:
     def _train(self, phase: str, recipe: Recipe, ids: np.ndarray, recorder: Recorder | None = None) -> TrainState:
         return train(
             self.spec, recipe, self.data, ids, seed=self.config.seed, phase=phase, mesh=self.mesh, recorder=recorder,
-            progress=self.progress,
-            on_epoch=lambda record: append_metrics(self.workdir, {"model": self._name} | record),
+            progress=self.progress, on_epoch=self._after_epoch,
         )  # fmt: skip
+
+    def _after_epoch(self, record: dict[str, Any]) -> None:
+        append_metrics(self.workdir, {"model": self._name} | record)
+        epoch = record.pop("epoch")
+        for writer in self.writers:
+            writer.write(self._name, record, epoch)
 
     def _model(
         self, name: str, identity: str, training: Callable[[], TrainState], recorded: bool = True
@@ -250,8 +258,14 @@ class _Run:
         if about is None or not recorded or about["tested"] != tested:
             started = time.monotonic()
             start_metrics(self.workdir, name)
+            for writer in self.writers:
+                writer.start(name)
             state = training()
             evaluation = evaluate(self.spec, state, self.dataset.test, self.manifest, self.config.evaluation, self.mesh)
+            epochs = self.config.recording.epochs if name == "recording" else self.config.retraining.epochs
+            for writer in self.writers:
+                rates = {f"attack_success_rate/{k}": v for k, v in evaluation["attack_success_rate"].items()}
+                writer.write(name, {"clean_accuracy": evaluation["clean_accuracy"], **rates}, epochs - 1)
             about = {"hash": identity, "tested": tested, "evaluation": evaluation,
                      "seconds": time.monotonic() - started, "environment": environment()}  # fmt: skip
             save_model(folder, self.spec, state, about)
@@ -296,6 +310,28 @@ def plan_poison(config: ConfigDict, dataset: Dataset) -> Manifest:
     if config.attacks.manifest:
         return load_manifest(Path(config.attacks.manifest).expanduser(), *size)
     return draw_manifest(config.attacks, dataset.train.labels, *size[1:], config.seed)
+
+
+def picture_attacks(config: ConfigDict, path: Path, progress: Progress, images: int = 3) -> dict[str, Any]:
+    """Draws every attack's trigger on some of the images that it poisons, and returns what results.json begins with.
+
+    Raises:
+      UsageError, DataError: see `badloss_jax.errors`.
+    """
+    check_config(config)
+    if not config.attacks.names and not config.attacks.manifest:
+        raise UsageError("attacks.names is empty: there is no trigger to show")
+    dataset, mesh = load_dataset(config.data, config.seed), make_mesh()
+    manifest = optimise_triggers(plan_poison(config, dataset), config, dataset, mesh, progress)
+    before, after = [], []
+    for name, plan in manifest.attacks.items():
+        ids = list(plan.example_ids) * images
+        before.append(dataset.train.images[ids[:images]])
+        triggered = plan_trigger(name, manifest)(before[-1].astype(np.float32) / 255)
+        after.append(np.round(triggered * 255).astype(np.uint8))
+    targets = [f"{name}\n→ {dataset.class_names[plan.target]}" for name, plan in manifest.attacks.items()]
+    save_triggers(path, targets, np.array(before), np.array(after))
+    return header(config, manifest, dataset.class_names)
 
 
 def optimise_triggers(

@@ -10,6 +10,7 @@ from badloss_jax.config import (
     from_json,
     load_config,
     override,
+    parse_rule,
     to_dict,
     to_json,
 )
@@ -20,7 +21,14 @@ DIGITS = "configs/digits.py"
 
 
 @pytest.mark.parametrize(
-    "spec", [*CONFIGS, "configs/digits.py:step", "configs/fashion_mnist.py:quick", "configs/cifar10.py:quick"]
+    "spec",
+    [
+        *CONFIGS,
+        "configs/digits.py:step",
+        "configs/fashion_mnist.py:quick",
+        "configs/cifar10.py:quick",
+        "configs/gtsrb.py:third",
+    ],  # fmt: skip
 )
 def test_every_config_loads_and_survives_json(spec):
     config = load_config(spec)
@@ -34,6 +42,39 @@ def test_cifar10_has_the_papers_settings():
     assert (config.model.name, config.recording.epochs, config.recording.schedule_epochs) == ("resnet50", 30, 100)
     assert (config.recording.batch_size, config.probes.count, config.scoring.loss.k) == (128, 250, 50)
     assert (config.rejection.fraction, config.retraining.augment, config.retraining.epochs) == (0.4, "crop_flip", 100)
+
+
+def test_narcissus_is_checked_where_it_attacks():
+    with pytest.raises(UsageError, match=r"attacks.narcissus.epsilon = 0: expected .* at least 1 and at most 127"):
+        load_config("configs/cifar10.py", ["--config.attacks.narcissus.epsilon=0"])
+    with pytest.raises(UsageError, match=r"attacks.narcissus.surrogate has 'resnet'"):
+        load_config("configs/cifar10.py", ["--config.attacks.narcissus.surrogate=resnet"])
+    with pytest.raises(UsageError, match=r"attacks.narcissus.steps = 0: expected a positive number"):
+        load_config("configs/cifar10.py", ["--config.attacks.narcissus.steps=0"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "batch", "schedule", "retrained", "augment", "names"),
+    [
+        ("gtsrb", 256, 100, 100, "none", 6),
+        ("imagenette", 256, 250, 250, "resized_crop_flip", 5),
+        ("imagenet", 256, 100, 50, "resized_crop_flip", 5),
+    ],
+)
+def test_large_configs_have_the_papers_settings(spec, batch, schedule, retrained, augment, names):
+    config = load_config(f"configs/{spec}.py")
+    assert (config.data.image_size, config.model.name, len(config.attacks.names)) == (224, "resnet50", names)
+    assert (config.recording.epochs, config.recording.schedule_epochs, config.recording.batch_size) == (
+        30, schedule, batch)  # fmt: skip
+    assert (config.retraining.epochs, config.retraining.batch_size, config.retraining.augment) == (
+        retrained, batch, augment)  # fmt: skip
+    assert {config.attacks[name].strength for name in ("blend_r", "blend_p", "sinusoid")} == {0.15}
+    assert config.attacks.frequency.magnitude == 90
+
+
+def test_rules_carry_levels():
+    assert parse_rule("alpha") == ("alpha", None)
+    assert parse_rule("fraction@0.1") == ("fraction", 0.1)
 
 
 def test_overrides_keep_types():
@@ -93,6 +134,14 @@ def test_overrides_keep_types():
         ),
         ("--config.retraining.variants=('loss/fractoin',)", r"KIND/RULE; did you mean 'loss/fraction'"),
         ("--config.retraining.variants=('prob/fraction',)", r"retraining.variants has 'prob/fraction'"),
+        ("--config.retraining.variants=('loss/fraction@0.2',)", r"has 'loss/fraction@0.2': expected KIND/RULE"),
+        ("--config.rejection.rules=('fraction','alfa')", r"rejection.rules has 'alfa'.*did you mean 'alpha'"),
+        ("--config.rejection.rules=('fraction@1.5',)", r"'fraction@1.5': expected a level above 0 and below 1"),
+        ("--config.rejection.rules=('fraction@x',)", r"'fraction@x': expected a level above 0 and below 1"),
+        ("--config.rejection.rules=('fdr','fdr')", r"rejection.rules = .* each once"),
+        ("--config.report.writers=('tensorbord',)", r"report.writers has 'tensorbord'.*did you mean 'tensorboard'"),
+        ("--config.data.class_names=(1,)", r"data.class_names = .1,.: expected a tuple of str"),
+        ("--config.attacks.sinusoid.min_class=-1", r"attacks.sinusoid.min_class = -1"),
         (
             "--config.rejection.fraction=1.0",
             r"rejection.fraction = 1.0: expected .* at least 0 and below 1",

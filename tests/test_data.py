@@ -1,5 +1,6 @@
 import gzip
 import struct
+import zipfile
 from collections import Counter
 
 import jax
@@ -9,7 +10,7 @@ from PIL import Image
 
 from badloss_jax.config import default_config
 from badloss_jax.data import decoding, load_dataset
-from badloss_jax.data.augment import crop_flip
+from badloss_jax.data.augment import crop_flip, resized_crop_flip
 from badloss_jax.errors import DataError, UsageError
 
 
@@ -89,6 +90,154 @@ def test_damaged_idx(idx_folder, damage, message):
 def test_missing_idx(tmp_path):
     with pytest.raises(UsageError, match=r"train-images-idx3-ubyte.gz does not exist; --config.data.dir"):
         load_dataset(settings("idx", tmp_path / "nowhere"), 0)
+
+
+# --- GTSRB
+
+
+@pytest.fixture
+def signs(tmp_path, rng):
+    """The official layout, three images a class of two classes, of different sizes."""
+    head = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"
+    for label in (0, 14):
+        place = tmp_path / "Final_Training" / "Images" / f"{label:05}"
+        place.mkdir(parents=True)
+        lines = [head]
+        for i in range(3):
+            pixels = np.full((6 + i, 7, 3), 10 * label + i, np.uint8)
+            Image.fromarray(pixels).save(place / f"00000_{i:05}.ppm")
+            lines.append(f"00000_{i:05}.ppm;7;{6 + i};1;1;5;5;{label}")
+        (place / f"GT-{label:05}.csv").write_text("\n".join(lines))
+    place = tmp_path / "Final_Test" / "Images"
+    place.mkdir(parents=True)
+    lines = [head]
+    for i, label in enumerate((14, 0, 14)):
+        Image.fromarray(np.full((9, 9, 3), label, np.uint8)).save(place / f"{i:05}.ppm")
+        lines.append(f"{i:05}.ppm;9;9;1;1;5;5;{label}")
+    (tmp_path / "Final_Test" / "GT-final_test.csv").write_text("\r\n".join(lines))
+    return tmp_path
+
+
+def test_gtsrb(signs):
+    dataset = load_dataset(settings("gtsrb", signs, image_size=8), 0)
+    assert dataset.image_shape == (8, 8, 3)
+    assert dataset.train.labels.tolist() == [0, 0, 0, 14, 14, 14]
+    assert dataset.train.images[:, 0, 0, 0].tolist() == [0, 1, 2, 140, 141, 142]
+    assert dataset.test.labels.tolist() == [14, 0, 14]
+    assert dataset.test.images[:, 0, 0, 0].tolist() == [14, 0, 14]
+    assert (dataset.num_classes, dataset.class_names[14]) == (43, "stop")
+    with pytest.raises(DataError, match=r"data.image_size=PIXELS resizes"):
+        load_dataset(settings("gtsrb", signs), 0)
+    (signs / "Final_Test" / "GT-final_test.csv").rename(signs / "GT-final_test.csv")  # as its own archive unpacks
+    assert load_dataset(settings("gtsrb", signs, image_size=8), 0).test.labels.tolist() == [14, 0, 14]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("00000_00001.ppm", "../../x.ppm", r"GT-00014.csv, line 3: expected Filename"),
+        ("00000_00001.ppm", "/etc/passwd", "line 3: expected Filename"),
+        ("00000_00001.ppm", "..", "line 3: expected Filename"),
+        ("00000_00001.ppm", "00000_00007.ppm", "line 3: .*00000_00007.ppm does not exist"),
+        ("00000_00001.ppm", "00000_00000.ppm", "lists an image twice"),
+        ("5;5;14", "5;5;43", "line 2: ClassId '43' is not 0 to 42"),
+        ("5;5;14", "5;5;-1", "ClassId '-1'"),
+        ("5;5;14", "5;5;" + "9" * 5000, "ClassId '9999"),
+        ("5;5;14", "5;5;", "line 2: expected Filename"),
+        (";", ",", "line 2: expected Filename"),
+    ],
+)
+def test_damaged_gtsrb(signs, old, new, message):
+    table = signs / "Final_Training" / "Images" / "00014" / "GT-00014.csv"
+    table.write_text(table.read_text().replace(old, new))
+    with pytest.raises(DataError, match=message):
+        load_dataset(settings("gtsrb", signs, image_size=8), 0)
+
+
+def test_missing_and_foreign_gtsrb(signs, tmp_path):
+    with pytest.raises(UsageError, match=r"has no Final_Training/Images; --config.data.dir=DIR names the folder GTSRB"):
+        load_dataset(settings("gtsrb", tmp_path / "none"), 0)
+    table = signs / "Final_Test" / "GT-final_test.csv"
+    table.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_dataset(settings("gtsrb", signs, image_size=8), 0)
+    table.write_text("Filename;ClassId\n")
+    with pytest.raises(DataError, match="lists no images"):
+        load_dataset(settings("gtsrb", signs, image_size=8), 0)
+    table.unlink()
+    with pytest.raises(UsageError, match=r"GT-final_test.csv does not exist"):
+        load_dataset(settings("gtsrb", signs, image_size=8), 0)
+
+
+# --- arrays
+
+
+def arrays(**changed):
+    images = np.arange(6 * 4 * 5 * 3, dtype=np.uint8).reshape(6, 4, 5, 3)
+    labels = np.array([0, 1, 2, 0, 1, 2])
+    return {"x_train": images, "y_train": labels, "x_test": images[:3], "y_test": labels[:3, None]} | changed
+
+
+def test_arrays(tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays())
+    dataset = load_dataset(settings("arrays", tmp_path / "a.npz"), 0)
+    np.testing.assert_array_equal(dataset.train.images, arrays()["x_train"])
+    assert dataset.test.labels.tolist() == [0, 1, 2]
+    assert dataset.class_names == ("0", "1", "2")
+    named = settings("arrays", tmp_path / "b.npz")
+    grey = arrays()["x_train"][..., 0]
+    np.savez_compressed(
+        tmp_path / "b.npz", **arrays(x_train=grey, x_test=grey[:3], class_names=np.array(["a", "<b>", "c"]))
+    )
+    dataset = load_dataset(named, 0)
+    assert dataset.image_shape == (4, 5, 1)
+    assert dataset.class_names == ("a", "<b>", "c")
+    assert load_dataset(named | {"class_names": ("x", "y", "z")}, 0).class_names == ("x", "y", "z")
+    with pytest.raises(UsageError, match=r"data.class_names has 2 names, and the source has 3 classes"):
+        load_dataset(named | {"class_names": ("x", "y")}, 0)
+    with pytest.raises(DataError, match="two classes have the same name"):
+        load_dataset(named | {"class_names": ("x", "y", "x")}, 0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x_train": np.zeros((6, 4, 5, 3))}, r"x_train is float64 .* expected uint8"),
+        ({"x_train": np.zeros((0, 4, 5, 3), np.uint8), "y_train": np.zeros(0, int)}, "x_train is uint8"),
+        ({"y_train": np.zeros(5, int)}, r"y_train is int64 \(5,\), expected integers \[6\]"),
+        ({"y_train": np.zeros(6)}, "y_train is float64"),
+        ({"y_train": np.full(6, -1)}, "y_train goes from -1"),
+        ({"y_train": np.full(6, 2**40)}, "y_train goes from"),
+        ({"x_test": np.zeros((3, 4, 4, 3), np.uint8)}, "they must agree"),
+        ({"class_names": np.array(["a", "b"])}, "labels go from 0 to 2"),
+        ({"class_names": np.arange(3)}, "class_names is int64"),
+        ({"y_train": np.array([{}] * 6)}, "is damaged, or no .npz file of plain arrays"),
+    ],
+)
+def test_unusable_arrays(tmp_path, changed, message):
+    np.savez(tmp_path / "a.npz", **arrays(**changed))
+    with pytest.raises(DataError, match=message):
+        load_dataset(settings("arrays", tmp_path / "a.npz"), 0)
+
+
+def test_missing_and_damaged_arrays(tmp_path):
+    path = tmp_path / "a.npz"
+    with pytest.raises(UsageError, match=r"--config.data.dir=FILE.npz names one with x_train"):
+        load_dataset(settings("arrays", path), 0)
+    np.savez(path, x_train=np.zeros(3))
+    with pytest.raises(DataError, match="lacks y_train, x_test, y_test; it has x_train"):
+        load_dataset(settings("arrays", path), 0)
+    np.savez(path, **arrays())
+    whole = path.read_bytes()
+    for content in (b"", b"nothing", whole[:300], whole[:-200]):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"a.npz is damaged"):
+            load_dataset(settings("arrays", path), 0)
+    with zipfile.ZipFile(path, "w") as archive:  # a bomb: its directory claims more than any memory
+        archive.writestr("x_train.npy", b"x")
+        archive.filelist[0].file_size = 2**50
+    with pytest.raises(DataError, match="unpacks to 1,125,899,906,842,624 bytes"):
+        load_dataset(settings("arrays", path), 0)
 
 
 # --- image folder
@@ -221,6 +370,29 @@ def test_a_cache_that_cannot_be_written_is_said_and_survived(folder, tmp_path):
 
 
 # --- augmentation
+
+
+def test_resized_crop_flip_is_a_piece_of_the_image_enlarged(rng):
+    """On an image of its own coordinates, every output is linear in them, within the image, of a plausible area."""
+    rows, cols = np.mgrid[:32, :48].astype(np.float32)
+    image = np.stack([rows, cols, np.ones_like(rows)], axis=-1)
+    areas, flips = [], 0
+    for out in np.asarray(jax.vmap(resized_crop_flip, (None, 0))(image, jax.random.split(jax.random.key(0), 400))):
+        assert out.shape == image.shape
+        assert out[..., 0].min() >= 0
+        assert out[..., 0].max() <= 31
+        assert out[..., 1].min() >= 0
+        assert out[..., 1].max() <= 47
+        np.testing.assert_allclose(out[..., 2], 1, atol=1e-5)
+        inner = out[4:-4, 4:-4]
+        down, right = np.diff(inner[..., 0], axis=0), np.diff(inner[..., 1], axis=1)
+        np.testing.assert_allclose(down, down.mean(), atol=0.02)
+        np.testing.assert_allclose(right, right.mean(), atol=0.02)
+        flips += right.mean() < 0
+        areas.append(abs(down.mean() * right.mean()))
+    assert 0.05 < min(areas) < 0.15
+    assert 0.9 < max(areas) <= 1.01
+    assert 150 < flips < 250
 
 
 def test_crop_flip_is_a_shift_or_flip_of_the_reflected_image(rng):

@@ -7,7 +7,7 @@ from badloss_jax.config import default_config
 from badloss_jax.data import Split
 from badloss_jax.defenses.controls import oracle_removal, random_removal
 from badloss_jax.evaluation import classifier
-from badloss_jax.evaluation.detection import detection_metrics, removal_metrics
+from badloss_jax.evaluation.detection import detection_metrics, recall_at_clean_loss, removal_metrics
 
 
 def test_detection_metrics_by_hand():
@@ -20,6 +20,15 @@ def test_detection_metrics_by_hand():
     assert metrics["auroc"]["overall"] == pytest.approx(7 / 12)
     assert metrics["tpr_at_1_fpr"] == {"overall": pytest.approx(1 / 3), "a": 0.5, "b": 0}
     assert metrics["average_precision"]["a"] == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_recall_at_clean_loss_by_hand():
+    attack_of = np.array([""] * 10 + ["a", "a", "b", "b", ""], object)
+    is_probe = np.array([False] * 14 + [True])
+    scores = np.array([*range(10), 8.5, 3.5, 99, 6, 1000])  # the probe's is left out
+    got = recall_at_clean_loss(scores, attack_of, is_probe, np.array([0, 0.1, 0.2, 0.29, 0.3, 0.7]))
+    assert got["a"].tolist() == [0, 0.5, 0.5, 0.5, 0.5, 1]  # thresholds 9, 8, 7, 7, 6, 2
+    assert got["b"].tolist() == [0.5, 0.5, 0.5, 0.5, 0.5, 1]
 
 
 def test_removal_metrics_by_hand():

@@ -5,6 +5,9 @@ import pytest
 from flax import nnx
 
 from badloss_jax.models import ModelSpec
+from badloss_jax.models.layers import Head
+from badloss_jax.training.loop import Recipe, train
+from badloss_jax.training.resident import ResidentData
 
 
 def parameters(spec):
@@ -19,6 +22,12 @@ def parameters(spec):
         (ModelSpec("resnet18", (32, 32, 3), 10), 11_173_962, 512),
         (ModelSpec("resnet50", (32, 32, 3), 10), 23_520_842, 2048),
         (ModelSpec("resnet_small", (12, 12, 1), 10, (16, 32), 1), 19_706, 32),
+        # torchvision's ImageNet networks; of VGG-16 the convolutions, without the biases that batch norm makes idle.
+        (ModelSpec("resnet18", (224, 224, 3), 1000), 11_689_512, 512),
+        (ModelSpec("resnet34", (224, 224, 3), 1000), 21_797_672, 512),
+        (ModelSpec("resnet50", (224, 224, 3), 1000), 25_557_032, 2048),
+        (ModelSpec("mobilenet_v2", (224, 224, 3), 1000), 3_504_872, 1280),
+        (ModelSpec("vgg16_bn", (32, 32, 3), 10), 14_728_266 - 4_224, 512),
     ],
 )
 def test_sizes(spec, count, features):
@@ -44,6 +53,33 @@ def test_resolution_is_that_of_the_32_px_stem():
     finally:
         type(head).__call__ = original
     assert [shape[1] for shape in seen] == [16, 16, 16, 8, 8, 4, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "last"),
+    [("resnet18", 224, 7), ("resnet34", 112, 4), ("resnet50", 64, 4), ("vgg16_bn", 224, 14), ("vgg16_bn", 32, 2),
+     ("vgg16_bn", 12, 1), ("mobilenet_v2", 224, 7), ("mobilenet_v2", 32, 4)],
+)  # fmt: skip
+def test_resolution_follows_the_size_of_the_images(name, side, last, monkeypatch):
+    """Images of at least 112 px get the stem of ImageNet's networks."""
+    seen = []
+    original = Head.__call__
+    monkeypatch.setattr(Head, "__call__", lambda self, x: seen.append(x.shape[1:3]) or original(self, x))
+    spec = ModelSpec(name, (side, side, 3), 10)
+    nnx.eval_shape(lambda: spec.build(nnx.Rngs(0))(jnp.zeros((1, side, side, 3)), train=True))
+    assert seen == [(last, last)]
+
+
+@pytest.mark.parametrize("name", ["vgg16_bn", "mobilenet_v2"])
+def test_other_architectures_learn(name, mesh):
+    """A few steps on eight images bring the loss down, with a padded batch, through the one trainer."""
+    draw = np.random.default_rng(0)
+    images, labels = draw.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8), np.arange(8) % 4
+    data = ResidentData.place(mesh, images, labels, np.zeros(0, int), np.zeros((0, 16, 16, 3), np.float32))
+    losses = []
+    train(ModelSpec(name, (16, 16, 3), 4), Recipe(8, 8, 6), data, np.arange(8), seed=0, phase="test", mesh=mesh,
+          on_epoch=lambda record: losses.append(record["loss"]))  # fmt: skip
+    assert losses[-1] < losses[0] / 2
 
 
 def test_bfloat16_computes_in_16_bits_and_answers_in_32():

@@ -40,19 +40,19 @@ _LOW_LOSS = 1e-4
 _SPARK = (100.0, 36.0)  # size of a small trajectory
 
 
-def write_reports(folder: Path, run: Path | None = None) -> Path:
+def write_reports(folder: Path) -> Path:
     """Renders the reports of a run, or of a rescoring of it, and their plots; returns the path of report.html.
 
     Args:
-      folder: with results.json and scores.parquet; the reports go there.
-      run: with trajectories/ and gallery.npz, by default the same.
+      folder: with results.json, scores.parquet, trajectories/ and gallery.npz; of a rescoring, OUT/rescored/HASH, the
+        last two are those of OUT.
 
     Raises:
       UsageError: there is no results.json.
       DataError: a file is missing or damaged; it is named.
     """
     results, scores = read_results(folder / "results.json", rescored=True), read_scores(folder / "scores.parquet")
-    run = run or folder
+    run = folder.resolve().parents[1] if "rescored_from" in results else folder
     losses = TrajectoryStore.open(run / "trajectories").read("loss")
     try:
         gallery = read_gallery(run / "gallery.npz")
@@ -181,7 +181,7 @@ def _gallery_of(
         cards = [card(example, rank) for rank, example in enumerate(ranked, 1) if example in place]
         kinds.append({"name": kind, "cards": cards, "wanted": len(ranked)})
     height, width = gallery.shown.shape[1:3]
-    tile = max(40, min(80, width))
+    tile = max(56, min(80, width))
     return {
         "kinds": kinds,
         "clean": spark(np.median(losses[clean], axis=0)) if clean.any() else "",

@@ -143,10 +143,10 @@ def save_triggers(
 ) -> None:
     """Draws one row an attack: of each of M images the image, the triggered image, and the difference times ten."""
     attacks, images = before.shape[:2]
-    figure = Figure(figsize=(1.1 + 3.3 * images, 0.45 + 1.2 * attacks), layout="constrained")
+    figure = Figure(figsize=(1.4 + 3.3 * images, 0.45 + 1.2 * attacks), layout="constrained")
     axes = figure.subplots(attacks, 3 * images, squeeze=False)
     for row, name in enumerate(names):
-        axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center")
+        axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", parse_math=False)
         for column in range(images):
             old, new = before[row, column], after[row, column]
             for place, picture in enumerate((old, new, difference(old, new))):

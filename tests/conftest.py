@@ -8,6 +8,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 from badloss_jax.config import load_config  # noqa: E402
+from badloss_jax.experiment import run_experiment  # noqa: E402
 from badloss_jax.training.mesh import make_mesh  # noqa: E402
 
 # The digits config, shrunk to seconds: what it ends with means nothing, that it ends does.
@@ -25,6 +26,11 @@ TINY = {
 }
 
 
+CLASS_NAMES = ("<script>alert(1)</script>", "$x_1$ & 'b'", "c|d", *"3456789")
+FINISHED = {"scoring__kinds": "('loss','prob','logits','ranked','features','combined')", "scoring__prob__k": 5,
+            "data__class_names": f"{CLASS_NAMES}"}  # fmt: skip
+
+
 def overrides(**changed):
     """TINY, with keys changed (double underscore for a dot), as command line overrides."""
     settings = TINY | {key.replace("__", "."): value for key, value in changed.items()}
@@ -34,6 +40,14 @@ def overrides(**changed):
 @pytest.fixture(scope="session")
 def mesh():
     return make_mesh(jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, mesh):
+    """One finished run, whose classes have hostile names; the tests only read it."""
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    config = load_config("configs/digits.py", overrides(**FINISHED))
+    return workdir, config, run_experiment(config, workdir, mesh=mesh)
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
 import io
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from badloss_jax.cli import main
 from badloss_jax.progress import Progress
@@ -12,10 +14,10 @@ from tests.conftest import overrides
 from tests.test_experiment import ENVIRONMENT
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["score", "--help"], ["summary", "--help"]])
-def test_help(arguments, capsys):
+@pytest.mark.parametrize("command", ["", "run", "score", "summary", "report", "attacks"])
+def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(arguments)
+        main([*command.split(), "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert shown.startswith("usage: badloss")
@@ -50,6 +52,7 @@ def test_usage_errors(arguments, message, capsys):
         (["run", "--config", "configs/cifar10.py", "--config.data.dir=/none"], "'/none' is not a folder"),
         (["run", "--config", "configs/digits.py", "--config.attacks.manifest=/none"], "manifest /none does not exist"),
         (["score"], "holds no run"),
+        (["report"], "holds no finished run"),
     ],
 )
 def test_errors_fit_a_screen_and_start_nothing(arguments, message, capsys, tmp_path):
@@ -61,6 +64,33 @@ def test_errors_fit_a_screen_and_start_nothing(arguments, message, capsys, tmp_p
     assert "Traceback" not in shown.err
     assert len(shown.err) < 1000
     assert not workdir.exists()
+
+
+def test_report_renders_the_same_page_again(finished, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / "run")
+    made = ("report.html", "report.md", "roc.png", "trajectories.png")
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in made}
+    for name in made:
+        (tmp_path / "run" / name).unlink()
+    assert main(["report", "--workdir", str(tmp_path / "run")]) == 0
+    assert f"Report: {tmp_path / 'run' / 'report.html'}" in capsys.readouterr().out
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in made} == before
+
+
+def test_attacks_are_shown_as_a_picture(tmp_path, capsys):
+    names = "--config.attacks.names=('patch','blend_p','narcissus')"
+    arguments = ["attacks", "--config", "configs/digits.py", names, "--config.attacks.narcissus.ratio=0.1",
+                 "--config.attacks.narcissus.surrogate_epochs=1", "--config.attacks.narcissus.steps=2"]  # fmt: skip
+    assert main([*arguments, "--out", str(tmp_path / "a.png")]) == 0
+    assert "narcissus" in capsys.readouterr().out
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 3 * 3 * 80
+        assert len(picture.convert("L").getcolors()) > 20
+    assert main([*arguments, "--out", str(tmp_path / "a.jpg")]) == 2
+    assert "expected a file name that ends in .png" in capsys.readouterr().err
+    assert main(["attacks", "--config", "configs/digits.py", "--config.attacks.names=()", "--out", "a.png"]) == 2
+    assert "there is no trigger to show" in capsys.readouterr().err
 
 
 def test_batch_not_divisible_by_the_devices(tmp_path):

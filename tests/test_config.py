@@ -28,7 +28,7 @@ DIGITS = "configs/digits.py"
         "configs/fashion_mnist.py:quick",
         "configs/cifar10.py:quick",
         "configs/gtsrb.py:third",
-    ],  # fmt: skip
+    ],
 )
 def test_every_config_loads_and_survives_json(spec):
     config = load_config(spec)

@@ -15,11 +15,12 @@ import pytest
 from badloss_jax.config import KINDS, RULES, load_config, override
 from badloss_jax.errors import DataError, NonFiniteLossError, UsageError
 from badloss_jax.experiment import rescore, run_experiment
+from badloss_jax.report.writers import open_writers
 from badloss_jax.scoring import filter_epochs, knn_distances
 from badloss_jax.training.checkpoint import load_model
 from badloss_jax.trajectories.store import TrajectoryStore
 from badloss_jax.workdir import locked
-from tests.conftest import overrides
+from tests.conftest import CLASS_NAMES, FINISHED, overrides
 
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/tmp")}
 
@@ -49,20 +50,17 @@ def tree(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, mesh):
-    """One finished run, which the tests only read."""
-    workdir = tmp_path_factory.mktemp("run") / "run"
-    config = load_config("configs/digits.py", overrides(scoring__kinds=f"{KINDS}", scoring__prob__k=5))
-    return workdir, config, run_experiment(config, workdir, mesh=mesh)
-
-
 def test_a_run_leaves_what_the_contract_says(finished):
     workdir, config, results = finished
     written = json.loads((workdir / "results.json").read_text())
     assert written == json.loads(json.dumps(results))
     assert {"schema_version", "config", "config_hash", "environment", "seconds", "undefended", "recording_model",
-            "variants"} <= written.keys()  # fmt: skip
+            "variants", "attacks", "class_names", "num_examples"} <= written.keys()  # fmt: skip
+    assert written["class_names"] == list(CLASS_NAMES)
+    assert written["attacks"].keys() == {"patch", "sinusoid"}
+    patch, sinusoid = written["attacks"]["patch"], written["attacks"]["sinusoid"]
+    assert (patch["examples"], patch["clean_label"], sinusoid["clean_label"]) == (6, False, True)
+    assert patch["target_name"] == CLASS_NAMES[patch["target"]]
     assert written["config"]["seed"] == 0
     assert {"jax", "flax"} <= written["environment"]["packages"].keys()
     for model in ("undefended", "recording_model"):
@@ -87,6 +85,7 @@ def test_a_run_leaves_what_the_contract_says(finished):
         assert (workdir / picture).read_bytes().startswith(b"\x89PNG")
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert sum(line["model"] == "recording" for line in lines) == 3
+    assert "<!doctype html>" in (workdir / "report.html").read_text()
     assert not list(workdir.rglob(".*-*"))  # nothing half-written
 
 
@@ -94,6 +93,7 @@ def test_scores_are_what_the_scorer_says(finished):
     workdir, _, results = finished
     table = pq.read_table(workdir / "scores.parquet").to_pydict()
     assert table["example_id"] == list(range(300))
+    assert table["class_name"] == [CLASS_NAMES[label] for label in table["label"]]
     is_probe, attack = np.array(table["probe"]), np.array(table["attack"])
     assert is_probe.sum() == 30
     assert not (is_probe & (attack != "")).any()
@@ -156,6 +156,75 @@ def test_a_clean_training_set_runs(tmp_path, tiny, mesh):
     report = (tmp_path / "report.md").read_text()
     assert ".png" not in report
     assert "No attack was simulated" in report
+    page = (tmp_path / "report.html").read_text()
+    assert "No attack was simulated" in page
+    assert page.count('<figure class="card"') == 5 * 60
+
+
+def test_levels_can_be_named(tmp_path, tiny, mesh):
+    config = tiny(rejection__rules="('fraction','fraction@0.1')", retraining__variants="('loss/fraction@0.1',)",
+                  controls="()", scoring__kinds="('loss',)")  # fmt: skip
+    results = run_experiment(config, tmp_path, mesh=mesh)
+    assert results["variants"].keys() == {"loss/fraction", "loss/fraction@0.1"}
+    assert results["variants"]["loss/fraction"]["removed_share"] == pytest.approx(0.4)
+    assert results["variants"]["loss/fraction@0.1"]["removed_share"] == pytest.approx(0.1)
+    assert "retrained" in results["variants"]["loss/fraction@0.1"]
+    assert "retrained" not in results["variants"]["loss/fraction"]
+    assert sum(pq.read_table(tmp_path / "scores.parquet")["removed_loss_fraction@0.1"].to_pylist()) == 30
+
+
+def test_narcissus_trains_its_surrogate_once(tmp_path, tiny, mesh, monkeypatch):
+    changed = {"attacks__names": "('patch','narcissus')", "attacks__narcissus__ratio": 0.2, "controls": "()",
+               "attacks__narcissus__surrogate_epochs": 2, "attacks__narcissus__steps": 5,
+               "retraining__variants": "()"}  # fmt: skip
+    results = run_experiment(tiny(**changed), tmp_path / "a", mesh=mesh)
+    assert results["seconds"]["surrogate"] > 0
+    for figure in ("attack_success_rate", "boosted", "scrambled"):
+        assert "narcissus" in results["undefended"][figure]
+    stored = json.loads((tmp_path / "a" / "manifest.json").read_text())["attacks"]
+    assert len(stored["narcissus"]["perturbation"]) == 12 * 12
+    assert 0 < max(map(abs, stored["narcissus"]["perturbation"])) <= 16
+    assert stored["patch"]["perturbation"] == []
+    monkeypatch.setattr("badloss_jax.experiment.optimise_triggers", lambda manifest, *rest: manifest)
+    again = run_experiment(tiny(**changed), tmp_path / "a", mesh=mesh)  # takes the one that is there
+    assert again["undefended"] == results["undefended"]
+    changed["attacks__manifest"] = tmp_path / "a" / "manifest.json"
+    given = run_experiment(tiny(**changed), tmp_path / "b", mesh=mesh)
+    assert given["undefended"] == results["undefended"]
+
+
+def test_tensorboard_reads_the_metrics(tmp_path, tiny, mesh):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tiny(report__writers="('tensorboard',)", controls="()", retraining__variants="()")
+    results = run_experiment(config, tmp_path, mesh=mesh)
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "recording"))
+    events.Reload()
+    told = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in told if line["model"] == "recording"]
+    assert [event.step for event in events.Scalars("loss")] == [0, 1, 2]
+    np.testing.assert_allclose([event.value for event in events.Scalars("loss")], losses, rtol=1e-6)
+    (accuracy,) = events.Scalars("clean_accuracy")
+    assert accuracy.value == pytest.approx(results["recording_model"]["clean_accuracy"])
+    assert "attack_success_rate/patch" in events.Tags()["scalars"]
+
+
+def test_a_writer_that_is_not_installed_is_said(tmp_path, tiny, mesh, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(UsageError, match=r"pip install 'badloss_jax\[tensorboard\]'"):
+        run_experiment(tiny(report__writers="('tensorboard',)"), tmp_path, mesh=mesh)
+
+
+def test_wandb_takes_the_metrics(tmp_path, tiny, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with open_writers(tmp_path, tiny(report__writers="('wandb',)")) as (writer,):
+        writer.start("loss/fraction")
+        for epoch in range(3):
+            writer.write("loss/fraction", {"loss": 1 / (1 + epoch)}, epoch)
+        assert writer._run.summary["loss/fraction/loss"] == pytest.approx(1 / 3)
+        assert writer._run.config["seed"] == 0
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
 
 
 def test_rescoring_never_touches_the_run(finished):
@@ -337,7 +406,7 @@ def test_a_full_disk_loses_nothing(finished, tmp_path):
     shutil.rmtree(tmp_path / "full" / "models" / "undefended")
     (tmp_path / "full" / "results.json").unlink()
     before = tree(tmp_path / "full")
-    arguments = command(tmp_path / "full", scoring__kinds=f"{KINDS}", scoring__prob__k=5)
+    arguments = command(tmp_path / "full", **FINISHED)
     failed = run_on_a_full_disk(arguments, tmp_path)
     assert failed.returncode == 1
     assert failed.stderr.count("badloss: error:") == 1

@@ -6,8 +6,9 @@ In it lie:
     manifest.json     who is poisoned with what
     trajectories/     the store of what was recorded
     models/NAME/      recording, undefended, loss-fraction, ...: weights (orbax) and about.json
-    metrics.jsonl     one line an epoch
-    scores.parquet, results.json, report.md, trajectories.png, roc.png
+    metrics.jsonl     one line an epoch; tensorboard/ and wandb/ if asked for
+    scores.parquet, results.json, gallery.npz
+    report.html, report.md, trajectories.png, roc.png, rendered from the files above
     rescored/HASH/    what `badloss score` made of the stored trajectories
 """
 

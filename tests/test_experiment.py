@@ -193,6 +193,35 @@ def test_narcissus_trains_its_surrogate_once(tmp_path, tiny, mesh, monkeypatch):
     assert given["undefended"] == results["undefended"]
 
 
+@pytest.mark.parametrize("name", ["imagenette", "imagenet", "gtsrb"])
+def test_large_configs_run_shrunk(tmp_path, mesh, name, rng):
+    """Images of mixed sizes and modes at 112 px, where patches are blocks and augmentation crops and resizes."""
+    from PIL import Image
+
+    classes = 10 if name == "imagenette" else 4
+    for split, count in (("train", 8 * classes), ("val", classes)):
+        for i in range(count):
+            label, (height, width) = i % classes, rng.integers(40, 160, 2)
+            folder = tmp_path / "data" / split / f"n{label:08}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+            pixels.convert(("RGB", "L", "P", "RGBA")[i % 4]).save(folder / f"{i:04}.png")
+    changed = {
+        "data.dir": tmp_path / "data", "data.cache_dir": "", "data.source": "image_folder", "data.image_size": 112,
+        "model.name": "resnet_small", "model.stages": "(8,)", "probes.count": 12, "scoring.loss.k": 5,
+        "attacks.names": "('patch','blend_p','sinusoid')", "attacks.patch.ratio": 0.05, "attacks.blend_p.ratio": 0.05,
+        "attacks.sinusoid.ratio": 0.5, "attacks.sinusoid.min_images": 0, "attacks.sinusoid.min_class": 0,
+        "recording.epochs": 3, "recording.batch_size": 16, "retraining.batch_size": 16, "retraining.epochs": 1,
+        "retraining.variants": "('combined/fraction@0.1',)", "controls": "()", "evaluation.batch_size": 16,
+    }  # fmt: skip
+    config = load_config(f"configs/{name}.py", [f"--config.{key}={value}" for key, value in changed.items()])
+    results = run_experiment(config, tmp_path / "run", mesh=mesh)
+    assert results["num_examples"] == 8 * classes
+    assert results["class_names"][0] == ("tench" if name == "imagenette" else "n00000000")
+    assert results["attacks"]["sinusoid"]["parameters"]["strength"] == pytest.approx(0.15)
+    assert "retrained" in results["variants"]["combined/fraction@0.1"]
+
+
 def test_tensorboard_reads_the_metrics(tmp_path, tiny, mesh):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from badloss_jax.config import load_config
@@ -12,6 +13,7 @@ from tests.conftest import overrides
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 CIFAR10 = os.environ.get("BADLOSS_CIFAR10", "")
+GTSRB = os.environ.get("BADLOSS_GTSRB", "")
 
 
 def shrunk(spec, **changed):
@@ -39,4 +41,17 @@ def test_cifar10(tmp_path, mesh):
     assert load_dataset(shrunk("configs/cifar10.py:quick", **changed).data, 0).image_shape == (32, 32, 3)
     results = run_experiment(shrunk("configs/cifar10.py:quick", **changed), tmp_path / "run", mesh=mesh)
     assert results["undefended"]["clean_accuracy"] > 0.15
-    assert len(results["undefended"]["attack_success_rate"]) == 6
+    assert len(results["undefended"]["attack_success_rate"]) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GTSRB, reason="BADLOSS_GTSRB does not name the official folder GTSRB, whole or reduced")
+def test_gtsrb(tmp_path, mesh):
+    dataset = load_dataset(load_config("configs/gtsrb.py:third", [f"--config.data.dir={GTSRB}"]).data, 0)
+    assert dataset.image_shape == (32, 32, 3)
+    assert len(np.unique(dataset.train.labels)) == len(np.unique(dataset.test.labels)) == 43
+    changed = {"attacks__sinusoid__min_class": 50, "attacks__sinusoid__min_images": 20}
+    results = run_experiment(shrunk("configs/gtsrb.py:third", data__dir=GTSRB, **changed), tmp_path / "run", mesh=mesh)
+    assert results["undefended"]["clean_accuracy"] > 0.05
+    assert results["attacks"]["sinusoid"]["examples"] >= 20
+    assert results["class_names"][14] == "stop"

@@ -75,7 +75,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """Returns what `read_manifest` reads."""
-        return json.dumps({"format": _FORMAT, **asdict(self)}, sort_keys=True)
+        return json.dumps({"format": _FORMAT, **asdict(self)})
 
 
 def draw_manifest(

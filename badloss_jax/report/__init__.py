@@ -1,1 +1,1 @@
-"""What a run leaves for people and scripts: results.json, scores.parquet, report.md and two plots."""
+"""What a run leaves: results.json and scores.parquet for scripts, report.html and report.md for people."""

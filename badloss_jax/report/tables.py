@@ -218,23 +218,23 @@ def verdict(results: Mapping[str, Any]) -> str:
     named = results["config"]["retraining"]["variants"]
     trained = [name for name in named if "retrained" in results["variants"].get(name, {})]
     for name in dict.fromkeys([*trained[:1], *trained[-1:]]):
-        model = results["variants"][name]["retrained"]
+        model, title = results["variants"][name]["retrained"], variant_title(name, results["config"])
         told.append(
-            f"After {variant_title(name, results['config'])}, and retraining: {_percent(_mean_asr(model))}, at a clean"
-            f" accuracy of {_percent(model['clean_accuracy'])}."
+            f"Removing by {title} and retraining leaves {_percent(_mean_asr(model))}, at a clean accuracy of"
+            f" {_percent(model['clean_accuracy'])}."
         )
     return " ".join(told)
 
 
 def variant_title(name: str, config: Mapping[str, Any]) -> str:
-    """Says a variant's name in words: "combined/fraction@0.1" is "combined, 10 % removed"."""
+    """Says a variant's name in words: "combined/fraction@0.1" is "combined (10 %)"."""
     kind, _, text = name.partition("/")
     if not text:
-        return {"oracle": "oracle, exactly the poison removed"}.get(kind, kind)
+        return {"oracle": "oracle (exactly the poison)"}.get(kind, kind)
     rule, given = parse_rule(text)
     level = config["rejection"][rule] if given is None else given
-    told = {"fraction": f"{100 * level:g} % removed", "alpha": f"p ≤ {level:g} removed"}
-    return f"{kind}, {told.get(rule, f'false discovery rate {level:g}')}"
+    told = {"fraction": f"{100 * level:g} %", "alpha": f"p ≤ {level:g}"}
+    return f"{kind} ({told.get(rule, f'false discovery rate {level:g}')})"
 
 
 def attack_table(results: Mapping[str, Any]) -> list[list[str]]:

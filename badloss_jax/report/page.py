@@ -163,16 +163,18 @@ def _gallery_of(
     if gallery.ids.min() < 0 or gallery.ids.max() >= len(losses):
         raise DataError(f"gallery.npz has the example ids {gallery.ids.min()} to {gallery.ids.max()} of {len(losses)}")
     clean = (scores.attack_of == "") & ~scores.is_probe
+    poisoned = scores.attack_of[gallery.ids] != ""
+    order = np.cumsum(poisoned) - 1  # of the poisoned among themselves
+    originals, shown = gallery.originals[poisoned], gallery.shown[poisoned]
     top = math.log(max(float(losses[gallery.ids].max()), 1.0))
     spark = partial(_spark, top=top)
 
     def card(example: int, rank: int) -> dict[str, Any]:
         position = place[example]
         label, before = int(scores.labels[example]), int(gallery.true_labels[position])
-        row, column = divmod(position, _COLUMNS)
         return {"id": example, "rank": rank, "label": _class(names, label), "attack": scores.attack_of[example],
-                "before": "" if label == before else _class(names, before), "row": row, "column": column,
-                "path": spark(losses[example])}  # fmt: skip
+                "before": "" if label == before else _class(names, before), "shown": _tile(position),
+                "changed": _tile(int(order[position])), "path": spark(losses[example])}  # fmt: skip
 
     wanted = min(results["config"]["report"]["gallery"], len(losses))
     kinds = []
@@ -189,9 +191,15 @@ def _gallery_of(
         "columns": _COLUMNS,
         "size": _SPARK,
         "sheets": {"shown": data_uri(sheet(gallery.shown, _COLUMNS)),
-                   "original": data_uri(sheet(gallery.originals, _COLUMNS)),
-                   "difference": data_uri(sheet(difference(gallery.originals, gallery.shown), _COLUMNS))},
+                   "original": data_uri(sheet(originals, _COLUMNS)),
+                   "difference": data_uri(sheet(difference(originals, shown), _COLUMNS))},
     }  # fmt: skip
+
+
+def _tile(position: int) -> str:
+    """Returns the CSS variables that place a sheet behind a tile."""
+    row, column = divmod(position, _COLUMNS)
+    return f"--r:{row};--c:{column}"
 
 
 def _spark(losses: Float[np.ndarray, "T"], top: float) -> str:

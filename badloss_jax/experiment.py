@@ -325,8 +325,8 @@ def picture_attacks(config: ConfigDict, path: Path, progress: Progress, images: 
     manifest = optimise_triggers(plan_poison(config, dataset), config, dataset, mesh, progress)
     before, after = [], []
     for name, plan in manifest.attacks.items():
-        ids = list(plan.example_ids) * images
-        before.append(dataset.train.images[ids[:images]])
+        spread = np.linspace(0, len(plan.example_ids) - 1, images).astype(int)  # sources come class by class
+        before.append(dataset.train.images[np.array(plan.example_ids)[spread]])
         triggered = plan_trigger(name, manifest)(before[-1].astype(np.float32) / 255)
         after.append(np.round(triggered * 255).astype(np.uint8))
     targets = [f"{name}\n→ {dataset.class_names[plan.target]}" for name, plan in manifest.attacks.items()]

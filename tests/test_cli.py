@@ -148,14 +148,14 @@ def test_summary(tmp_path, capsys):
         (tmp_path / str(seed)).mkdir()
         retrained = model | {"clean_accuracy": 0.4 + 0.02 * seed}
         variant = {"detection": {"auroc": {"overall": 0.9 + 0.02 * seed}}, "removed_share": 0.4,
-                   "clean_removed_share": 0.3, "retrained": retrained}  # fmt: skip
+                   "clean_removed_share": 0.3, "recall": {"a": 0.5, "b": 0.7}, "retrained": retrained}  # fmt: skip
         results = {"schema_version": 1, "config": {"seed": seed, "probes": {"count": 9 if seed == 2 else 8}},
                    "undefended": model, "variants": {"loss/fraction": variant, "logits/alpha": {}}}  # fmt: skip
         (tmp_path / str(seed) / "results.json").write_text(json.dumps(results))
     assert main(["summary", str(tmp_path / "0" / "results.json"), str(tmp_path / "1")]) == 0
     *_, undefended, loss = capsys.readouterr().out.splitlines()
-    assert undefended == "| undefended | 0.0 | 0.0 |  | 50.0 | 100.0 | 100.0 |"
-    assert loss == "| loss/fraction | 40.0 | 30.0 | 0.910 ± 0.014 | 41.0 ± 1.4 | 100.0 | 100.0 |"
+    assert undefended == "| undefended | 0.0 | 0.0 |  |  | 50.0 | 100.0 | 100.0 |"
+    assert loss == "| loss/fraction | 40.0 | 30.0 | 0.910 ± 0.014 | 60.0 | 41.0 ± 1.4 | 100.0 | 100.0 |"
     for others, message in (("2", "these differ in probes.count: 8 -> 9"), ("0", "differ in nothing")):
         assert main(["summary", str(tmp_path / "0"), str(tmp_path / others)]) == 2
         assert message in capsys.readouterr().err

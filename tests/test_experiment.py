@@ -163,7 +163,7 @@ def test_a_clean_training_set_runs(tmp_path, tiny, mesh):
 
 def test_levels_can_be_named(tmp_path, tiny, mesh):
     config = tiny(rejection__rules="('fraction','fraction@0.1')", retraining__variants="('loss/fraction@0.1',)",
-                  controls="()", scoring__kinds="('loss',)")  # fmt: skip
+                  controls="()", scoring__kinds="('loss',)", report__gallery=0)  # fmt: skip
     results = run_experiment(config, tmp_path, mesh=mesh)
     assert results["variants"].keys() == {"loss/fraction", "loss/fraction@0.1"}
     assert results["variants"]["loss/fraction"]["removed_share"] == pytest.approx(0.4)

@@ -61,12 +61,12 @@ def choose_gallery(
     row = {int(example): place for place, example in enumerate(poisoning.ids)}
     originals = train.images[ids]
     shown = np.array([_poisoned(poisoning, row[i]) if i in row else train.images[i] for i in ids.tolist()], np.uint8)
-    first = [plan.example_ids[0] for plan in manifest.attacks.values()]
-    after = np.array([_poisoned(poisoning, row[i]) for i in first], np.uint8)
+    chosen = [plan.example_ids[len(plan.example_ids) // 2] for plan in manifest.attacks.values()]
+    after = np.array([_poisoned(poisoning, row[i]) for i in chosen], np.uint8)
     shape = train.images.shape[1:]
     return Gallery(
         ids, train.labels[ids], _thumbnails(originals), _thumbnails(shown.reshape(-1, *shape)),
-        np.array(list(manifest.attacks), dtype="U"), train.images[first], after.reshape(-1, *shape),
+        np.array(list(manifest.attacks), dtype="U"), train.images[chosen], after.reshape(-1, *shape),
     )  # fmt: skip
 
 

@@ -62,7 +62,8 @@ def removal_table(results: Mapping[str, Any]) -> list[list[str]]:
 def summary(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Returns header and rows over the results.json of several seeds: per trained model mean +- standard deviation.
 
-    The deviation is the sample's (n - 1), and is left out for one seed. ASR per attack are means.
+    The deviation is the sample's (n - 1), and is left out for one seed. Recall, the share of the poison that was
+    removed, is a mean over attacks; the rates per attack are means over seeds.
 
     Raises:
       UsageError: the runs differ in more than their seed, or two have the same.
@@ -75,7 +76,7 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     if len({run["config"]["seed"] for run in runs}) < len(runs):
         raise UsageError(f"two runs have the same seed: {', '.join(str(run['config']['seed']) for run in runs)}")
     attacks = list(runs[0]["undefended"]["attack_success_rate"])
-    rows = [["model", "removed", "clean lost", "AUROC", "CA", "mean ASR", *attacks]]
+    rows = [["model", "removed", "clean lost", "AUROC", "recall", "CA", "mean ASR", *attacks]]
     trained = [name for name, variant in runs[0]["variants"].items() if "retrained" in variant]
     for name in ("undefended", *trained):
         variants = [{"retrained": run["undefended"]} if name == "undefended" else run["variants"][name] for run in runs]
@@ -88,6 +89,7 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             _spread([100 * variant.get("removed_share", 0) for variant in variants], 1),
             _spread([100 * variant.get("clean_removed_share", 0) for variant in variants], 1),
             _spread(aurocs, 3),
+            _spread([100 * _mean(variant["recall"]) for variant in variants if variant.get("recall")], 1),
             _spread([100 * model["clean_accuracy"] for model in models], 1),
             _spread([100 * _mean_asr(model) for model in models], 1),
             *(f"{100 * statistics.fmean(rate[attack] for rate in rates):.1f}" for attack in attacks),
@@ -260,8 +262,11 @@ def _attack_names(results: Mapping[str, Any]) -> list[str]:
 
 
 def _mean_asr(model: Mapping[str, Any]) -> float:
-    rates = list(model["attack_success_rate"].values())
-    return sum(rates) / len(rates) if rates else 0.0
+    return _mean(model["attack_success_rate"])
+
+
+def _mean(per_attack: Mapping[str, float]) -> float:
+    return statistics.fmean(per_attack.values()) if per_attack else 0.0
 
 
 def _percent(share: float) -> str:

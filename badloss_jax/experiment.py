@@ -1,5 +1,6 @@
 """One run, from a config to a verdict: poison, record, score, reject, retrain, evaluate, report."""
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -112,6 +113,7 @@ def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[
       DataError: the trajectories are incomplete or damaged.
     """
     stored = read_config(workdir)
+    original = config_hash(stored)
     stored.retraining.variants = ()  # nothing is retrained, so no kind must be there for it
     config = change(stored)
     changed = [group for group, value in to_dict(config).items() if value != to_dict(stored)[group]]
@@ -136,7 +138,7 @@ def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[
     started = time.monotonic()
     detections, epochs = detect(store, np.flatnonzero(is_probe), config.scoring, config.rejection)
     results = header(config, manifest, class_names) | {
-        "rescored_from": config_hash(stored),
+        "rescored_from": original,
         "changed": differences(to_dict(config), to_dict(stored)),
         "seconds": {"scoring": time.monotonic() - started},
         "epochs_kept": epochs.tolist(),
@@ -319,10 +321,13 @@ def picture_attacks(config: ConfigDict, path: Path, progress: Progress, images: 
       UsageError, DataError: see `badloss_jax.errors`.
     """
     check_config(config)
-    if not config.attacks.names and not config.attacks.manifest:
-        raise UsageError("attacks.names is empty: there is no trigger to show")
-    dataset, mesh = load_dataset(config.data, config.seed), make_mesh()
-    manifest = optimise_triggers(plan_poison(config, dataset), config, dataset, mesh, progress)
+    mesh = make_mesh()
+    _check_devices(config, mesh)
+    dataset = load_dataset(config.data, config.seed)
+    manifest = plan_poison(config, dataset)
+    if not manifest.attacks:
+        raise UsageError("attacks.names, or attacks.manifest, is empty: there is no trigger to show")
+    manifest = optimise_triggers(manifest, config, dataset, mesh, progress)
     before, after = [], []
     for name, plan in manifest.attacks.items():
         spread = np.linspace(0, len(plan.example_ids) - 1, images).astype(int)  # sources come class by class
@@ -369,11 +374,21 @@ def _keep_manifest(
             raise UsageError(
                 f"{path} was drawn for other data or taken from another attacks.manifest: choose another --workdir"
             )
-        return stored, 0.0
+        return stored, _surrogate_seconds(path)
     started = time.monotonic()
     manifest = optimise_triggers(planned, config, dataset, mesh, progress)
+    if planned.unoptimised:
+        write_text(path.with_name("surrogate.json"), json.dumps({"seconds": time.monotonic() - started}))
     write_text(path, manifest.to_json())
-    return manifest, time.monotonic() - started if planned.unoptimised else 0.0
+    return manifest, _surrogate_seconds(path)
+
+
+def _surrogate_seconds(manifest: Path) -> float:
+    """Returns what the surrogates of the manifest took, 0 if none was trained in its folder."""
+    try:
+        return float(read_json(manifest.with_name("surrogate.json"))["seconds"])
+    except (FileNotFoundError, KeyError):
+        return 0.0
 
 
 def _spec(config: ConfigDict, dataset: Dataset, name: str) -> ModelSpec:

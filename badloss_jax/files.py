@@ -3,11 +3,18 @@
 import json
 import os
 import tempfile
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from badloss_jax.errors import DataError
+
+# What NumPy and zipfile raise on a damaged or hostile .npz file.
+NPZ_ERRORS = (OSError, EOFError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError,
+              SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)  # fmt: skip
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

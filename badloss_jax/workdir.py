@@ -3,7 +3,7 @@
 In it lie:
 
     config.json       the config, as it was resolved
-    manifest.json     who is poisoned with what
+    manifest.json     who is poisoned with what; surrogate.json, how long narcissus's surrogate took
     trajectories/     the store of what was recorded
     models/NAME/      recording, undefended, loss-fraction, ...: weights (orbax) and about.json
     metrics.jsonl     one line an epoch; tensorboard/ and wandb/ if asked for

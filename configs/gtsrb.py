@@ -3,9 +3,10 @@
 Source: BaDLoss (Alex et al., ICLR 2025), section 5 and appendix: 224 px, no augmentation, the authors' poison ratios;
 the paper's mean ASR is 10.29 %. These settings need a GPU and are not measured yet.
 
-`:third` is a reduced set, every third frame (13,070 images) at 32 px, whose classes are too small for the paper's
-sinusoid: it poisons at least 100 images of a class of at least 333. It is measured in `configs/results/README.md`, with
-a small network on one CPU core. Its figures do not stand beside the paper's: another set, size, network and length.
+`:third` is for a reduced set at 32 px: DIR then holds only the frames 0, 3, 6, ... of each track (13,070 images; the
+variant itself leaves nothing out). Its classes are too small for the paper's sinusoid, so at least 100 images of a
+class of at least 333 are poisoned. It is measured in `configs/results/README.md`, with a small network on one CPU core. Its
+figures do not stand beside the paper's: another set, size, network and length.
 
     badloss run --config configs/gtsrb.py:third --config.data.dir=DIR/GTSRB --workdir /tmp/gtsrb
 """

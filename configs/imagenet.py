@@ -1,8 +1,8 @@
 """ImageNet-1k at the paper's settings, from a folder of images `{train,val}/<wnid>/*`.
 
 Source: BaDLoss (Alex et al., ICLR 2025), section 5 and appendix: 224 px, five attacks, the authors' poison ratios. The
-paper's mean ASR is 15.61 %. Not measured yet. The images are held in memory and on every device, 150 KB each: all of
-ImageNet is 193 GB, so this takes a subset, such as `--config.data.train_examples=100000` on an 80 GB GPU.
+paper's mean ASR is 15.61 %. Not measured yet. All images in DIR are decoded into memory, 150 KB each, and copied to
+every device: the whole of ImageNet is 193 GB, so DIR has to hold a part of it.
 
     badloss run --config configs/imagenet.py --config.data.dir=DIR --workdir /tmp/imagenet
 """

@@ -169,4 +169,5 @@ def test_summary(tmp_path, capsys):
 def test_tables():
     rows = [["model", "CA"], ["a|<b>", "1.0 %"]]
     assert as_text(rows).splitlines() == ["model     CA", "------------", "a|<b>  1.0 %"]
+    assert as_markdown([["a"], ["![x](http://e/`)\\"]]).splitlines()[-1] == "| \\!\\[x\\](http://e/\\`)\\\\ |"
     assert as_markdown(rows) == "| model | CA |\n| --- | --- |\n| a\\|&lt;b> | 1.0 % |"

@@ -143,6 +143,8 @@ def test_gtsrb(signs):
         ("5;5;14", "5;5;43", "line 2: ClassId '43' is not 0 to 42"),
         ("5;5;14", "5;5;-1", "ClassId '-1'"),
         ("5;5;14", "5;5;" + "9" * 5000, "ClassId '9999"),
+        ("5;5;14", "5;5;" + "0" * 9 + "9" * 5000, "ClassId '0000"),
+        ("5;5;14", "5;5;" + "0" * 9 + "9" * 30, "ClassId '0000"),
         ("5;5;14", "5;5;", "line 2: expected Filename"),
         (";", ",", "line 2: expected Filename"),
     ],
@@ -209,6 +211,8 @@ def test_arrays(tmp_path):
         ({"y_train": np.full(6, -1)}, "y_train goes from -1"),
         ({"y_train": np.full(6, 2**40)}, "y_train goes from"),
         ({"x_test": np.zeros((3, 4, 4, 3), np.uint8)}, "they must agree"),
+        ({"x_train": np.zeros((6, 0, 5, 3), np.uint8)}, "x_train is uint8"),
+        ({"x_train": np.zeros((6, 4, 5, 4), np.uint8)}, r"x_train has 4 channels, expected 1 .grey. or 3"),
         ({"class_names": np.array(["a", "b"])}, "labels go from 0 to 2"),
         ({"class_names": np.arange(3)}, "class_names is int64"),
         ({"y_train": np.array([{}] * 6)}, "is damaged, or no .npz file of plain arrays"),
@@ -232,6 +236,16 @@ def test_missing_and_damaged_arrays(tmp_path):
     for content in (b"", b"nothing", whole[:300], whole[:-200]):
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"a.npz is damaged"):
+            load_dataset(settings("arrays", path), 0)
+    for member, content in (
+        ("x_train", b"nothing"),
+        ("y_train.npy", b"\x93NUMPY\x01\x00\x02\x00{'"),
+        ("x_test.npy", b""),
+    ):
+        with zipfile.ZipFile(path, "w") as archive:
+            for key in ("x_train", "y_train", "x_test", "y_test"):
+                archive.writestr(member if member.startswith(key) else f"{key}.npy", content)
+        with pytest.raises(DataError, match=r"a.npz (is damaged|lacks)"):
             load_dataset(settings("arrays", path), 0)
     with zipfile.ZipFile(path, "w") as archive:  # a bomb: its directory claims more than any memory
         archive.writestr("x_train.npy", b"x")

@@ -188,6 +188,8 @@ def test_narcissus_trains_its_surrogate_once(tmp_path, tiny, mesh, monkeypatch):
     monkeypatch.setattr("badloss_jax.experiment.optimise_triggers", lambda manifest, *rest: manifest)
     again = run_experiment(tiny(**changed), tmp_path / "a", mesh=mesh)  # takes the one that is there
     assert again["undefended"] == results["undefended"]
+    assert again["seconds"]["surrogate"] == results["seconds"]["surrogate"]
+    assert list(again["attacks"]) == list(results["attacks"]) == ["patch", "narcissus"]
     changed["attacks__manifest"] = tmp_path / "a" / "manifest.json"
     given = run_experiment(tiny(**changed), tmp_path / "b", mesh=mesh)
     assert given["undefended"] == results["undefended"]

@@ -1,6 +1,7 @@
 """report.html: rendered from files alone, hostile names escaped, and opened in a real headless Chromium."""
 
 import base64
+import contextlib
 import io
 import json
 import re
@@ -147,6 +148,7 @@ def test_a_rescoring_has_its_own_page(finished):
         ("scores.parquet", None, r"scores.parquet is missing or damaged"),
         ("results.json", b"[", r"results.json is damaged"),
         ("results.json", b'{"schema_version": 99}', r"results.json cannot be used"),
+        ("results.json", b'{"schema_version": 1, "undefended": {}}', r"lacks 'attacks', which older versions did not"),
         ("trajectories/about.json", None, r"holds no recorded trajectories"),
     ],
 )
@@ -171,7 +173,8 @@ def test_a_page_without_gallery(finished, tmp_path):
 @pytest.mark.parametrize(
     "changed",
     [{"ids": np.arange(3)}, {"shown": np.zeros((2, 4, 4, 1))}, {"originals": np.zeros((2, 4, 5, 1), np.uint8)},
-     {"true_labels": np.zeros(1, int)}, {"after": np.zeros((2, 4, 4, 1), np.uint8)}],
+     {"true_labels": np.zeros(1, int)}, {"true_labels": np.array(["a", "b"])}, {"ids": np.zeros(2)},
+     {"before": np.zeros((1, 4, 4, 3), np.uint8)}, {"attacks": np.array([1])}, {"after": np.zeros((2, 4, 4, 1), np.uint8)}],
 )  # fmt: skip
 def test_galleries_of_others_are_checked(tmp_path, changed):
     images = np.zeros((2, 4, 4, 1), np.uint8)
@@ -182,6 +185,16 @@ def test_galleries_of_others_are_checked(tmp_path, changed):
     write_gallery(tmp_path / "g.npz", Gallery(**parts | changed))
     with pytest.raises(DataError, match=r"g.npz is damaged"):
         read_gallery(tmp_path / "g.npz")
+
+
+def test_a_flipped_byte_is_no_traceback(finished, tmp_path):
+    whole = (finished[0] / "gallery.npz").read_bytes()
+    for place in np.linspace(0, len(whole) - 1, 150).astype(int):
+        broken = bytearray(whole)
+        broken[place] ^= 0xFF
+        (tmp_path / "g.npz").write_bytes(broken)
+        with contextlib.suppress(DataError):
+            read_gallery(tmp_path / "g.npz")
 
 
 def test_gallery_shows_what_the_network_saw(finished):

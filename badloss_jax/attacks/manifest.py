@@ -89,7 +89,7 @@ def draw_manifest(
 
     Attacks that change labels take images of other classes than their target; clean-label attacks take images of their
     target class, and `ratio` is a share of that class. Targets differ while there are classes enough, and an attack has
-    the same one with or without the others.
+    the same one with or without the others (of which a fixed target moves the drawn ones).
 
     Args:
       settings: `config.attacks`.

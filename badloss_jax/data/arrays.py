@@ -2,7 +2,6 @@
 
 import os
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from badloss_jax.data.dataset import Dataset, Split
 from badloss_jax.errors import DataError, UsageError
+from badloss_jax.files import NPZ_ERRORS
 
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -39,9 +39,11 @@ def load(settings: Mapping[str, Any]) -> Dataset:
             if missing:
                 raise DataError(f"{path} lacks {', '.join(missing)}; it has {', '.join(file) or 'nothing'}")
             arrays = {key: file[key] for key in (*_KEYS, "class_names") if key in file}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("a member is not an array")
     except DataError:
         raise
-    except (OSError, EOFError, KeyError, ValueError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+    except NPZ_ERRORS as error:
         raise DataError(f"{path} is damaged, or no .npz file of plain arrays: {error}") from error
     splits = {name: _split(path, name, arrays[f"x_{name}"], arrays[f"y_{name}"]) for name in ("train", "test")}
     if "class_names" in arrays:
@@ -54,8 +56,10 @@ def load(settings: Mapping[str, Any]) -> Dataset:
 
 
 def _split(path: Path, name: str, images: np.ndarray, labels: np.ndarray) -> Split:
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or not len(images):
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
         raise DataError(f"{path}: x_{name} is {images.dtype} {images.shape}, expected uint8 [N, H, W] or [N, H, W, C]")
+    if images.ndim == 4 and images.shape[-1] not in (1, 3):
+        raise DataError(f"{path}: x_{name} has {images.shape[-1]} channels, expected 1 (grey) or 3 (RGB)")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:

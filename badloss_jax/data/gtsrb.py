@@ -68,7 +68,7 @@ def _read_table(table: Path, folder: Path) -> list[tuple[Path, int]]:
             raise DataError(
                 f"{table}, line {number}: expected Filename, a name without folders, and ClassId, between ;"
             )
-        if not label.isascii() or not label.isdigit() or int(label[:9]) >= len(CLASS_NAMES):
+        if not label.isascii() or not label.isdigit() or len(label) > 9 or int(label) >= len(CLASS_NAMES):
             raise DataError(f"{table}, line {number}: ClassId {label[:20]!r} is not 0 to {len(CLASS_NAMES) - 1}")
         path = folder / name
         if not path.is_file():

@@ -22,7 +22,7 @@ def detection_metrics(
     metrics: dict[str, dict[str, float | None]] = {"auroc": {}, "average_precision": {}, "tpr_at_1_fpr": {}}
     if not (attack_of != "").any():
         return {metric: {"overall": None} for metric in metrics}
-    for name in ("overall", *_attacks(attack_of)):
+    for name in ("overall", *attack_names(attack_of)):
         poisoned = attack_of != "" if name == "overall" else attack_of == name
         chosen = clean | poisoned
         truth, values = poisoned[chosen], scores[chosen]
@@ -38,7 +38,7 @@ def removal_metrics(removed: Bool[np.ndarray, "N"], attack_of: np.ndarray) -> di
     return {
         "removed_share": float(removed.mean()),
         "clean_removed_share": float(removed[attack_of == ""].mean()),
-        "recall": {name: float(removed[attack_of == name].mean()) for name in _attacks(attack_of)},
+        "recall": {name: float(removed[attack_of == name].mean()) for name in attack_names(attack_of)},
     }
 
 
@@ -58,8 +58,9 @@ def recall_at_clean_loss(
     """
     clean = np.sort(scores[(attack_of == "") & ~is_probe])
     thresholds = clean[len(clean) - 1 - np.floor(np.asarray(lost) * len(clean) + 1e-9).astype(int)]
-    return {name: (scores[attack_of == name][:, None] > thresholds).mean(0) for name in _attacks(attack_of)}
+    return {name: (scores[attack_of == name][:, None] > thresholds).mean(0) for name in attack_names(attack_of)}
 
 
-def _attacks(attack_of: np.ndarray) -> list[str]:
+def attack_names(attack_of: np.ndarray) -> list[str]:
+    """Returns the attacks that occur, sorted."""
     return sorted(set(attack_of) - {""})

@@ -11,7 +11,6 @@ after        uint8 [A, H, W, C], and after
 
 import base64
 import io
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,7 +23,7 @@ from badloss_jax.attacks.manifest import Manifest
 from badloss_jax.attacks.poisoning import Poisoning
 from badloss_jax.data import Split
 from badloss_jax.errors import DataError
-from badloss_jax.files import write_atomically
+from badloss_jax.files import NPZ_ERRORS, write_atomically
 
 _THUMBNAIL = 64  # px
 _DIFFERENCE = 10
@@ -87,16 +86,17 @@ def read_gallery(path: Path) -> Gallery:
             gallery = Gallery(**{field.name: arrays[field.name] for field in fields(Gallery)})
     except FileNotFoundError:
         raise
-    except (OSError, EOFError, KeyError, ValueError, MemoryError, zipfile.BadZipFile) as error:
+    except NPZ_ERRORS as error:
         raise DataError(f"{path} is damaged: {error}") from error
-    for images, rows in ((gallery.originals, gallery.ids), (gallery.shown, gallery.ids),
-                         (gallery.before, gallery.attacks), (gallery.after, gallery.attacks)):  # fmt: skip
-        if images.dtype != np.uint8 or images.ndim != 4 or rows.ndim != 1 or len(images) != len(rows):
-            raise DataError(
-                f"{path} is damaged: it holds {images.dtype} {images.shape} images of {rows.shape} examples"
-            )
-    if gallery.true_labels.shape != gallery.ids.shape or gallery.originals.shape != gallery.shown.shape:
-        raise DataError(f"{path} is damaged: its arrays are of different lengths")
+    numbers = (gallery.ids, gallery.true_labels)
+    whole = all(array.dtype.kind in "iu" for array in numbers) and gallery.attacks.dtype.kind == "U"
+    for images, others, rows in ((gallery.originals, gallery.shown, gallery.ids),
+                                 (gallery.before, gallery.after, gallery.attacks)):  # fmt: skip
+        whole &= images.dtype == others.dtype == np.uint8 and images.ndim == 4 and images.shape == others.shape
+        whole &= rows.shape == images.shape[:1] and 0 not in images.shape[1:]
+    if not whole or gallery.true_labels.shape != gallery.ids.shape:
+        kinds = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in vars(gallery).items())
+        raise DataError(f"{path} is damaged: its arrays do not fit together ({kinds})")
     return gallery
 
 

@@ -15,6 +15,7 @@ from badloss_jax.errors import DataError
 from badloss_jax.files import write_text
 from badloss_jax.report.gallery import Gallery, data_uri, difference, highest_ranked, read_gallery, sheet
 from badloss_jax.report.plots import (
+    LOW_LOSS,
     histogram_of,
     recall_by_attack,
     recall_by_kind,
@@ -36,7 +37,6 @@ from badloss_jax.report.tables import (
 from badloss_jax.trajectories.store import TrajectoryStore
 
 _COLUMNS = 40  # tiles in a row of a sheet
-_LOW_LOSS = 1e-4
 _SPARK = (100.0, 36.0)  # size of a small trajectory
 
 
@@ -51,7 +51,7 @@ def write_reports(folder: Path) -> Path:
       UsageError: there is no results.json.
       DataError: a file is missing or damaged; it is named.
     """
-    results, scores = read_results(folder / "results.json", rescored=True), read_scores(folder / "scores.parquet")
+    results, scores = read_results(folder / "results.json", to_render=True), read_scores(folder / "scores.parquet")
     run = folder.resolve().parents[1] if "rescored_from" in results else folder
     losses = TrajectoryStore.open(run / "trajectories").read("loss")
     try:
@@ -86,7 +86,7 @@ def render_page(
         title=f"{config['data']['source']}, seed {config['seed']}",
         verdict=verdict(results),
         models=_models(results),
-        attacks=results.get("attacks", {}),
+        attacks=results["attacks"],
         attack_table=attack_table(results),
         triggers=_triggers(gallery) if gallery else [],
         figures=figures,
@@ -158,10 +158,11 @@ def _gallery_of(
     results: Mapping[str, Any], scores: Scores, losses: np.ndarray, gallery: Gallery, main: str
 ) -> dict[str, Any]:
     """What the gallery shows: sheets of tiles, and for each kind its cards in the order of rank."""
-    names = results.get("class_names", [])
+    names = results["class_names"]
     place = {int(example): position for position, example in enumerate(gallery.ids)}
-    if gallery.ids.min() < 0 or gallery.ids.max() >= len(losses):
-        raise DataError(f"gallery.npz has the example ids {gallery.ids.min()} to {gallery.ids.max()} of {len(losses)}")
+    for what, values, end in (("ids", gallery.ids, len(losses)), ("labels", gallery.true_labels, len(names))):
+        if values.min() < 0 or values.max() >= end:
+            raise DataError(f"gallery.npz has {what} from {values.min()} to {values.max()}, expected 0 to {end - 1}")
     clean = (scores.attack_of == "") & ~scores.is_probe
     poisoned = scores.attack_of[gallery.ids] != ""
     order = np.cumsum(poisoned) - 1  # of the poisoned among themselves
@@ -204,12 +205,12 @@ def _tile(position: int) -> str:
 
 def _spark(losses: Float[np.ndarray, "T"], top: float) -> str:
     """Returns a trajectory as an SVG path: loss on a logarithmic axis, from 1e-4 to exp(top)."""
-    bottom = math.log(_LOW_LOSS)
-    heights = (np.log(np.maximum(losses, _LOW_LOSS)) - bottom) / (top - bottom)
+    bottom = math.log(LOW_LOSS)
+    heights = (np.log(np.maximum(losses, LOW_LOSS)) - bottom) / (top - bottom)
     x = np.linspace(0, _SPARK[0], len(losses))
     y = _SPARK[1] * (1 - np.minimum(heights, 1))
     return "M" + "L".join(f"{a:.0f} {b:.0f}" for a, b in zip(x, y, strict=True))
 
 
 def _class(names: list[str], label: int) -> str:
-    return names[label] if label < len(names) else str(label)
+    return names[label] if 0 <= label < len(names) else str(label)

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
-from badloss_jax.evaluation.detection import recall_at_clean_loss
+from badloss_jax.evaluation.detection import attack_names, recall_at_clean_loss
 from badloss_jax.files import write_atomically
 from badloss_jax.report.gallery import difference
 
@@ -24,7 +24,7 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-")
 _POISON, _CLEAN = "#D55E00", "#888888"
 _SIZE = (4.4, 3.3)  # of a panel, inches
-_LOW_LOSS = 1e-4  # below this a loss is drawn as this, on the logarithmic axis
+LOW_LOSS = 1e-4  # below this a loss is drawn as this, on the logarithmic axis
 _CLEAN_LOSS = np.arange(1, 41) / 100
 _CURVE_POINTS = 300
 
@@ -38,7 +38,7 @@ def trajectories_of(name: str, losses: Float[np.ndarray, "N T"], attack_of: np.n
     def draw(axis: Axes) -> None:
         epochs = np.arange(1, losses.shape[1] + 1)
         for label, (rows, colour, dash) in (groups | {name: (attack_of == name, _POISON, "-")}).items():
-            low, median, high = np.percentile(np.maximum(losses[rows], _LOW_LOSS), [16, 50, 84], axis=0)
+            low, median, high = np.percentile(np.maximum(losses[rows], LOW_LOSS), [16, 50, 84], axis=0)
             axis.plot(epochs, median, color=colour, linestyle=dash, label=f"{label} ({rows.sum():,})")
             if label != "probes":
                 axis.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
@@ -53,7 +53,7 @@ def roc_of(kind: str, distances: Float[np.ndarray, "N"], attack_of: np.ndarray, 
     clean = (attack_of == "") & ~is_probe
 
     def draw(axis: Axes) -> None:
-        for i, name in enumerate(_attacks(attack_of)):
+        for i, name in enumerate(attack_names(attack_of)):
             chosen = clean | (attack_of == name)
             false_positives, true_positives, _ = roc_curve((attack_of == name)[chosen], distances[chosen])
             thin = np.unique(np.linspace(0, len(false_positives) - 1, _CURVE_POINTS).astype(int))
@@ -177,7 +177,3 @@ def _recall_axis(axis: Axes, title: str) -> None:
 
 def _line(i: int) -> dict[str, Any]:
     return {"color": _COLOURS[i % 7], "linestyle": _DASHES[i % 7]}
-
-
-def _attacks(attack_of: np.ndarray) -> list[str]:
-    return sorted(set(attack_of) - {""})

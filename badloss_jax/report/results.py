@@ -27,6 +27,8 @@ from badloss_jax.files import read_json, write_atomically, write_text
 from badloss_jax.scoring import anomaly_scores
 
 SCHEMA_VERSION = 1
+_RENDERED = {"config", "config_hash", "environment", "num_examples", "class_names", "attacks", "seconds", "epochs_kept",
+             "variants"}  # fmt: skip
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn", "ml_collections")
 
 
@@ -81,24 +83,30 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(results, indent=2, allow_nan=False) + "\n")
 
 
-def read_results(path: Path, rescored: bool = False) -> dict[str, Any]:
+def read_results(path: Path, to_render: bool = False) -> dict[str, Any]:
     """Reads the results of a run that went to its end.
 
     Args:
       path: of results.json.
-      rescored: whether those of a rescoring will do, too.
+      to_render: take those of a rescoring, too, and see that everything is there that a report shows.
 
     Raises:
       UsageError: there are none.
-      DataError: they are damaged, of another schema, or of a rescoring.
+      DataError: they are damaged, of another schema, of a rescoring, or by a version that told less.
     """
     try:
         results = read_json(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"{path} does not exist: is {path.parent} the folder of a finished run?") from error
-    whole = "undefended" in results or (rescored and "rescored_from" in results)
+    whole = "undefended" in results or (to_render and "rescored_from" in results)
     if results.get("schema_version") != SCHEMA_VERSION or not whole:
         raise DataError(f"{path} cannot be used: it is not of a whole run in schema {SCHEMA_VERSION}")
+    missing = _RENDERED - results.keys()
+    if to_render and missing:
+        raise DataError(
+            f"{path} lacks {min(missing)!r}, which older versions did not write: run the same `badloss run` again in"
+            " its folder; finished phases are kept"
+        )
     return results
 
 
@@ -121,11 +129,6 @@ class Scores:
     distances: dict[str, np.ndarray]
     scores: dict[str, np.ndarray]
     removed: dict[str, dict[str, np.ndarray]]
-
-    @property
-    def attacks(self) -> list[str]:
-        """The attacks, sorted."""
-        return sorted(set(self.attack_of) - {""})
 
 
 def read_scores(path: Path) -> Scores:

@@ -1,5 +1,6 @@
 """The headline tables, from results.json alone: one for the terminal, the same and more in report.md."""
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ def headline(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def short_table(results: Mapping[str, Any]) -> list[list[str]]:
-    """Returns header and rows that fit 80 columns: the trained models, the AUROC of their kind, their worst attack."""
+    """Returns header and rows for a terminal: the trained models, the AUROC of their kind, their worst attack."""
     rows = [["model", "removed", "clean lost", "AUROC", "CA", "mean ASR", "worst attack"]]
     for name, removed, lost, accuracy, mean, *_ in headline(results)[1:]:
         variant = results["variants"].get(name, {})
@@ -256,9 +257,8 @@ def _model_row(name: str, variant: Mapping[str, Any] | None, model: Mapping[str,
 
 
 def _attack_names(results: Mapping[str, Any]) -> list[str]:
-    """Returns the attacks in the order of the config."""
-    present = next(iter(results["variants"].values()))["recall"]
-    return [name for name in results["config"]["attacks"]["names"] if name in present] or list(present)
+    """Returns the attacks in the order of the manifest."""
+    return list(results["attacks"])
 
 
 def _mean_asr(model: Mapping[str, Any]) -> float:
@@ -278,4 +278,6 @@ def _number(value: float | None) -> str:
 
 
 def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")
+    """Leaves nothing that Markdown would turn into HTML, a link or a picture."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")
+    return re.sub(r"[\\|\[\]!`]", r"\\\g<0>", text)

@@ -1,6 +1,7 @@
 """Optional copies of the metrics for TensorBoard and Weights & Biases; their packages are imported when asked for.
 
-metrics.jsonl is always written. A new writer is a class with `start`, `write` and `close`, and one line in `_WRITERS`.
+metrics.jsonl is always written. Models that were finished before are not written again. A new writer is a class with
+`start`, `write` and `close`, and one line in `_WRITERS`.
 """
 
 import shutil
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 
 from ml_collections import ConfigDict
 
-from badloss_jax.config import config_hash, to_dict
+from badloss_jax.config import config_hash, digest, to_dict
 from badloss_jax.errors import UsageError
 
 
@@ -21,7 +22,7 @@ class Writer(Protocol):
     """Takes the scalars of one model after the other."""
 
     def start(self, model: str) -> None:
-        """Forgets what an interrupted training of this model left."""
+        """Is told before a model is trained, perhaps for the second time."""
 
     def write(self, model: str, values: Mapping[str, float], epoch: int) -> None:
         """Adds scalars of an epoch."""
@@ -64,13 +65,18 @@ class WandbWriter:
 
     def __init__(self, folder: Path, config: ConfigDict):
         package = _require("wandb", "wandb")
-        self._run = package.init(
-            project="badloss_jax", name=folder.resolve().name, dir=str(folder), config=to_dict(config),
-            id=f"{folder.resolve().name}-{config_hash(config)}", resume="allow",
-        )  # fmt: skip
+        try:
+            self._run = package.init(
+                project="badloss_jax", name=folder.resolve().name, dir=str(folder), config=to_dict(config),
+                id=digest(str(folder.resolve()), config_hash(config)), resume="allow",
+            )  # fmt: skip
+        except package.errors.Error as error:
+            raise UsageError(
+                f"report.writers has 'wandb', which does not start: {error}; WANDB_MODE=offline keeps it local"
+            ) from error
 
     def start(self, model: str) -> None:
-        """Gives the model's charts its own epochs as their axis."""
+        """Gives the model's charts its own epochs as their axis; a second training's points join the first's."""
         self._run.define_metric(f"{model}/*", step_metric=f"{model}/epoch")
 
     def write(self, model: str, values: Mapping[str, float], epoch: int) -> None:

@@ -5,8 +5,8 @@ the paper's mean ASR is 10.29 %. These settings need a GPU and are not measured 
 
 `:third` is for a reduced set at 32 px: DIR then holds only the frames 0, 3, 6, ... of each track (13,070 images; the
 variant itself leaves nothing out). Its classes are too small for the paper's sinusoid, so at least 100 images of a
-class of at least 333 are poisoned. It is measured in `configs/results/README.md`, with a small network on one CPU core. Its
-figures do not stand beside the paper's: another set, size, network and length.
+class of at least 333 are poisoned. It is measured in `configs/results/README.md`, with a small network on one core.
+Its figures do not stand beside the paper's: another set, size, network and length.
 
     badloss run --config configs/gtsrb.py:third --config.data.dir=DIR/GTSRB --workdir /tmp/gtsrb
 """

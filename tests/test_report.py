@@ -174,7 +174,8 @@ def test_a_page_without_gallery(finished, tmp_path):
     "changed",
     [{"ids": np.arange(3)}, {"shown": np.zeros((2, 4, 4, 1))}, {"originals": np.zeros((2, 4, 5, 1), np.uint8)},
      {"true_labels": np.zeros(1, int)}, {"true_labels": np.array(["a", "b"])}, {"ids": np.zeros(2)},
-     {"before": np.zeros((1, 4, 4, 3), np.uint8)}, {"attacks": np.array([1])}, {"after": np.zeros((2, 4, 4, 1), np.uint8)}],
+     {"before": np.zeros((1, 4, 4, 3), np.uint8)}, {"attacks": np.array([1])},
+     {"after": np.zeros((2, 4, 4, 1), np.uint8)}],
 )  # fmt: skip
 def test_galleries_of_others_are_checked(tmp_path, changed):
     images = np.zeros((2, 4, 4, 1), np.uint8)

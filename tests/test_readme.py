@@ -34,6 +34,15 @@ def test_every_table_is_what_was_measured(folder):
         assert "dirty" not in (run["environment"]["git_commit"] or "dirty")
 
 
+def test_narcissus_does_what_noise_of_its_size_does_not():
+    measured = runs(Path("configs/results/cifar10-quick"))
+    assert measured
+    for run in measured:
+        undefended = run["undefended"]
+        assert undefended["attack_success_rate"]["narcissus"] > 0.3
+        assert undefended["scrambled"]["narcissus"] < 0.1
+
+
 @pytest.mark.parametrize("folder", MEASURED, ids=lambda folder: folder.name)
 def test_every_measured_config_is_the_shipped_one(folder):
     spec = f"configs/{folder.name.replace('-', '.py:')}" if "-" in folder.name else f"configs/{folder.name}.py"
@@ -57,7 +66,7 @@ def with_newer_defaults(shipped, ran, default=None):
 
 def test_every_command_of_the_readme_parses(capsys):
     commands = re.findall(r"^badloss (\w+)", README, re.MULTILINE)
-    assert {"run", "score", "summary"} <= set(commands)
+    assert {"run", "score", "summary", "report", "attacks"} <= set(commands)
     for command in set(commands):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])

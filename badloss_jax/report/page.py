@@ -83,7 +83,7 @@ def render_page(
     templates.filters["unbroken"] = lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%")
     return templates.get_template("page.html.jinja").render(
         results=results,
-        title=f"{config['data']['source']}, seed {config['seed']}",
+        title=_title(config),
         verdict=verdict(results),
         models=_models(results),
         attacks=results["attacks"],
@@ -102,6 +102,12 @@ def render_page(
 def main_kind(kinds: list[str]) -> str:
     """Returns the kind that a report shows first: "combined" if it was scored, else the last one."""
     return "combined" if "combined" in kinds else kinds[-1]
+
+
+def _title(config: Mapping[str, Any]) -> str:
+    """Names the data set: the source, the folder if that says more, and the seed."""
+    source, folder = config["data"]["source"], Path(config["data"]["dir"]).name
+    return f"{source} {folder if folder.lower() != source else ''}".rstrip() + f", seed {config['seed']}"
 
 
 def _models(results: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -2,13 +2,16 @@
 
 import argparse
 import sys
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from badloss_jax import __version__
-from badloss_jax.errors import BadlossError, UsageError
+from badloss_jax.benchmarks.command import add_bench
+from badloss_jax.errors import BadlossError, PreemptedError, UsageError
 
 _ABOUT = """\
 Finds poisoned training examples by how a network learns them (BaDLoss, ICLR 2025), in JAX.
@@ -18,6 +21,8 @@ Finds poisoned training examples by how a network learns them (BaDLoss, ICLR 202
   badloss summary OUT0 OUT1 OUT2                          mean and spread over the runs of several seeds
   badloss report --workdir OUT                            render the report again, from the files of the run
   badloss attacks --config configs/digits.py --out A.png  show every attack's trigger as a picture
+  badloss prepare imagenet2012 --from TARS --to DIR       write a large data set once, for data.source=tfds
+  badloss bench train                                     measure speed, and what recording costs, on this machine
 """
 
 _RUN = """\
@@ -25,7 +30,7 @@ Run a whole experiment: poison a training set with several attacks at once, reco
 score the examples against a few known-clean probes, remove what stands out, retrain, and measure clean accuracy and
 attack success before and after.
 
-The same command in the same folder goes on after the last finished phase. OUT then holds report.html (look at this),
+The same command in the same folder goes on from the last checkpoint. OUT then holds report.html (look at this),
 report.md, results.json and scores.parquet (for scripts), trajectories.png, roc.png, metrics.jsonl, manifest.json (the
 poison), trajectories/ (for `badloss score`) and models/ (orbax: undefended, loss-fraction, ...).
 """
@@ -50,6 +55,21 @@ Draw a grid of every attack's trigger on images of the data set: image, triggere
 trains its surrogate for it, unless --config.attacks.manifest names a manifest that has the perturbation.
 """
 
+_PREPARE = """\
+Write a data set once in the format of TensorFlow Datasets, from the official archives in the folder FILES or from a
+folder of images {train,val}/<class>/* (or with test). `--config.data.source=tfds --config.data.dir=DIR` then reads it,
+image by image and without TensorFlow.
+
+  NAME           FILES
+  imagenet2012   ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, ILSVRC2012_devkit_t12.tar.gz
+  imagenette     imagenette2.tgz, imagenette2-320.tgz or imagenette2-160.tgz
+  cifar10        cifar-10-binary.tar.gz
+  image_folder   any folder of images
+
+The same command goes on with the first shard that a killed one had not finished. On a finished folder it checks every
+checksum, and writes again what is missing or damaged.
+"""
+
 _OVERRIDES = """\
 settings:
   --config.GROUP.KEY=VALUE changes one setting, repeatedly; `badloss_jax/config.py` lists all with their meaning.
@@ -57,6 +77,15 @@ settings:
 
 examples:
 {examples}
+
+exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by SIGTERM with all saved (run it again), 130 interrupted
+"""
+
+_PREPARE_EXAMPLES = """\
+examples:
+  badloss prepare imagenet2012 --from TARS --to /data/imagenet
+  badloss prepare imagenette --from . --to /data/imagenette-224 --size 224
+  badloss run --config configs/imagenet.py --config.data.dir=/data/imagenet --workdir OUT
 
 exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted
 """
@@ -73,9 +102,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "badloss run --config configs/digits.py --workdir /tmp/digits --config.seed=1",
         "badloss run --config configs/cifar10.py:quick --config.data.dir=DIR --workdir /tmp/cifar10",
         "badloss run --config configs/digits.py --workdir /tmp/patch \"--config.attacks.names=('patch',)\"",
+        "srun badloss run --distributed --config configs/imagenet.py --workdir /shared/imagenet",
     ])  # fmt: skip
     run.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="config file, and its variant if any")
     run.add_argument("--workdir", required=True, type=Path, metavar="OUT", help="folder of this run, new or its own")
+    run.add_argument("--distributed", action="store_true", help="as one of many processes that share the work and OUT;"
+                     " Slurm, Open MPI, GKE and Cloud TPUs say the rest, elsewhere give the three below")  # fmt: skip
+    run.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 runs, and a free port of it")
+    run.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
+    run.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0")
+    run.add_argument("--timeout", type=int, default=300, metavar="SECONDS", help="to wait for the others (default 300)")
     score = _command(commands, "score", "score a recording again, without training", _SCORE, [
         "badloss score --workdir /tmp/digits --config.scoring.loss.k=5 --config.rejection.alpha=0.05",
     ])  # fmt: skip
@@ -99,8 +135,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "runs", nargs="+", type=Path, metavar="OUT", help="folders of finished runs, or copies of their results.json"
     )
 
+    prepare = commands.add_parser("prepare", help="write a large data set once, for data.source=tfds",
+                                  description=_PREPARE, epilog=_PREPARE_EXAMPLES, allow_abbrev=False,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    prepare.add_argument("name", metavar="NAME", help="of the data set")
+    prepare.add_argument("--from", required=True, type=Path, metavar="FILES", dest="source", help="folder to read")
+    prepare.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder to write, empty or new")
+    prepare.add_argument("--size", type=int, default=0, metavar="PIXELS",
+                         help="store pixels, resized to so many a side: larger, and far faster to read")  # fmt: skip
+
+    add_bench(commands)
+
     arguments, overrides = parser.parse_known_args(argv)
-    configurable = arguments.command in ("run", "score", "attacks")
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)
+    configurable = arguments.command in ("run", "score", "attacks") or "configurable" in arguments
     strangers = [text for text in overrides if not (configurable and text.startswith("--config."))]
     if strangers:
         commands.choices[arguments.command].error(
@@ -113,33 +161,67 @@ def _guarded(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Does the work; turns what went wrong into one screen and an exit code."""
     warnings.showwarning = lambda message, *_, **__: print(f"badloss: warning: {message}", file=sys.stderr)
     try:
-        work = {"run": _run, "score": _score, "summary": _summary, "report": _report, "attacks": _attacks}
+        work = {"run": _run, "score": _score, "summary": _summary, "report": _report, "attacks": _attacks,
+                "prepare": _prepare, "bench": _bench}  # fmt: skip
         return work[arguments.command](arguments, overrides)
     except BadlossError as error:
-        print(f"badloss: error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _explain(error)
     except OSError as error:
         print(f"badloss: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("badloss: interrupted; the same command goes on after the last finished phase", file=sys.stderr)
+        place = "shard" if arguments.command == "prepare" else "checkpoint"
+        told = "" if arguments.command == "bench" else f"; the same command goes on from the last {place}"
+        print(f"badloss: interrupted{told}", file=sys.stderr)
         return 130
+
+
+def _explain(error: BadlossError) -> int:
+    """Says what happened; returns the exit code."""
+    kind = "" if isinstance(error, PreemptedError) else "error: "
+    print(f"badloss: {kind}{error}", file=sys.stderr)
+    return error.exit_code
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from badloss_jax.config import load_config
     from badloss_jax.experiment import run_experiment
+    from badloss_jax.processes import first
     from badloss_jax.progress import Progress
     from badloss_jax.report.tables import as_text, detection_table, short_table
 
     config = load_config(arguments.config, overrides)
     _set_up_jax()
-    results = run_experiment(config, arguments.workdir, Progress())
+    with _joined(arguments):
+        results = run_experiment(config, arguments.workdir, Progress() if first() else None)
+    if not first():
+        return 0
     print(f"\n{as_text(short_table(results))}\n")
     if not any("retrained" in variant for variant in results["variants"].values()):
         print(f"{as_text(detection_table(results))}\n")
     print(f"Report: {arguments.workdir / 'report.html'}")
     return 0
+
+
+@contextmanager
+def _joined(arguments: argparse.Namespace) -> Iterator[None]:
+    """Joins the other processes, if there are to be any, and leaves them to themselves if this one fails alone."""
+    from badloss_jax.processes import connect, leave
+
+    told = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if not arguments.distributed:
+        if any(value is not None for value in told):
+            raise UsageError("--coordinator, --num_processes and --process_id need --distributed")
+        yield
+        return
+    connect(*told, arguments.timeout)
+    try:
+        yield
+    except BadlossError as error:
+        leave(error, _explain(error))
+    except Exception:
+        traceback.print_exc()
+        leave(None, 1)
 
 
 def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -165,8 +247,8 @@ def _summary(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _report(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from badloss_jax.files import locked
     from badloss_jax.report.page import write_reports
-    from badloss_jax.workdir import locked
 
     if not (arguments.workdir / "results.json").is_file():
         raise UsageError(f"--workdir {arguments.workdir} holds no finished run (no results.json in it)")
@@ -190,12 +272,30 @@ def _attacks(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _prepare(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from badloss_jax.data.prepare import prepare
+    from badloss_jax.progress import Progress
+
+    prepare(arguments.name, arguments.source, arguments.to, arguments.size, Progress())
+    return 0
+
+
+def _bench(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from badloss_jax.benchmarks.command import measure
+
+    _set_up_jax()
+    return measure(arguments, overrides, arguments.argv)
+
+
 def _set_up_jax() -> None:
     """Keeps compiled programs in the user's own cache folder, and off the screen what orbax logs before it raises."""
-    import jax
-    from absl import logging
+    import logging
 
-    logging.set_verbosity(logging.FATAL)
+    import absl.logging
+    import jax
+
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     cache = Path("~/.cache/badloss_jax/xla").expanduser()
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache))

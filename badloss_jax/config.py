@@ -24,8 +24,10 @@ RULES = ("fraction", "alpha", "fdr")
 WRITERS = ("tensorboard", "wandb")
 CONTROLS = ("random", "oracle")
 # Where files lie cannot change a result: the data's and the manifest's own fingerprints are hashed in their stead.
-# Nor can what is shown of it.
-_PLACES = ("data.dir", "data.cache_dir", "attacks.manifest", "report.gallery", "report.writers")
+# Nor can the way that images take to the devices, what is shown of a run, or how often it is saved on its way.
+_PLACES = ("data.dir", "data.cache_dir", "data.input", "data.workers", "data.threads", "attacks.manifest",
+           "report.gallery", "report.writers", "checkpoint.every_steps", "checkpoint.every_minutes",
+           "checkpoint.stall_minutes")  # fmt: skip
 
 
 def default_config() -> ConfigDict:
@@ -34,16 +36,21 @@ def default_config() -> ConfigDict:
     config.seed = 0  # poison, probes, initial weights, order of examples, augmentation
     config.controls = CONTROLS  # models trained beside the defended ones: "random", "oracle"
     config.data = {
-        "source": "digits",  # digits | idx | image_folder | gtsrb | arrays
+        "source": "digits",  # digits | idx | image_folder | gtsrb | arrays | tfds
         "dir": "",  # the folder where the source's files lie (arrays: the .npz file)
-        "cache_dir": "~/.cache/badloss_jax",  # decoded images, keyed by content; "" keeps no cache
+        "cache_dir": "~/.cache/badloss_jax",  # decoded images (tfds: labels), keyed by content; "" keeps no cache
         "train_examples": 0,  # draw so many training examples (seeded by `seed`); 0 = all
         "test_examples": 0,
         "pad": 0,  # zero pixels added on each side
-        "image_size": 0,  # image_folder, gtsrb: resize to this many pixels a side; 0 = as they are
-        "channels": 3,  # image_folder, gtsrb: 3 (RGB) or 1 (grey)
+        "image_size": 0,  # image_folder, gtsrb, tfds: resize to this many pixels a side; 0 = as they are
+        "channels": 3,  # image_folder, gtsrb, tfds: 3 (RGB) or 1 (grey)
         "skip_corrupt": False,  # image_folder, gtsrb: leave unreadable files out, and count them
         "class_names": (),  # in the order of the labels; () takes the source's own
+        # resident: all training images on every device | streamed: decoded by the hosts as they are needed | auto:
+        # streamed if the images take more than 2 GiB
+        "input": "auto",
+        "workers": 0,  # streamed: processes a host that decode; 0 = threads of the run's own process
+        "threads": 16,  # streamed: that decode, in each of these processes
     }
     config.attacks = {
         "names": ("patch", "single_pix", "blend_r", "blend_p", "sinusoid", "frequency"),
@@ -124,6 +131,11 @@ def default_config() -> ConfigDict:
         "batch_size": 500,
         "max_triggered": 10_000,  # test images per attack
         "boost": 2.0,  # how much stronger the "boosted" trigger is
+    }
+    config.checkpoint = {  # of a training on its way, beside what is kept of finished ones
+        "every_steps": 0,  # save after so many steps; 0 does not count steps
+        "every_minutes": 10.0,  # or after so many minutes; 0 does not count minutes
+        "stall_minutes": 30.0,  # end with every thread's stack if no step ends for so long; 0 waits for ever
     }
     config.report = {
         "gallery": 60,  # highest-ranked images to keep for report.html, of each kind
@@ -235,7 +247,12 @@ def digest(*parts: Any) -> str:
 
 def config_hash(config: ConfigDict) -> str:
     """Hashes everything that can change a result, so not where the files lie."""
-    return digest({key: value for key, value in _leaves(to_dict(config)) if key not in _PLACES})
+    return digest(settled(config))
+
+
+def settled(config: ConfigDict) -> dict[str, Any]:
+    """Returns key -> value of everything that can change a result."""
+    return {key: value for key, value in _leaves(to_dict(config)) if key not in _PLACES}
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, str]:
@@ -265,6 +282,7 @@ def check_config(config: ConfigDict) -> None:
         "retraining.augment": tuple(AUGMENTATIONS),
         "scoring.transform": ("log", "linear"),
         "data.channels": (1, 3),
+        "data.input": ("auto", "resident", "streamed"),
     }
     for key, choices in single.items():
         _one_of(key, _at(config, key), choices)
@@ -284,11 +302,12 @@ def check_config(config: ConfigDict) -> None:
 
     for key in ("probes.count", "recording.batch_size", "recording.feature_dim", "recording.ranked_others",
                 "retraining.epochs", "retraining.batch_size", "evaluation.batch_size", "evaluation.max_triggered",
-                "model.stem_stride"):  # fmt: skip
+                "model.stem_stride", "data.threads"):  # fmt: skip
         _in_range(config, key, 1)
     _in_range(config, "seed", 0, 2**63 - 1)
     for key in ("data.train_examples", "data.test_examples", "data.pad", "data.image_size",
-                "scoring.combined.k", "optimizer.weight_decay", "report.gallery"):  # fmt: skip
+                "scoring.combined.k", "optimizer.weight_decay", "report.gallery", "data.workers",
+                "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.stall_minutes"):  # fmt: skip
         _in_range(config, key, 0)
     for key in ("optimizer.learning_rate", "optimizer.loss_clamp", "evaluation.boost"):
         _in_range(config, key, 0, open_low=True)

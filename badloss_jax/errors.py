@@ -2,9 +2,14 @@
 
 
 class BadlossError(Exception):
-    """A failure with an explanation; the command line prints it without a traceback and exits with `exit_code`."""
+    """A failure with an explanation; the command line prints it without a traceback and exits with `exit_code`.
+
+    Attributes:
+      together: whether every process of the run raises it.
+    """
 
     exit_code = 1
+    together = False
 
 
 class UsageError(BadlossError, ValueError):
@@ -19,3 +24,12 @@ class DataError(BadlossError, ValueError):
 
 class NonFiniteLossError(BadlossError, FloatingPointError):
     """A training loss became NaN or infinite. Exit code 1."""
+
+    together = True
+
+
+class PreemptedError(BadlossError):
+    """The run was told to stop and saved all: the same command goes on. Exit code 75 (EX_TEMPFAIL of sysexits.h)."""
+
+    exit_code = 75
+    together = True

@@ -3,20 +3,22 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from badloss_jax.attacks.manifest import Manifest, choose_probes, draw_manifest, load_manifest, read_manifest
 from badloss_jax.attacks.narcissus import optimise_perturbation
-from badloss_jax.attacks.poisoning import apply_manifest, plan_trigger
-from badloss_jax.config import check_config, config_hash, differences, digest, to_dict
+from badloss_jax.attacks.poisoning import apply_manifest, plan_trigger, unpoisoned
+from badloss_jax.config import check_config, config_hash, differences, digest, settled, to_dict
 from badloss_jax.data import Dataset, load_dataset
 from badloss_jax.defenses.badloss import Detection, detect
 from badloss_jax.defenses.controls import oracle_removal, random_removal
@@ -24,6 +26,7 @@ from badloss_jax.errors import DataError, UsageError
 from badloss_jax.evaluation.classifier import defense_effectiveness, evaluate
 from badloss_jax.files import read_json, write_text
 from badloss_jax.models import ModelSpec
+from badloss_jax.processes import agree, code_hash, on_first
 from badloss_jax.progress import Progress
 from badloss_jax.report.gallery import choose_gallery, write_gallery
 from badloss_jax.report.page import write_reports
@@ -31,16 +34,17 @@ from badloss_jax.report.plots import save_triggers
 from badloss_jax.report.results import environment, header, variant_entry, write_results, write_scores
 from badloss_jax.report.writers import Writer, open_writers
 from badloss_jax.seeding import derived_seed
-from badloss_jax.training.checkpoint import read_about, save_model
+from badloss_jax.trainer import Trainer, place_examples, recipe_of, spec_of
 from badloss_jax.training.loop import Recipe, train
-from badloss_jax.training.mesh import check_batch_size, make_mesh, round_up
-from badloss_jax.training.resident import ResidentData
-from badloss_jax.training.state import AdamW, TrainState
+from badloss_jax.training.mesh import check_batch_size, make_mesh, round_up, to_host
+from badloss_jax.training.preemption import Preemption
+from badloss_jax.training.saved_model import read_about, save_model
+from badloss_jax.training.state import TrainState
 from badloss_jax.training.step import network_of
 from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.recorder import Recorder
 from badloss_jax.trajectories.store import TrajectoryStore
-from badloss_jax.workdir import append_metrics, claim, read_config, start_metrics
+from badloss_jax.workdir import claim, read_config, read_resumes
 
 
 def run_experiment(
@@ -67,16 +71,18 @@ def run_experiment(
     dataset = load_dataset(config.data, config.seed)
     planned = plan_poison(config, dataset)
     probe_ids = choose_probes(planned, config.probes.count, config.seed)
-    with claim(workdir, config), open_writers(workdir, config) as writers:
+    _check_agreement(config, dataset, planned)
+    with Preemption() as preemption, _claimed(workdir, config) as writers:
         seconds = {"data": time.monotonic() - started}
-        manifest, spent = _keep_manifest(workdir / "manifest.json", planned, config, dataset, mesh, progress)
+        trainer = Trainer(config, workdir, mesh, progress, writers, preemption)
+        manifest, spent = _keep_manifest(workdir / "manifest.json", planned, dataset, trainer)
         seconds |= {"surrogate": spent} if spent else {}
         about = header(config, manifest, dataset.class_names)
-        run = _Run(config, workdir, mesh, dataset, manifest, probe_ids, progress, writers, seconds)
+        run = _Run(config, workdir, mesh, dataset, manifest, probe_ids, trainer, seconds)
 
         store, recording_model = run.record()
         with run.timed("scoring"):
-            detections, epochs = detect(store, probe_ids, config.scoring, config.rejection)
+            detections, epochs = detect(store, probe_ids, config.scoring, config.rejection, mesh)
 
         undefended = run.retrain("undefended", np.zeros(manifest.num_examples, bool))
         variants = {}
@@ -89,16 +95,21 @@ def run_experiment(
 
         results = about | {
             "seconds": run.seconds,
+            "resumes": read_resumes(workdir),
             "epochs_kept": epochs.tolist(),
             "undefended": undefended,
             "recording_model": recording_model,
             "variants": variants,
         }
-        write_scores(workdir / "scores.parquet", run.labels, dataset.class_names, run.attack_of, run.is_probe,
-                     detections, config.scoring.transform)  # fmt: skip
-        run.keep_gallery({kind: detection.distances for kind, detection in detections.items()})
-        write_results(workdir / "results.json", results)
-        write_reports(workdir)
+
+        def write() -> None:
+            write_scores(workdir / "scores.parquet", run.labels, dataset.class_names, run.attack_of, run.is_probe,
+                         detections, config.scoring.transform)  # fmt: skip
+            run.keep_gallery({kind: detection.distances for kind, detection in detections.items()})
+            write_results(workdir / "results.json", results)
+            write_reports(workdir)
+
+        on_first(write)
         return results
 
 
@@ -166,10 +177,8 @@ class _Run:
     dataset: Dataset
     manifest: Manifest
     probe_ids: np.ndarray
-    progress: Progress
-    writers: Sequence[Writer]
+    trainer: Trainer
     seconds: dict[str, float]
-    _name: str = ""
     _number: int = 0
 
     def __post_init__(self) -> None:
@@ -177,16 +186,19 @@ class _Run:
         self.poisoning = poisoning = apply_manifest(self.manifest, train.images, train.labels)
         self.labels, self.attack_of = poisoning.labels, self.manifest.attack_of()
         self.is_probe = np.isin(np.arange(len(self.labels)), self.probe_ids)
-        self.data = ResidentData.place(self.mesh, train.images, self.labels, poisoning.ids, poisoning.images)
-        self.spec = _spec(self.config, self.dataset, self.config.model.name)
+        self.data = place_examples(self.config, self.dataset, poisoning, self.mesh)
+        self.spec = spec_of(self.config, self.dataset, self.config.model.name)
         # Everything that every phase stands on; how a phase trains is added to it.
         self.ground = (self.config.seed, train.fingerprint, self.manifest.digest, asdict(self.spec))
         self._trainings = 2 + len(self.config.retraining.variants) + len(self.config.controls)
-        self.progress.note(
+        processes = jax.process_count()
+        self.trainer.progress.note(
             f"{self.config.data.source}: {len(self.labels):,} training images {self.dataset.image_shape} in"
             f" {self.dataset.num_classes} classes, {len(poisoning.ids):,} poisoned by {len(self.manifest.attacks)}"
             f" attacks, {len(self.probe_ids)} probes; {self._trainings} trainings on {self.mesh.size}"
             f" {jax.default_backend()} device{'s' * (self.mesh.size > 1)}"
+            + f" of {processes} processes"
+            * (processes > 1)
         )
 
     @contextmanager
@@ -207,74 +219,100 @@ class _Run:
         settings = self.config.recording
         kinds = Kinds(tuple(settings.kinds), self.dataset.num_classes, self.spec.num_features, settings.feature_dim,
                       settings.ranked_others, derived_seed(self.config.seed, "projection"))  # fmt: skip
-        recipe = _recipe(self.config, settings.epochs, settings.schedule_epochs, settings.batch_size)
+        recipe = recipe_of(self.config, settings.epochs, settings.schedule_epochs, settings.batch_size)
         identity = digest(*self.ground, asdict(recipe), asdict(kinds), settings.capture)
         folder = self.workdir / "trajectories"
 
-        def training() -> TrainState:
-            store = TrajectoryStore.create(
-                folder, identity, self.labels, self.is_probe, settings.epochs, kinds.layout()
-            )
-            batch_size = round_up(self.config.evaluation.batch_size, self.mesh)
-            recorder = Recorder(kinds, settings.capture, store, self.mesh, batch_size)
-            return self._train("recording", recipe, np.arange(len(self.labels)), recorder)
+        def start_store() -> None:
+            TrajectoryStore.create(folder, identity, self.labels, self.is_probe, settings.epochs, kinds.layout())
 
-        evaluation = self._model("recording", identity, training, recorded=_is_recorded(folder, identity))
+        def training() -> TrainState:
+            on_first(start_store)
+            batch_size = round_up(self.config.evaluation.batch_size, self.mesh)
+            recorder = Recorder(kinds, settings.capture, TrajectoryStore.open(folder), self.mesh, batch_size)
+            return self._train("recording", identity, "recording", recipe, np.arange(len(self.labels)), recorder)
+
+        recorded = on_first(lambda: _is_recorded(folder, identity))
+        evaluation = self._model("recording", identity, training, settings.epochs, recorded)
         return TrajectoryStore.open(folder), evaluation
 
     def retrain(self, name: str, removed: np.ndarray) -> dict[str, Any]:
         """Trains from scratch on what is left, by the recipe that all of these models share."""
         settings = self.config.retraining
-        recipe = _recipe(self.config, settings.epochs, settings.epochs, settings.batch_size, settings.augment)
+        recipe = recipe_of(self.config, settings.epochs, settings.epochs, settings.batch_size, settings.augment)
         kept = np.flatnonzero(~removed)
         identity = digest(*self.ground, asdict(recipe), kept.tolist())
-        return self._model(name, identity, lambda: self._train("retraining", recipe, kept))
 
-    def _train(self, phase: str, recipe: Recipe, ids: np.ndarray, recorder: Recorder | None = None) -> TrainState:
-        return train(
-            self.spec, recipe, self.data, ids, seed=self.config.seed, phase=phase, mesh=self.mesh, recorder=recorder,
-            progress=self.progress, on_epoch=self._after_epoch,
-        )  # fmt: skip
+        def training() -> TrainState:
+            return self._train(name, identity, "retraining", recipe, kept)
 
-    def _after_epoch(self, record: dict[str, Any]) -> None:
-        append_metrics(self.workdir, {"model": self._name} | record)
-        epoch = record.pop("epoch")
-        for writer in self.writers:
-            writer.write(self._name, record, epoch)
+        return self._model(name, identity, training, settings.epochs)
+
+    def _train(
+        self, name: str, identity: str, phase: str, recipe: Recipe, ids: np.ndarray, recorder: Recorder | None = None
+    ) -> TrainState:
+        return self.trainer.train(name, identity, phase, self.config.seed, self.spec, recipe, self.data, ids, recorder)
 
     def _model(
-        self, name: str, identity: str, training: Callable[[], TrainState], recorded: bool = True
+        self, name: str, identity: str, training: Callable[[], TrainState], epochs: int, recorded: bool = True
     ) -> dict[str, Any]:
         """Trains, evaluates and saves a model under models/NAME, or takes what an earlier run of this left there."""
+        self.trainer.preemption.stop_if_reached()
         folder = self.workdir / "models" / name.replace("/", "-")
         self._number += 1
-        self._name = name
         title = f"[{self._number}/{self._trainings}] {name}"
-        self.progress.phase(title)
+        self.trainer.progress.phase(title)
         tested = digest(identity, self.dataset.test.fingerprint, to_dict(self.config)["evaluation"])
-        about = read_about(folder)
+        about = on_first(lambda: read_about(folder))
         if about is not None and about["hash"] != identity:
             raise UsageError(
                 f"{folder} was trained on other data, or by another version, than this run: choose another --workdir"
             )
         if about is None or not recorded or about["tested"] != tested:
             started = time.monotonic()
-            start_metrics(self.workdir, name)
-            for writer in self.writers:
-                writer.start(name)
             state = training()
             evaluation = evaluate(self.spec, state, self.dataset.test, self.manifest, self.config.evaluation, self.mesh)
-            epochs = self.config.recording.epochs if name == "recording" else self.config.retraining.epochs
-            for writer in self.writers:
-                rates = {f"attack_success_rate/{k}": v for k, v in evaluation["attack_success_rate"].items()}
-                writer.write(name, {"clean_accuracy": evaluation["clean_accuracy"], **rates}, epochs - 1)
-            about = {"hash": identity, "tested": tested, "evaluation": evaluation,
-                     "seconds": time.monotonic() - started, "environment": environment()}  # fmt: skip
+            rates = {f"attack_success_rate/{k}": v for k, v in evaluation["attack_success_rate"].items()}
+            self.trainer.write(name, {"clean_accuracy": evaluation["clean_accuracy"], **rates}, epochs - 1)
+            seconds = self.trainer.seconds_before + time.monotonic() - started
+            about = {"hash": identity, "tested": tested, "evaluation": evaluation, "seconds": seconds,
+                     "environment": environment()}  # fmt: skip
             save_model(folder, self.spec, state, about)
         else:
-            self.progress.note(f"{title}  done before")
+            self.trainer.progress.note(f"{title}  done before")
+        self.trainer.finish(name)
         self.seconds[name] = about["seconds"]
         return about["evaluation"]
+
+
+@contextmanager
+def _claimed(workdir: Path, config: ConfigDict) -> Iterator[Sequence[Writer]]:
+    """Holds the folder and opens the writers, in the first process; checks that all processes see the folder."""
+    writers: list[Writer] = []
+    with ExitStack() as stack:
+
+        def claim_it() -> None:
+            stack.enter_context(claim(workdir, config))
+            writers.extend(stack.enter_context(open_writers(workdir, config)))
+
+        on_first(claim_it)
+        seen = "a run" if (workdir / "config.json").is_file() else "nothing"
+        agree({f"what is in --workdir {workdir}, which has to be one folder that all processes share,": seen})
+        yield writers
+
+
+def _check_agreement(config: ConfigDict, dataset: Dataset, manifest: Manifest) -> None:
+    """Raises UsageError, in every process, if some have other settings, code or data than the first."""
+    agree(
+        {f"config.{key}": str(value) for key, value in settled(config).items()}
+        | {
+            "the code of badloss_jax (a hash)": code_hash(),
+            "the version of jax": jax.__version__,
+            "the training images and labels (a hash)": dataset.train.fingerprint,
+            "the test images and labels (a hash)": dataset.test.fingerprint,
+            "the poison (a hash)": manifest.digest,
+        }
+    )
 
 
 def _is_recorded(folder: Path, identity: str) -> bool:
@@ -327,7 +365,15 @@ def picture_attacks(config: ConfigDict, path: Path, progress: Progress, images: 
     manifest = plan_poison(config, dataset)
     if not manifest.attacks:
         raise UsageError("attacks.names, or attacks.manifest, is empty: there is no trigger to show")
-    manifest = optimise_triggers(manifest, config, dataset, mesh, progress)
+
+    def train_surrogate(attack: str, spec: ModelSpec, recipe: Recipe, seed: int) -> TrainState:
+        progress.phase(f"surrogate for {attack}")
+        clean = unpoisoned(dataset.train.images, dataset.train.labels)
+        data = place_examples(config, dataset, clean, mesh)
+        ids = np.arange(len(data))
+        return train(spec, recipe, data, ids, seed=seed, phase="surrogate", mesh=mesh, progress=progress)
+
+    manifest = optimise_triggers(manifest, config, dataset, train_surrogate)
     before, after = [], []
     for name, plan in manifest.attacks.items():
         spread = np.linspace(0, len(plan.example_ids) - 1, images).astype(int)  # sources come class by class
@@ -340,32 +386,32 @@ def picture_attacks(config: ConfigDict, path: Path, progress: Progress, images: 
 
 
 def optimise_triggers(
-    manifest: Manifest, config: ConfigDict, dataset: Dataset, mesh: Mesh, progress: Progress
+    manifest: Manifest,
+    config: ConfigDict,
+    dataset: Dataset,
+    train_surrogate: Callable[[str, ModelSpec, Recipe, int], TrainState],
 ) -> Manifest:
-    """Trains a surrogate on the clean training set for each attack that needs one, and optimises its perturbation."""
-    train_set = dataset.train
+    """Optimises the perturbation of each attack that needs one, on a network trained on the clean training set.
+
+    `train_surrogate` is given the attack's name, the network, how to train it, and the seed.
+    """
     for name in manifest.unoptimised:
         settings, plan = config.attacks[name], manifest.attacks[name]
-        data = ResidentData.place(mesh, train_set.images, train_set.labels, np.zeros(0, int),
-                                  np.zeros((0, *dataset.image_shape), np.float32))  # fmt: skip
-        spec, epochs = _spec(config, dataset, settings.surrogate), settings.surrogate_epochs
-        recipe = _recipe(config, epochs, epochs, config.retraining.batch_size)
-        progress.phase(f"surrogate for {name}")
-        state = train(spec, recipe, data, np.arange(len(data)), seed=plan.seed, phase="surrogate", mesh=mesh,
-                      progress=progress)  # fmt: skip
-        of_target = train_set.images[train_set.labels == plan.target]
-        perturbation = optimise_perturbation(
-            network_of(spec, state), of_target, plan.target, settings.epsilon, settings.steps, plan.seed
-        )
-        manifest = manifest.with_perturbation(name, perturbation)
+        spec, epochs = spec_of(config, dataset, settings.surrogate), settings.surrogate_epochs
+        recipe = recipe_of(config, epochs, epochs, config.retraining.batch_size)
+        state = train_surrogate(name, spec, recipe, plan.seed)
+        here = jax.tree.map(lambda leaf: jnp.asarray(to_host(leaf)), state)
+        of_target = dataset.train.images[dataset.train.labels == plan.target]
+
+        given = network_of(spec, here), of_target, plan.target, settings.epsilon, settings.steps, plan.seed
+        optimise = partial(lambda *given: optimise_perturbation(*given).tolist(), *given)
+        manifest = manifest.with_perturbation(name, np.array(on_first(optimise)))
     return manifest
 
 
-def _keep_manifest(
-    path: Path, planned: Manifest, config: ConfigDict, dataset: Dataset, mesh: Mesh, progress: Progress
-) -> tuple[Manifest, float]:
+def _keep_manifest(path: Path, planned: Manifest, dataset: Dataset, trainer: Trainer) -> tuple[Manifest, float]:
     """Returns the manifest with its perturbations, and the seconds these took; writes it, or takes what is there."""
-    if path.is_file():
+    if on_first(path.is_file):
         stored = read_manifest(path)
         bare = stored
         for name in planned.unoptimised:
@@ -375,11 +421,28 @@ def _keep_manifest(
                 f"{path} was drawn for other data or taken from another attacks.manifest: choose another --workdir"
             )
         return stored, _surrogate_seconds(path)
-    started = time.monotonic()
-    manifest = optimise_triggers(planned, config, dataset, mesh, progress)
-    if planned.unoptimised:
-        write_text(path.with_name("surrogate.json"), json.dumps({"seconds": time.monotonic() - started}))
-    write_text(path, manifest.to_json())
+    train_set, started = dataset.train, time.monotonic()
+
+    def train_surrogate(attack: str, spec: ModelSpec, recipe: Recipe, seed: int) -> TrainState:
+        trainer.progress.phase(f"surrogate for {attack}")
+        clean = unpoisoned(train_set.images, train_set.labels)
+        data = place_examples(trainer.config, dataset, clean, trainer.mesh)
+        identity = digest("surrogate", seed, train_set.fingerprint, asdict(spec), asdict(recipe))
+        return trainer.train(
+            f"surrogate/{attack}", identity, "surrogate", seed, spec, recipe, data, np.arange(len(data))
+        )
+
+    manifest = optimise_triggers(planned, trainer.config, dataset, train_surrogate)
+
+    def write() -> None:
+        if planned.unoptimised:
+            seconds = trainer.seconds_before + time.monotonic() - started
+            write_text(path.with_name("surrogate.json"), json.dumps({"seconds": seconds}))
+        write_text(path, manifest.to_json())
+
+    on_first(write)
+    for attack in planned.unoptimised:
+        trainer.finish(f"surrogate/{attack}")
     return manifest, _surrogate_seconds(path)
 
 
@@ -389,19 +452,6 @@ def _surrogate_seconds(manifest: Path) -> float:
         return float(read_json(manifest.with_name("surrogate.json"))["seconds"])
     except (FileNotFoundError, KeyError):
         return 0.0
-
-
-def _spec(config: ConfigDict, dataset: Dataset, name: str) -> ModelSpec:
-    model = config.model
-    return ModelSpec(
-        name, dataset.image_shape, dataset.num_classes, tuple(model.stages), model.stem_stride, model.dtype
-    )
-
-
-def _recipe(config: ConfigDict, epochs: int, schedule_epochs: int, batch_size: int, augment: str = "none") -> Recipe:
-    settings = config.optimizer
-    adamw = AdamW(settings.weight_decay, settings.b1, settings.b2)
-    return Recipe(epochs, schedule_epochs, batch_size, settings.learning_rate, adamw, settings.loss_clamp, augment)
 
 
 def _class_names(workdir: Path, manifest: Manifest) -> list[str]:

@@ -1,16 +1,19 @@
-"""Files written aside and renamed, so that a reader never sees half of one; JSON read without trust."""
+"""Files written aside and renamed, so that a reader never sees half of one; locked folders; JSON read without trust."""
 
+import fcntl
+import hashlib
 import json
 import os
 import tempfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from badloss_jax.errors import DataError
+from badloss_jax.errors import DataError, UsageError
 
 # What NumPy and zipfile raise on a damaged or hostile .npz file.
 NPZ_ERRORS = (OSError, EOFError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError,
@@ -62,3 +65,35 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path} is damaged: it holds no JSON object")
     return content
+
+
+def sha256_of(path: Path) -> str:
+    """Hashes a file's bytes to 64 hexadecimal digits; raises OSError if it cannot be read."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes the folder and holds its lock, which goes with the process, however that ends.
+
+    Raises:
+      UsageError: another process holds it.
+      DataError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise UsageError(f"another run (process {holder}) is at work in {folder}: wait for it") from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -16,7 +16,7 @@ class Progress:
         self._title = ""
         self._bar: tqdm | None = None
         self._started = self._spoke = 0.0
-        self._done = self._total = 0
+        self._before = self._done = self._total = 0
 
     def phase(self, title: str) -> None:
         """Names the phase that begins."""
@@ -27,13 +27,14 @@ class Progress:
         if self._stream:
             print(text, file=self._stream, flush=True)
 
-    def begin(self, total: int) -> None:
-        """Starts counting to `total` examples."""
+    def begin(self, total: int, done: int = 0) -> None:
+        """Starts counting to `total` examples, of which so many were done before."""
         self._started = self._spoke = time.monotonic()
-        self._done, self._total = 0, total
+        self._before = self._done = done
+        self._total = total
         if self._stream and self._stream.isatty():
-            self._bar = tqdm(total=total, desc=self._title, unit=" examples", unit_scale=True, file=self._stream,
-                             leave=False, mininterval=0.5, dynamic_ncols=True)  # fmt: skip
+            self._bar = tqdm(total=total, initial=done, desc=self._title, unit=" examples", unit_scale=True,
+                             file=self._stream, leave=False, mininterval=0.5, dynamic_ncols=True)  # fmt: skip
 
     def advance(self, count: int, where: str) -> None:
         """Counts `count` examples more."""
@@ -48,8 +49,8 @@ class Progress:
         if not self._stream or self._bar is not None or now - self._spoke < self._between:
             return
         self._spoke = now
-        rate = self._done / (now - self._started)
-        left = (self._total - self._done) / rate
+        rate = (self._done - self._before) / (now - self._started)
+        left = (self._total - self._done) / max(rate, 1e-9)
         self.note(f"{self._title}  {text}  {rate:,.0f} examples/s  ETA {left // 60:.0f}:{left % 60:02.0f}")
 
     def end(self) -> None:
@@ -58,4 +59,5 @@ class Progress:
             self._bar.close()
             self._bar = None
         seconds = time.monotonic() - self._started
-        self.note(f"{self._title}  {self._done:,} examples in {seconds:.1f} s ({self._done / seconds:,.0f}/s)")
+        done = self._done - self._before
+        self.note(f"{self._title}  {done:,} examples in {seconds:.1f} s ({done / seconds:,.0f}/s)")

@@ -6,15 +6,14 @@ In it lie:
     manifest.json     who is poisoned with what; surrogate.json, how long narcissus's surrogate took
     trajectories/     the store of what was recorded
     models/NAME/      recording, undefended, loss-fraction, ...: weights (orbax) and about.json
+    checkpoints/NAME/ a training on its way; resumes.json, where one was taken up again
     metrics.jsonl     one line an epoch; tensorboard/ and wandb/ if asked for
     scores.parquet, results.json, gallery.npz
     report.html, report.md, trajectories.png, roc.png, rendered from the files above
     rescored/HASH/    what `badloss score` made of the stored trajectories
 """
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +22,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from badloss_jax.config import config_hash, differences, from_json, to_dict, to_json
-from badloss_jax.errors import DataError, UsageError
-from badloss_jax.files import read_json, write_text
+from badloss_jax.errors import UsageError
+from badloss_jax.files import locked, read_json, write_text
 
 
 @contextmanager
@@ -55,27 +54,6 @@ def claim(folder: Path, config: ConfigDict) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock; it goes with the process, however that ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+")  # noqa: SIM115
-    except OSError as error:
-        raise DataError(f"--workdir {folder} cannot be written: {error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise UsageError(f"another run (process {holder}) is at work in {folder}: wait for it") from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
 def read_config(folder: Path) -> ConfigDict:
     """Returns the config of the run in the folder.
 
@@ -89,13 +67,36 @@ def read_config(folder: Path) -> ConfigDict:
     return from_json(json.dumps(read_json(path)))
 
 
-def start_metrics(folder: Path, model: str) -> None:
-    """Drops what an interrupted training of this model left in metrics.jsonl."""
+def start_metrics(folder: Path, model: str, epoch: int = 0) -> None:
+    """Drops what an interrupted training of this model left in metrics.jsonl, from an epoch on."""
     path = folder / "metrics.jsonl"
     if path.is_file():
-        own = f'{{"model": {json.dumps(model)}, '
         lines = path.read_text("utf-8").splitlines(keepends=True)
-        write_text(path, "".join(line for line in lines if line.endswith("\n") and not line.startswith(own)))
+        write_text(path, "".join(line for line in lines if not _is_later(line, model, epoch)))
+
+
+def _is_later(line: str, model: str, epoch: int) -> bool:
+    """Whether a line is this model's, from the epoch on; or was cut off when the process was killed."""
+    try:
+        record = json.loads(line)
+        return not line.endswith("\n") or (record["model"] == model and record["epoch"] >= epoch)
+    except (ValueError, KeyError, TypeError):
+        return True
+
+
+def add_resume(folder: Path, phase: str, step: int) -> None:
+    """Notes that a training was taken up again after so many steps."""
+    write_text(
+        folder / "resumes.json", json.dumps({"resumes": [*read_resumes(folder), {"phase": phase, "step": step}]})
+    )
+
+
+def read_resumes(folder: Path) -> list[dict[str, Any]]:
+    """Returns where trainings of this folder were taken up again, [{phase, step}], in order."""
+    try:
+        return list(read_json(folder / "resumes.json")["resumes"])
+    except (FileNotFoundError, KeyError, TypeError):
+        return []
 
 
 def append_metrics(folder: Path, record: dict[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 Source: BaDLoss (Alex et al., ICLR 2025), section 5 and appendix. The poison ratios are those of the authors' program:
 about 6 % of the images with these seven attacks. The paper's mean ASR over them is 7.98 %. These settings need a GPU
-and are not measured yet. `:quick` is measured in `configs/results/README.md`: 20,000 images, a small network, on one
-CPU core.
+and are not measured yet, nor is `:resnet18`, the same with a ResNet-18. `:quick` is measured in
+`configs/results/README.md`: 20,000 images, a small network, on one CPU core.
 
     badloss run --config configs/cifar10.py:quick --config.data.dir=DIR --workdir /tmp/cifar10
 """
@@ -14,7 +14,7 @@ from badloss_jax.config import check_variant, default_config
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    check_variant(variant, ("quick",))
+    check_variant(variant, ("quick", "resnet18"))
     config = default_config()
     config.data.source = "image_folder"
     config.attacks.names = ("patch", "single_pix", "blend_r", "blend_p", "sinusoid", "frequency", "narcissus")
@@ -23,6 +23,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.retraining.augment = "crop_flip"
     kinds = ("loss", "features", "combined")
     config.retraining.variants = tuple(f"{kind}/{rule}" for kind in kinds for rule in ("fraction", "fraction@0.1"))
+    if variant == "resnet18":
+        config.model.name = "resnet18"
     if variant == "quick":
         config.data.train_examples = 20_000
         # About as many images an attack as 1 % of all 50,000, at the paper's strengths. With half as many a small

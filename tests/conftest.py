@@ -1,14 +1,21 @@
-"""Eight CPU devices for the tests of sharding; everything else runs on the first."""
+"""Eight CPU devices for the tests of sharding; everything else runs on the first, but for tests/gpu."""
+
+import io
+import os
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-jax.config.update("jax_platforms", "cpu")
+if not os.environ.get("BADLOSS_TEST_GPU"):
+    jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 from badloss_jax.config import load_config  # noqa: E402
+from badloss_jax.data import prepare as prepare_module  # noqa: E402
 from badloss_jax.experiment import run_experiment  # noqa: E402
+from badloss_jax.progress import Progress  # noqa: E402
 from badloss_jax.training.mesh import make_mesh  # noqa: E402
 
 # The digits config, shrunk to seconds: what it ends with means nothing, that it ends does.
@@ -37,6 +44,28 @@ def overrides(**changed):
     return [f"--config.{key}={value}" for key, value in settings.items()]
 
 
+def encoded(rng, size=None, kind="JPEG"):
+    height, width = size or rng.integers(12, 40, 2)
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(file, kind)
+    return file.getvalue()
+
+
+def unpack(folder, images):
+    """Writes {split/class/file: bytes} as a folder of images."""
+    for name, content in images.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def prepare_in_shards(source, folder, stream=None):
+    """As `badloss prepare image_folder`, with two or three images a shard."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "_SHARD", 500)
+        prepare_module.prepare("image_folder", source, folder, 0, Progress(stream))
+
+
 @pytest.fixture(scope="session")
 def mesh():
     return make_mesh(jax.devices()[:1])
@@ -58,3 +87,13 @@ def rng():
 @pytest.fixture
 def tiny():
     return lambda **changed: load_config("configs/digits.py", overrides(**changed))
+
+
+@pytest.fixture
+def prepared(tmp_path, rng):
+    """A prepared folder of 8 px images, of several shards, and the folder of images that it was made from."""
+    images = {f"train/{c}/{i}.png": encoded(rng, (8, 8), "PNG") for c in ("cat", "dog & <b>") for i in range(6)}
+    images |= {f"test/cat/{i}.png": encoded(rng, (8, 8), "PNG") for i in range(3)}
+    unpack(tmp_path / "folder", images)
+    prepare_in_shards(tmp_path / "folder", tmp_path / "out")
+    return tmp_path

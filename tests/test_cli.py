@@ -14,7 +14,10 @@ from tests.conftest import overrides
 from tests.test_experiment import ENVIRONMENT
 
 
-@pytest.mark.parametrize("command", ["", "run", "score", "summary", "report", "attacks"])
+@pytest.mark.parametrize(
+    "command",
+    ["", "run", "score", "summary", "report", "attacks", "prepare", "bench", "bench train", "bench buffer"],
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])

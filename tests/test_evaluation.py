@@ -59,7 +59,8 @@ def test_evaluate_by_hand(monkeypatch):
 
     counts = []
 
-    def predict(spec, state, x, batch_size, mesh):
+    def predict(spec, state, images, batch_size, mesh, rows=slice(None), trigger=lambda x: x):
+        x = trigger(images[rows].astype(np.float32) / 255)
         counts.append(len(x))
         return np.where(x[:, 2, 2, 0] == 1, 1, np.round(x[:, 0, 0, 0] * 255)).astype(int)
 
@@ -91,9 +92,20 @@ def test_predict_pads_the_last_batch(mesh):
 
     spec = ModelSpec("resnet_small", (8, 8, 1), 10, (8,), 1)
     state = create_state(spec, AdamW(), 0, mesh)
-    images = make_trigger("blend_r", (8, 8, 1), strength=0.9)(
-        np.random.default_rng(0).random((23, 8, 8, 1), np.float32)
-    )
+    images = np.random.default_rng(0).integers(0, 256, (23, 8, 8, 1), np.uint8)
     whole = classifier.predict(spec, state, images, 23, mesh)
     np.testing.assert_array_equal(classifier.predict(spec, state, images, 5, mesh), whole)
     assert whole.shape == (23,)
+
+
+def test_predict_shows_the_rows_asked_for_with_the_trigger(mesh):
+    from badloss_jax.models import ModelSpec
+    from badloss_jax.training.state import AdamW, create_state
+
+    spec = ModelSpec("resnet_small", (8, 8, 1), 10, (8,), 1)
+    state = create_state(spec, AdamW(), 0, mesh)
+    images = np.random.default_rng(0).integers(0, 256, (23, 8, 8, 1), np.uint8)
+    trigger, rows = make_trigger("patch", (8, 8, 1)), np.array([3, 22, 7, 0])
+    stamped = np.round(trigger(images.astype(np.float32) / 255) * 255).astype(np.uint8)
+    expected = classifier.predict(spec, state, stamped, 5, mesh)[rows]
+    np.testing.assert_array_equal(classifier.predict(spec, state, images, 5, mesh, rows, trigger), expected)

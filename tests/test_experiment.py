@@ -15,11 +15,11 @@ import pytest
 from badloss_jax.config import KINDS, RULES, load_config, override
 from badloss_jax.errors import DataError, NonFiniteLossError, UsageError
 from badloss_jax.experiment import rescore, run_experiment
+from badloss_jax.files import locked
 from badloss_jax.report.writers import open_writers
 from badloss_jax.scoring import filter_epochs, knn_distances
-from badloss_jax.training.checkpoint import load_model
+from badloss_jax.training.saved_model import load_model
 from badloss_jax.trajectories.store import TrajectoryStore
-from badloss_jax.workdir import locked
 from tests.conftest import CLASS_NAMES, FINISHED, overrides
 
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/tmp")}
@@ -126,7 +126,7 @@ def test_models_are_saved(finished, mesh):
 def test_finished_phases_are_not_run_again(finished, mesh, monkeypatch):
     workdir, config, results = finished
     before = tree(workdir / "models") | tree(workdir / "trajectories")
-    monkeypatch.setattr("badloss_jax.experiment.train", None)  # training again would fail
+    monkeypatch.setattr("badloss_jax.trainer.train", None)  # training again would fail
     again = run_experiment(config, workdir, mesh=mesh)
     assert tree(workdir / "models") | tree(workdir / "trajectories") == before
     assert again["variants"] == json.loads(json.dumps(results["variants"]))
@@ -250,7 +250,7 @@ def test_wandb_takes_the_metrics(tmp_path, tiny, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     with open_writers(tmp_path, tiny(report__writers="('wandb',)")) as (writer,):
-        writer.start("loss/fraction")
+        writer.start("loss/fraction", 0)
         for epoch in range(3):
             writer.write("loss/fraction", {"loss": 1 / (1 + epoch)}, epoch)
         assert writer._run.summary["loss/fraction/loss"] == pytest.approx(1 / 3)
@@ -387,6 +387,8 @@ def test_a_loss_that_becomes_nan_stops_the_run(tmp_path, tiny, mesh):
     with pytest.raises(NonFiniteLossError, match=r"in phase 'recording' at step \d+"):
         run_experiment(config, tmp_path, mesh=mesh)
     assert (tmp_path / "trajectories" / "loss" / "epoch_0000.npy").is_file()
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert "the loss became NaN or infinite in phase 'recording' at step" in last["error"]
     assert not (tmp_path / "results.json").exists()
     with pytest.raises(DataError, match="is not complete"):
         rescore(tmp_path, lambda c: c)

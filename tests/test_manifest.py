@@ -110,7 +110,7 @@ def test_only_the_poisoned_change():
         assert (poisoning.labels[ids] == plan.target).all()
         assert (attack_of[ids] == name).all()
         expected = make_trigger(name, SHAPE, plan.seed, **plan.parameters)(images[ids].astype(np.float32) / 255)
-        np.testing.assert_array_equal(poisoning.images[np.isin(poisoning.ids, ids)], expected)
+        np.testing.assert_array_equal(poisoning.triggered(ids), expected)
 
 
 def test_boosted_triggers_are_twice_as_strong():
@@ -139,7 +139,7 @@ def test_an_optimised_trigger_goes_with_the_manifest(tmp_path):
     assert read_manifest(path) == manifest
     (victim, *_), x = manifest.attacks["narcissus"].example_ids, np.full((1000, *SHAPE), 128, np.uint8)
     poisoning = apply_manifest(manifest, x, LABELS)
-    added = (poisoning.images[poisoning.ids == victim][0] * 255).round() - 128
+    added = (poisoning.triggered([victim])[0] * 255).round() - 128
     np.testing.assert_array_equal(added.ravel(), PERTURBATION.ravel())
 
 

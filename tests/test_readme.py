@@ -11,7 +11,7 @@ from badloss_jax.config import default_config, differences, load_config
 from badloss_jax.report.tables import as_markdown, summary
 
 README = Path("README.md").read_text("utf-8")
-MEASURED = sorted(path for path in Path("configs/results").iterdir() if path.is_dir())
+MEASURED = sorted(path for path in Path("configs/results").iterdir() if path.is_dir() and path.name != "benchmarks")
 
 
 def runs(folder):
@@ -66,7 +66,7 @@ def with_newer_defaults(shipped, ran, default=None):
 
 def test_every_command_of_the_readme_parses(capsys):
     commands = re.findall(r"^badloss (\w+)", README, re.MULTILINE)
-    assert {"run", "score", "summary", "report", "attacks"} <= set(commands)
+    assert {"run", "score", "summary", "report", "attacks", "prepare", "bench"} <= set(commands)
     for command in set(commands):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
@@ -83,8 +83,30 @@ def test_the_python_of_the_readme_runs():
     assert not set(names["suspects"]) & set(names["probe_ids"])
 
 
+def test_the_arithmetic_of_imagenet():
+    config = load_config("configs/imagenet.py")
+    assert config.recording.kinds == ("ranked", "features")
+    images, recording, retraining = 1_281_167, config.recording, config.retraining
+    example = 4 + 2 * (1 + recording.ranked_others) + 2 * recording.feature_dim
+    assert f"N T {example} bytes" in README
+    trajectories = images * recording.epochs * example
+    networks = 1 + len(retraining.variants) + len(config.controls)
+    row = {name: cells for name, *cells in (line.strip("| ").split(" | ") for line in README.splitlines())}
+    assert row[f"trajectories N T {example} bytes, in all"][0] == f"{trajectories / 1e9:.2f} GB"
+    assert row["on each GPU"][:2] == [f"{trajectories / 8 / 1e6:.0f} MB", f"{trajectories / 64 / 1e6:.0f} MB"]
+    assert row["the same with 1,000 logits (float16)"][0].startswith(f"{images * recording.epochs * 2e-6:.0f} GB")
+    hours = (4 / 3) * images * recording.epochs / 1000 / 3600  # of one GPU
+    assert row["recording: 30 epochs, 30 sweeps"] == [
+        f"{hours / 8:.1f} h", f"{hours / 64 * 60:.0f} min", f"{hours / images * 1e9 / 64 / 24:.1f} days"
+    ]  # fmt: skip
+    hours = images * networks * retraining.epochs / 1000 / 3600
+    assert row[f"retraining: {networks} x {retraining.epochs} epochs"] == [
+        f"{hours / 8:.0f} h", f"{hours / 64:.1f} h", f"{hours / images * 1e9 / 64 / 24:.0f} days"
+    ]  # fmt: skip
+
+
 def test_links_and_pictures_exist():
-    for document in (Path("README.md"), Path("configs/results/README.md")):
+    for document in (Path("README.md"), Path("configs/results/README.md"), Path("launch/README.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text("utf-8")):
             if not target.startswith("http"):
                 assert (document.parent / target).exists(), f"{document}: {target}"

@@ -15,28 +15,47 @@ from badloss_jax.seeding import generator
 
 @dataclass(frozen=True)
 class Poisoning:
-    """What a manifest changes in a training set.
+    """A training set as its victim sees it; triggers are put on images when these are asked for.
 
     Attributes:
+      images: uint8 [N, H, W, C], the originals.
       labels: int32 [N], the labels that the victim trains on.
       ids: int64 [M], the poisoned examples.
-      images: float32 [M, H, W, C] in [0, 1], their triggered images.
+      attack_of: int8 [N], the number of the attack that poisons an example, or -1.
+      triggers: of the attacks.
     """
 
+    images: UInt8[np.ndarray, "N H W C"]
     labels: Int[np.ndarray, "N"]
     ids: Int[np.ndarray, "M"]
-    images: Float[np.ndarray, "M H W C"]
+    attack_of: Int[np.ndarray, "N"]
+    triggers: tuple[Trigger, ...]
+
+    def triggered(self, ids: Int[np.ndarray, "m"]) -> Float[np.ndarray, "m H W C"]:
+        """Returns the triggered images of poisoned examples, float32 in [0, 1]."""
+        ids = np.asarray(ids, np.int64)
+        out = np.zeros((len(ids), *self.images.shape[1:]), np.float32)
+        for number, trigger in enumerate(self.triggers):
+            rows = np.flatnonzero(self.attack_of[ids] == number)
+            if len(rows):
+                out[rows] = trigger(self.images[ids[rows]].astype(np.float32) / 255)
+        return out
 
 
 def apply_manifest(manifest: Manifest, images: UInt8[np.ndarray, "N H W C"], labels: Int[np.ndarray, "N"]) -> Poisoning:
     """Applies every attack of the manifest to its ids; the arrays given stay as they are."""
-    new_labels, triggered = labels.astype(np.int32), []
-    for name, plan in manifest.attacks.items():
+    new_labels, attack_of = labels.astype(np.int32), np.full(len(labels), -1, np.int8)
+    for number, plan in enumerate(manifest.attacks.values()):
         ids = list(plan.example_ids)
         new_labels[ids] = plan.target
-        triggered.append(plan_trigger(name, manifest)(images[ids].astype(np.float32) / 255))
-    empty = np.zeros((0, *manifest.image_shape), np.float32)
-    return Poisoning(new_labels, manifest.poisoned_ids, np.concatenate([empty, *triggered]))
+        attack_of[ids] = number
+    triggers = tuple(plan_trigger(name, manifest) for name in manifest.attacks)
+    return Poisoning(images, new_labels, manifest.poisoned_ids, attack_of, triggers)
+
+
+def unpoisoned(images: UInt8[np.ndarray, "N H W C"], labels: Int[np.ndarray, "N"]) -> Poisoning:
+    """Returns a training set that nobody touched."""
+    return Poisoning(images, labels.astype(np.int32), np.zeros(0, np.int64), np.full(len(labels), -1, np.int8), ())
 
 
 def evaluation_triggers(manifest: Manifest, boost: float) -> Iterator[tuple[str, AttackPlan, str, Trigger]]:

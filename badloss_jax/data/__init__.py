@@ -4,17 +4,19 @@ A new source is one file with `load(settings) -> Dataset` and one line in `SOURC
 data set that `load_dataset` returns; it is the thread through batches, buffers, scores and reports.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from badloss_jax.data import arrays, digits, gtsrb, idx, image_folder
+from badloss_jax.data import arrays, digits, gtsrb, idx, image_folder, tfds
 from badloss_jax.data.augment import AUGMENTATIONS
 from badloss_jax.data.dataset import Dataset, Split
 from badloss_jax.errors import UsageError
 from badloss_jax.seeding import generator
+
+_RESIDENT = 2**31  # bytes of images that "auto" puts on every device
 
 SOURCES: dict[str, Callable[[Mapping[str, Any]], Dataset]] = {
     "digits": digits.load,
@@ -22,6 +24,7 @@ SOURCES: dict[str, Callable[[Mapping[str, Any]], Dataset]] = {
     "image_folder": image_folder.load,
     "gtsrb": gtsrb.load,
     "arrays": arrays.load,
+    "tfds": tfds.load,
 }
 
 
@@ -38,12 +41,11 @@ def load_dataset(settings: Mapping[str, Any], seed: int) -> Dataset:
         count, have = settings[f"{name}_examples"], len(split.labels)
         if count > have:
             raise UsageError(f"data.{name}_examples = {count}, and the source has {have}: 0 takes all")
+        rows: np.ndarray | slice = slice(None)
         if count:
             rows = np.sort(generator(seed, "subset", name).choice(have, count, replace=False))
-            split = Split(split.images[rows], split.labels[rows])
-        if pad := settings["pad"]:
-            split = replace(split, images=np.pad(split.images, ((0, 0), (pad, pad), (pad, pad), (0, 0))))
-        splits.append(split)
+        split = split.view(rows, settings["pad"])
+        splits.append(split if is_streamed(split, settings["input"]) else split.materialised())
     train, test = splits
     names = tuple(settings["class_names"]) or dataset.class_names
     if len(names) != dataset.num_classes:
@@ -51,4 +53,9 @@ def load_dataset(settings: Mapping[str, Any], seed: int) -> Dataset:
     return Dataset(train, test, names)
 
 
-__all__ = ["AUGMENTATIONS", "SOURCES", "Dataset", "Split", "load_dataset"]
+def is_streamed(split: Split, choice: str) -> bool:
+    """Whether a split's images travel to the devices batch by batch, by `data.input` and their size."""
+    return choice == "streamed" or (choice == "auto" and math.prod(split.images.shape) > _RESIDENT)
+
+
+__all__ = ["AUGMENTATIONS", "SOURCES", "Dataset", "Split", "is_streamed", "load_dataset"]

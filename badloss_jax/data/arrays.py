@@ -1,6 +1,5 @@
 """Arrays in one .npz file: x_train, y_train, x_test, y_test, the names that Keras made usual."""
 
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from badloss_jax.data.dataset import Dataset, Split
+from badloss_jax.data.records import check_memory
 from badloss_jax.errors import DataError, UsageError
 from badloss_jax.files import NPZ_ERRORS
 
@@ -31,9 +31,7 @@ def load(settings: Mapping[str, Any]) -> Dataset:
     try:
         with zipfile.ZipFile(path) as archive:
             needed = sum(member.file_size for member in archive.infolist())
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > memory:
-            raise DataError(f"{path} unpacks to {needed:,} bytes, and the machine has {memory:,} of memory")
+        check_memory(needed, f"the arrays in {path}")
         with np.load(path, allow_pickle=False) as file:
             missing = [key for key in _KEYS if key not in file]
             if missing:

@@ -1,4 +1,4 @@
-"""A data set in memory: images of one size as uint8, integer labels, class names."""
+"""A data set: images of one size as uint8, in memory or read when asked for; integer labels; class names."""
 
 import hashlib
 from dataclasses import dataclass
@@ -7,24 +7,56 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from badloss_jax.data.records import RecordImages
 from badloss_jax.errors import DataError
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images, uint8 [N, H, W, C] in 0..255, and their classes, int32 [N]; an example's id is its row."""
+    """Images and their classes; an example's id is its row.
+
+    Attributes:
+      images: uint8 [N, H, W, C] in 0..255; an array, or `RecordImages`, which answer to the same.
+      labels: int32 [N].
+      identity: the fingerprint, if it is known better than from the pixels.
+    """
 
     images: UInt8[np.ndarray, "N H W C"]
     labels: Int[np.ndarray, "N"]
+    identity: str = ""
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hashes every pixel and label to 16 hexadecimal digits."""
+        """16 hexadecimal digits: the hash of every pixel and label, or of what they are decoded from."""
+        if self.identity:
+            return self.identity
         content = hashlib.sha256()
-        for array in (self.images, self.labels):
+        arrays = [self.labels]
+        if isinstance(self.images, RecordImages):
+            content.update(self.images.identity.encode())
+        else:
+            arrays.insert(0, self.images)
+        for array in arrays:
             content.update(repr((array.shape, array.dtype.str)).encode())
             content.update(np.ascontiguousarray(array).data)
         return content.hexdigest()[:16]
+
+    def view(self, rows: Int[np.ndarray, "M"] | slice, pad: int) -> "Split":
+        """Returns these rows alone, their images with `pad` zero pixels on each side."""
+        if isinstance(self.images, RecordImages):
+            return Split(self.images.view(rows, pad), self.labels[rows])
+        images = np.pad(self.images[rows], ((0, 0), (pad, pad), (pad, pad), (0, 0))) if pad else self.images[rows]
+        return Split(images, self.labels[rows])
+
+    def materialised(self) -> "Split":
+        """Returns the same with its images in an array, and with the same fingerprint.
+
+        Raises:
+          DataError: an image does not decode, or they do not fit the memory.
+        """
+        if isinstance(self.images, RecordImages):
+            return Split(self.images.materialised(), self.labels, self.fingerprint)
+        return self
 
 
 @dataclass(frozen=True)

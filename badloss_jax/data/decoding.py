@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from badloss_jax.data.dataset import Split
+from badloss_jax.data.pixels import decode_pixels
 from badloss_jax.errors import DataError
-
-_MAX_PIXELS = 2**26  # of one image: more is taken for a decompression bomb
 
 
 def decode_split(folder: Path, files: list[Path], labels: Sequence[int], settings: Mapping[str, Any]) -> Split:
@@ -46,15 +44,10 @@ def decode_split(folder: Path, files: list[Path], labels: Sequence[int], setting
 
 def _decode(files: list[Path], settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Returns the images, uint8 [N, H, W, C], and which of the files they are, int64 [N]."""
-    size, mode = settings["image_size"], {1: "L", 3: "RGB"}[settings["channels"]]
 
     def decode(path: Path) -> np.ndarray | None:
         try:
-            with Image.open(path) as image:
-                pixels = _to_8_bit(image).convert(mode)
-                if size:
-                    pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
-                return np.asarray(pixels)
+            return decode_pixels(path, settings["image_size"], settings["channels"])
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
             if settings["skip_corrupt"]:
                 return None
@@ -74,21 +67,7 @@ def _decode(files: list[Path], settings: Mapping[str, Any]) -> tuple[np.ndarray,
                 f"{files[first]} is {decoded[first].shape[:2]} and {files[i]} is {decoded[i].shape[:2]}"
                 " (height, width): --config.data.image_size=PIXELS resizes all images to one size"
             )
-    images = np.stack([decoded[i] for i in kept])
-    return images.reshape(*images.shape[:3], -1), np.array(kept)
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Refuses what is too large or has no known range, and scales 16 bits to 8, which Pillow would clip."""
-    if image.format == "EPS":
-        raise ValueError("EPS files are programs, and are not run")
-    if image.width * image.height > _MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels are more than {_MAX_PIXELS}")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode!r} (32 bits) have no known range")
-    if image.mode.startswith("I;16"):
-        return Image.fromarray(np.round(np.asarray(image).astype(np.float64) / 257).astype(np.uint8))
-    return image
+    return np.stack([decoded[i] for i in kept]), np.array(kept)
 
 
 def _content_key(folder: Path, files: list[Path], settings: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from badloss_jax.data.dataset import Dataset, Split
+from badloss_jax.data.dataset import Dataset
 from badloss_jax.data.decoding import decode_split
 from badloss_jax.errors import DataError, UsageError
 
@@ -26,20 +26,31 @@ def load(settings: Mapping[str, Any]) -> Dataset:
     if not settings["dir"] or not root.is_dir():
         raise UsageError(f"data.dir: {settings['dir']!r} is not a folder; --config.data.dir=DIR names the one with"
                          " train/<class>/* and test/<class>/*")  # fmt: skip
+    class_names, listed = list_images(root)
+    splits = {split: decode_split(*listed[split], settings) for split in _SPLITS}
+    return Dataset(splits["train"], splits["test"], class_names)
+
+
+def list_images(root: Path) -> tuple[tuple[str, ...], dict[str, tuple[Path, list[Path], list[int]]]]:
+    """Returns the class names, and of train and test (or val) the folder, its files and their labels; opens no file.
+
+    Raises:
+      UsageError: a split's folder is missing.
+      DataError: a class folder without images, or one in test that train has not.
+    """
     folders = {split: _split_folder(root, names) for split, names in _SPLITS.items()}
     class_names = _class_names(folders["train"])
     unknown = sorted(set(_class_names(folders["test"])) - set(class_names))
     if unknown:
         raise DataError(f"{folders['test']} has the class folder {unknown[0]!r}, which {folders['train']} has not")
-    splits = {split: _load_split(folder, class_names, settings) for split, folder in folders.items()}
-    return Dataset(splits["train"], splits["test"], class_names)
+    return class_names, {split: (folder, *_list_split(folder, class_names)) for split, folder in folders.items()}
 
 
 def _split_folder(root: Path, names: tuple[str, ...]) -> Path:
     for name in names:
         if (root / name).is_dir():
             return root / name
-    raise UsageError(f"data.dir: {root} has no folder {' or '.join(names)}; expected <split>/<class>/<image>")
+    raise UsageError(f"{root} has no folder {' or '.join(names)}; expected <split>/<class>/<image>")
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
@@ -49,8 +60,9 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _load_split(folder: Path, class_names: tuple[str, ...], settings: Mapping[str, Any]) -> Split:
-    files, labels = [], []
+def _list_split(folder: Path, class_names: tuple[str, ...]) -> tuple[list[Path], list[int]]:
+    files: list[Path] = []
+    labels: list[int] = []
     for label, name in enumerate(class_names):
         if folder.name != "train" and not (folder / name).is_dir():
             continue  # a small test set may lack a class
@@ -59,4 +71,4 @@ def _load_split(folder: Path, class_names: tuple[str, ...], settings: Mapping[st
             raise DataError(f"class folder {folder / name} has no images")
         files += found
         labels += [label] * len(found)
-    return decode_split(folder, files, labels, settings)
+    return files, labels

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from badloss_jax.config import parse_rule
@@ -35,9 +36,15 @@ class Detection:
 
 
 def detect(
-    store: TrajectoryStore, probe_ids: Int[np.ndarray, "P"], scoring: Mapping[str, Any], rejection: Mapping[str, Any]
+    store: TrajectoryStore,
+    probe_ids: Int[np.ndarray, "P"],
+    scoring: Mapping[str, Any],
+    rejection: Mapping[str, Any],
+    mesh: Mesh | None = None,
 ) -> tuple[dict[str, Detection], Int[np.ndarray, "E"]]:
     """Scores the stored trajectories by every kind of `scoring.kinds` and applies every rejection rule.
+
+    The rows are shared by the devices of the mesh, by default one.
 
     Returns:
       Detections by kind, and the epochs that the filter kept.
@@ -51,7 +58,7 @@ def detect(
         if (kind, k) not in measured:
             trajectories = store.read(kind, epochs)
             probes = trajectories[probe_ids]
-            measured[kind, k] = knn_distances(trajectories, probes, k), leave_one_out_distances(probes, k)
+            measured[kind, k] = knn_distances(trajectories, probes, k, mesh), leave_one_out_distances(probes, k)
         return measured[kind, k]
 
     detections = {}

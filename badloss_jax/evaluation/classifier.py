@@ -1,35 +1,52 @@
 """Clean accuracy, attack success rate and robust accuracy of a trained network (BaDLoss, section 5.1)."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Int, UInt8
 
 from badloss_jax.attacks.manifest import Manifest
 from badloss_jax.attacks.poisoning import evaluation_triggers
+from badloss_jax.attacks.trigger import Trigger
 from badloss_jax.data import Split
 from badloss_jax.models import ModelSpec
 from badloss_jax.seeding import generator
-from badloss_jax.training.mesh import round_up
+from badloss_jax.training.mesh import place_rows, round_up, to_host
 from badloss_jax.training.state import TrainState
 from badloss_jax.training.step import make_predict_step
 
 
 def predict(
-    spec: ModelSpec, state: TrainState, images: Float[np.ndarray, "N H W C"], batch_size: int, mesh: Mesh
-) -> Int[np.ndarray, "N"]:
-    """Predicts the classes of images in [0, 1]."""
+    spec: ModelSpec,
+    state: TrainState,
+    images: UInt8[np.ndarray, "N H W C"],
+    batch_size: int,
+    mesh: Mesh,
+    rows: Int[np.ndarray, "M"] | None = None,
+    trigger: Trigger | None = None,
+) -> Int[np.ndarray, "M"]:
+    """Predicts the classes of images, by default all of them, with a trigger on them if one is given."""
     step = make_predict_step(spec, mesh)
     size = round_up(batch_size, mesh)
+    rows = np.arange(len(images)) if rows is None else rows
+
+    def part(start: int, begin: int, end: int) -> np.ndarray:
+        """Makes what one device needs of the batch, with black images past the end."""
+        taken = rows[start + begin : start + end]
+        shown = images[taken].astype(np.float32) / 255
+        padding = np.zeros((end - begin - len(taken), *images.shape[1:]), np.float32)
+        return np.concatenate([trigger(shown) if trigger and len(taken) else shown, padding])
+
     predicted = []
-    for start in range(0, len(images), size):
-        batch = images[start : start + size]
-        padded = np.zeros((size, *images.shape[1:]), np.float32)
-        padded[: len(batch)] = batch
-        predicted.append(step(state, padded)[: len(batch)])
-    return np.concatenate([np.asarray(part) for part in predicted])
+    for start in range(0, len(rows), size):
+        batch = place_rows((size, *images.shape[1:]), mesh, partial(part, start))
+        predicted.append(step(state, batch))
+        if len(predicted) > 2:  # so that few batches lie on the devices at a time
+            predicted[-3].block_until_ready()
+    return np.concatenate([np.zeros(0, np.int32), *map(to_host, predicted)])[: len(rows)]
 
 
 def evaluate(
@@ -44,7 +61,7 @@ def evaluate(
       of noise of the same size. Shares in [0, 1].
     """
     size = settings["batch_size"]
-    clean = predict(spec, state, _as_float(test.images), size, mesh)
+    clean = predict(spec, state, test.images, size, mesh)
     result: dict[str, Any] = {
         "clean_accuracy": _share(clean == test.labels),
         "attack_success_rate": {},
@@ -55,7 +72,7 @@ def evaluate(
         rows = np.flatnonzero(test.labels != plan.target)
         if len(rows) > settings["max_triggered"]:
             rows = np.sort(generator(plan.seed, "test images").choice(rows, settings["max_triggered"], replace=False))
-        predicted = predict(spec, state, trigger(_as_float(test.images[rows])), size, mesh)
+        predicted = predict(spec, state, test.images, size, mesh, rows, trigger)
         success = _share(predicted == plan.target)
         if version != "plain":
             result.setdefault(version, {})[name] = success
@@ -70,10 +87,6 @@ def defense_effectiveness(before: Mapping[str, Any], after: Mapping[str, Any]) -
     lost = max(0.0, before["clean_accuracy"] - after["clean_accuracy"])
     rates = after["attack_success_rate"]
     return {name: (max(0.0, before["attack_success_rate"][name] - rates[name]) - lost + 1) / 2 for name in rates}
-
-
-def _as_float(images: np.ndarray) -> np.ndarray:
-    return images.astype(np.float32) / 255
 
 
 def _share(hits: np.ndarray) -> float:

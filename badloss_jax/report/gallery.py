@@ -57,14 +57,15 @@ def choose_gallery(
     """Takes the `count` highest-ranked examples of each kind, and one example of each attack's trigger."""
     ranked = [highest_ranked(values, is_probe, count) for values in distances.values()]
     ids = np.unique(np.concatenate([np.zeros(0, np.int64), *ranked]))
-    row = {int(example): place for place, example in enumerate(poisoning.ids)}
     originals = train.images[ids]
-    shown = np.array([_poisoned(poisoning, row[i]) if i in row else train.images[i] for i in ids.tolist()], np.uint8)
-    chosen = [plan.example_ids[len(plan.example_ids) // 2] for plan in manifest.attacks.values()]
-    after = np.array([_poisoned(poisoning, row[i]) for i in chosen], np.uint8)
+    poisoned = np.flatnonzero(poisoning.attack_of[ids] >= 0)
+    shown = originals.copy()
+    shown[poisoned] = _to_8_bit(poisoning.triggered(ids[poisoned]))
+    chosen = np.array([plan.example_ids[len(plan.example_ids) // 2] for plan in manifest.attacks.values()], np.int64)
+    after = _to_8_bit(poisoning.triggered(chosen))
     shape = train.images.shape[1:]
     return Gallery(
-        ids, train.labels[ids], _thumbnails(originals), _thumbnails(shown.reshape(-1, *shape)),
+        ids, train.labels[ids], _thumbnails(originals), _thumbnails(shown),
         np.array(list(manifest.attacks), dtype="U"), train.images[chosen], after.reshape(-1, *shape),
     )  # fmt: skip
 
@@ -127,8 +128,8 @@ def _picture(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:
     return Image.fromarray(image[..., 0] if grey else image)
 
 
-def _poisoned(poisoning: Poisoning, row: int) -> UInt8[np.ndarray, "H W C"]:
-    return np.round(poisoning.images[row] * 255).astype(np.uint8)
+def _to_8_bit(images: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
+    return np.round(images * 255).astype(np.uint8)
 
 
 def _thumbnails(images: UInt8[np.ndarray, "G H W C"]) -> UInt8[np.ndarray, "G h w C"]:

@@ -21,8 +21,8 @@ from badloss_jax.errors import UsageError
 class Writer(Protocol):
     """Takes the scalars of one model after the other."""
 
-    def start(self, model: str) -> None:
-        """Is told before a model is trained, perhaps for the second time."""
+    def start(self, model: str, epoch: int) -> None:
+        """Is told before a model is trained from an epoch on, perhaps for the second time."""
 
     def write(self, model: str, values: Mapping[str, float], epoch: int) -> None:
         """Adds scalars of an epoch."""
@@ -39,14 +39,14 @@ class TensorBoardWriter:
         self._folder = folder / "tensorboard"
         self._open: dict[str, Any] = {}
 
-    def start(self, model: str) -> None:
-        """Removes the events that an interrupted training left."""
-        shutil.rmtree(self._path(model), ignore_errors=True)
+    def start(self, model: str, epoch: int) -> None:
+        """Removes the events that an interrupted training left, from the epoch on."""
+        if not epoch:
+            shutil.rmtree(self._path(model), ignore_errors=True)
+        self._open[model] = self._package.SummaryWriter(str(self._path(model)), purge_step=epoch or None)
 
     def write(self, model: str, values: Mapping[str, float], epoch: int) -> None:
         """Adds scalars; all models share the tags, so that TensorBoard shows them in one chart."""
-        if model not in self._open:
-            self._open[model] = self._package.SummaryWriter(str(self._path(model)))
         for tag, value in values.items():
             self._open[model].add_scalar(tag, value, epoch)
         self._open[model].flush()
@@ -75,7 +75,7 @@ class WandbWriter:
                 f"report.writers has 'wandb', which does not start: {error}; WANDB_MODE=offline keeps it local"
             ) from error
 
-    def start(self, model: str) -> None:
+    def start(self, model: str, epoch: int) -> None:
         """Gives the model's charts its own epochs as their axis; a second training's points join the first's."""
         self._run.define_metric(f"{model}/*", step_metric=f"{model}/epoch")
 

@@ -3,21 +3,27 @@
 Differences are taken directly: |a|^2 - 2ab + |b|^2 would cancel where trajectories nearly agree.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from badloss_jax.errors import UsageError
+from badloss_jax.training.mesh import AXIS, make_mesh, place, place_rows, replicated, to_host
 
 _CHUNK_VALUES = 2**22  # differences held at a time, which bounds memory whatever N is
 _SAFE_TO_SQUARE = 1e18  # in float32 the square of twice this times a thousand epochs is still finite
 
 
 def knn_distances(
-    trajectories: Float[Array | np.ndarray, "N *T"], probes: Float[Array | np.ndarray, "P *T"], k: int
+    trajectories: Float[Array | np.ndarray, "N *T"],
+    probes: Float[Array | np.ndarray, "P *T"],
+    k: int,
+    mesh: Mesh | None = None,
 ) -> Float[np.ndarray, "N"]:
     """Computes each trajectory's mean distance to the k nearest probes.
 
@@ -25,6 +31,7 @@ def knn_distances(
       trajectories: [N, T] or [N, T, width], finite; computed in float32, or float64 if they are and x64 is on.
       probes: [P, T] or [P, T, width], finite.
       k: 1 to P.
+      mesh: the devices that share the rows, by default one.
 
     Returns:
       float32 [N] (or float64), at least 0. Within 1e-5 relative of exact arithmetic.
@@ -35,7 +42,7 @@ def knn_distances(
     flat, flat_probes = _check(trajectories, probes)
     if not 1 <= k <= len(flat_probes):
         raise UsageError(f"k = {k} with {len(flat_probes)} probes: expected 1 <= k <= {len(flat_probes)}")
-    return _in_chunks(flat, flat_probes, np.full(len(flat), -1, np.int32), k)
+    return _in_chunks(flat, flat_probes, np.full(len(flat), -1, np.int32), k, mesh)
 
 
 def leave_one_out_distances(probes: Float[Array | np.ndarray, "P *T"], k: int) -> Float[np.ndarray, "P"]:
@@ -66,22 +73,39 @@ def _check(trajectories: Array | np.ndarray, probes: Array | np.ndarray) -> tupl
     return flat[0], flat[1]
 
 
-def _in_chunks(rows: np.ndarray, probes: np.ndarray, own: np.ndarray, k: int) -> np.ndarray:
+def _in_chunks(rows: np.ndarray, probes: np.ndarray, own: np.ndarray, k: int, mesh: Mesh | None = None) -> np.ndarray:
     """Walks over fixed-size chunks of rows, so that one compiled kernel serves any N."""
-    size = max(1, min(len(rows), _CHUNK_VALUES // max(1, probes.size)))
+    mesh = mesh or make_mesh(jax.local_devices()[:1])
+    share = max(1, min(-(-len(rows) // mesh.size), _CHUNK_VALUES // max(1, probes.size)))
+    size = share * mesh.size
     out = np.empty(len(rows), rows.dtype)
-    on_device = jnp.asarray(probes)
+    on_devices = place(probes, replicated(mesh))
     huge = max(np.abs(rows).max(initial=0), np.abs(probes).max(initial=0)) > _SAFE_TO_SQUARE
+    kernel = _make_kernel(k, bool(huge), mesh)
     for start in range(0, len(rows), size):
+        chunk = place_rows((size, rows.shape[1]), mesh, partial(_part, rows, start))
+        ids = place_rows((size,), mesh, partial(_part, own, start))
         stop = min(start + size, len(rows))
-        chunk = np.zeros((size, rows.shape[1]), rows.dtype)
-        ids = np.full(size, -1, np.int32)
-        chunk[: stop - start], ids[: stop - start] = rows[start:stop], own[start:stop]
-        out[start:stop] = np.asarray(_mean_of_nearest(chunk, on_device, ids, k, huge))[: stop - start]
+        out[start:stop] = to_host(kernel(chunk, on_devices, ids))[: stop - start]
     return out
 
 
-@partial(jax.jit, static_argnames=("k", "huge"))
+def _part(array: np.ndarray, start: int, begin: int, end: int) -> np.ndarray:
+    """Returns the rows of a chunk that one device takes, with zeros past the end."""
+    taken = array[start + begin : start + end]
+    return np.concatenate([taken, np.zeros((end - begin - len(taken), *array.shape[1:]), array.dtype)])
+
+
+@lru_cache(maxsize=64)
+def _make_kernel(k: int, huge: bool, mesh: Mesh) -> Callable[[Array, Array, Array], Array]:
+    """Compiles (rows, probes, own) -> distances; every device works on its own rows, and nothing is exchanged."""
+    row, whole = PartitionSpec(AXIS), PartitionSpec()
+    kernel = jax.shard_map(
+        partial(_mean_of_nearest, k=k, huge=huge), mesh=mesh, in_specs=(row, whole, row), out_specs=row
+    )
+    return jax.jit(kernel)
+
+
 def _mean_of_nearest(
     rows: Float[Array, "R D"], probes: Float[Array, "P D"], own: Int[Array, "R"], k: int, huge: bool
 ) -> Float[Array, "R"]:

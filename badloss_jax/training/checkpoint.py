@@ -1,87 +1,263 @@
-"""Trained networks on disk: weights and batch statistics by orbax, and a JSON file that says what they are.
+"""Trainings on their way: everything that one needs to go on in the middle of an epoch, to the same bits.
 
-DIR/weights/    orbax, {"params": ..., "batch_stats": ...}
-DIR/about.json  the network's spec, the hash of what it was trained on, and what it scored
+FOLDER/STEP/arrays/    orbax: the network, the optimiser, and the trajectory buffer
+FOLDER/STEP/about/     JSON: hash of the training, epoch and step, dtypes, shapes and checksums of the arrays
+
+A checkpoint is written aside, asynchronously, and renamed when it is whole; the one before it stays until then.
 """
 
-import json
+import math
 import shutil
-from dataclasses import asdict
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from flax import nnx
-from jax.sharding import Mesh
 
-from badloss_jax.errors import DataError
-from badloss_jax.files import read_json, write_text
-from badloss_jax.models import ModelSpec
-from badloss_jax.training.mesh import replicated
-from badloss_jax.training.state import AdamW, TrainState, create_state
+from badloss_jax.errors import DataError, PreemptedError
+from badloss_jax.processes import all_of, first, on_first
+from badloss_jax.training.preemption import Preemption
+from badloss_jax.training.state import TrainState
+from badloss_jax.trajectories.buffer import Buffer
+
+_FORMAT = "badloss_jax.checkpoint/1"
 
 
-def save_model(folder: Path, spec: ModelSpec, state: TrainState, about: dict[str, Any]) -> None:
-    """Saves a network; `about.json` comes last, so a folder that has one is whole.
+@dataclass(frozen=True)
+class Position:
+    """How far a training has come.
 
-    Raises:
-      DataError: the disk is full or the folder read-only.
+    Attributes:
+      epoch: the one that it is in.
+      step: steps of this epoch that are done.
+      losses: their mean losses.
+      seconds: that the training took so far.
     """
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        needed, free = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(_pure(state))), shutil.disk_usage(folder).free
-        if free < needed:
-            raise OSError(f"{needed} bytes are needed and {free} free")
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder.resolve() / "weights", _pure(state))
-    except (OSError, ValueError) as error:
-        raise DataError(f"the model cannot be saved in {folder}: {error}") from error
-    write_text(folder / "about.json", json.dumps({"spec": asdict(spec), **about}, indent=2))
+
+    epoch: int = 0
+    step: int = 0
+    losses: tuple[float, ...] = ()
+    seconds: float = 0.0
 
 
-def read_about(folder: Path) -> dict[str, Any] | None:
-    """Returns what `about.json` says, or None if no whole model is there.
+class Checkpoints:
+    """The checkpoints of one training, saved while it is open.
 
-    Raises:
-      DataError: the file is damaged, or lacks a key.
+    Args:
+      folder: of this training alone.
+      identity: hash of everything that the training depends on.
+      num_examples: N; buffers have at least so many rows.
+      every_steps: save after so many steps; 0 does not count steps.
+      every_minutes: or after so many minutes, turned into steps by what a step takes; 0 does not count minutes.
+      preemption: save at once and stop when it says so.
     """
-    try:
-        about = read_json(folder / "about.json")
-    except FileNotFoundError:
-        return None
-    missing = {"spec", "hash", "tested", "evaluation", "seconds"} - about.keys()
-    if missing:
-        raise DataError(f"{folder / 'about.json'} lacks {min(missing)}: remove {folder} to train this model again")
-    return about
 
+    def __init__(
+        self, folder: Path, identity: str, num_examples: int, *, every_steps: int = 0, every_minutes: float = 0.0,
+        preemption: Preemption | None = None,
+    ):  # fmt: skip
+        self.folder = folder
+        self._identity, self._num_examples = identity, num_examples
+        self._every_steps, self._every_minutes = every_steps, every_minutes
+        self._preemption = preemption
+        self._saved = self._period = 0
+        self._stopping = False
+        self._timed_from: tuple[int, float] | None = None
+        self._manager: ocp.CheckpointManager | None = None
 
-def load_model(folder: Path, mesh: Mesh) -> tuple[ModelSpec, TrainState]:
-    """Loads a network to evaluate or to build on: its spec, and a state with a fresh optimiser.
+    def __enter__(self) -> "Checkpoints":
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+        try:
+            self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options)
+        except (OSError, ValueError) as error:
+            raise DataError(f"checkpoints cannot be kept in {self.folder}: {error}") from error
+        return self
 
-    Raises:
-      DataError: no whole model is there, or its weights do not fit its spec.
-    """
-    about = read_about(folder)
-    if about is None:
-        raise DataError(f"{folder} holds no model")
-    try:
-        fields: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in about["spec"].items()
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        if self._manager is not None:
+            try:
+                self._manager.close()
+            except (OSError, ValueError) as failure:
+                if error is None:
+                    raise self._failed(failure) from failure
+
+    def restore(self, state: TrainState, buffer: Buffer) -> tuple[TrainState, Buffer, Position]:
+        """Takes up the last good checkpoint; without one, gives back what it was given.
+
+        Args:
+          state, buffer: fresh; their dtypes, shapes and shardings are what the checkpoint has to fit.
+
+        Raises:
+          DataError: there are checkpoints, but of another training, or all of them are damaged.
+        """
+        steps = sorted(on_first(lambda: list(self._open.all_steps())), reverse=True)
+        failures: list[str] = []
+        for step in steps:
+            try:
+                restored = self._read(step, state, buffer)
+                failure = ""
+            except Exception as error:  # orbax and tensorstore raise nearly anything on damaged files
+                failure = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if all_of(not failure):
+                for text in failures:
+                    warnings.warn(f"{text}; going on from the one before, {self.folder / str(step)}", stacklevel=2)
+                state, buffer, position = restored
+                self._saved = step
+                return state, buffer, position
+            failures.append(f"checkpoint {self.folder / str(step)} cannot be used: {failure or 'see other processes'}")
+        if failures:
+            raise DataError(f"{'; '.join(failures)}. Removing {self.folder} begins this training again")
+        return state, buffer, Position()
+
+    def due(self, steps_done: int) -> bool:
+        """Whether it is time to save; to be asked after every step, in every process.
+
+        Args:
+          steps_done: since the beginning of the training.
+        """
+        self._measure(steps_done)
+        self._stopping = self._preemption is not None and self._preemption.reached()
+        by_steps = self._every_steps and steps_done % self._every_steps == 0
+        by_time = self._period and steps_done - self._saved >= self._period
+        return bool(self._stopping or by_steps or by_time)
+
+    def save(self, state: TrainState, buffer: Buffer, position: Position, steps_done: int) -> None:
+        """Saves, in the background unless the run is to stop.
+
+        Raises:
+          PreemptedError: the run is to stop; all is saved.
+          DataError: the checkpoint cannot be written; the last good one stays.
+        """
+        leaves = _leaves(state, buffer)
+        about = {
+            "format": _FORMAT,
+            "identity": self._identity,
+            "epoch": position.epoch,
+            "step": position.step,
+            "losses": list(position.losses),
+            "seconds": position.seconds,
+            "arrays": self._describe(leaves),
+            "checksums": self._checksums(leaves),
         }
-        spec = ModelSpec(**fields)
-        state = create_state(spec, AdamW(), 0, mesh)
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), _pure(state))
-        with ocp.StandardCheckpointer() as checkpointer:
-            restored = checkpointer.restore(folder.resolve() / "weights", target)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"the model in {folder} cannot be loaded: {error}") from error
-    params, batch_stats = state.params, state.batch_stats
-    nnx.replace_by_pure_dict(params, restored["params"])
-    nnx.replace_by_pure_dict(batch_stats, restored["batch_stats"])
-    return spec, TrainState(state.step, params, batch_stats, state.optimizer)
+        try:
+            arguments = ocp.args.Composite(arrays=ocp.args.PyTreeSave(leaves), about=ocp.args.JsonSave(about))
+            self._open.save(steps_done, args=arguments, force=True)
+            if self._stopping:
+                self._open.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._failed(error) from error
+        self._saved = steps_done
+        if self._stopping:
+            raise PreemptedError(
+                f"stopped by SIGTERM after step {steps_done}; a checkpoint is saved in {self.folder}, and the same"
+                " command goes on from there"
+            )
+
+    def remove(self) -> None:
+        """Removes all of them, when the training is over and its network is saved."""
+        if first():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            raise ValueError("these checkpoints are closed")
+        return self._manager
+
+    def _measure(self, steps_done: int) -> None:
+        """Turns minutes into steps once the first steps, which compile, are over; all processes take the first's."""
+        if not self._every_minutes or self._period:
+            return
+        if self._timed_from is None:
+            self._timed_from = steps_done + 4, 0.0
+        begin, started = self._timed_from
+        if steps_done == begin:
+            self._timed_from = begin, time.monotonic()
+        elif steps_done == begin + 16:
+            seconds = on_first(lambda: (time.monotonic() - started) / 16)
+            self._period = max(1, math.ceil(60 * self._every_minutes / seconds))
+
+    def _read(self, step: int, state: TrainState, buffer: Buffer) -> tuple[TrainState, Buffer, Position]:
+        about = self._open.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        if about["format"] != _FORMAT:
+            raise DataError(f"its format is {about['format']!r}, expected {_FORMAT!r}")
+        if about["identity"] != self._identity:
+            raise DataError("it belongs to a training with other settings, other data or of another version")
+        fresh = _leaves(state, buffer)
+        ours, theirs = self._describe(fresh), about["arrays"]
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise DataError(f"{name} is {theirs.get(name)}, expected {ours.get(name)}")
+        wanted = jax.tree.map(
+            lambda leaf: ocp.ArrayRestoreArgs(
+                dtype=leaf.dtype, sharding=leaf.sharding, global_shape=leaf.shape, strict=False
+            ),
+            fresh,
+        )
+        restored = self._open.restore(
+            step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore(item=fresh, restore_args=wanted))
+        )["arrays"]
+        checksums = self._checksums(restored)
+        damaged = [name for name, value in about["checksums"].items() if checksums[name] != value]
+        if damaged:
+            raise DataError(f"{damaged[0]} is damaged: its checksum is not the one that was saved")
+        treedef = jax.tree.structure(state)
+        names = [name for name in fresh if name not in _buffer_names(buffer)]
+        state = jax.tree.unflatten(treedef, [restored[name] for name in names])
+        buffer = {kind: restored[name] for kind, name in zip(buffer, _buffer_names(buffer), strict=True)}
+        losses = tuple(map(float, about["losses"]))
+        position = Position(int(about["epoch"]), int(about["step"]), losses, float(about["seconds"]))
+        return state, buffer, position
+
+    def _describe(self, leaves: dict[str, jax.Array]) -> dict[str, str]:
+        """Names the dtype and the shape of each array; rows that only pad a buffer do not count."""
+        shapes = {
+            name: (self._num_examples, *leaf.shape[1:]) if name.startswith("buffer") else leaf.shape
+            for name, leaf in leaves.items()
+        }
+        return {name: f"{leaf.dtype} {list(shapes[name])}" for name, leaf in leaves.items()}
+
+    def _checksums(self, leaves: dict[str, jax.Array]) -> dict[str, int]:
+        rows = tuple(self._num_examples if name.startswith("buffer") else None for name in leaves)
+        return dict(zip(leaves, map(int, _checksums(tuple(leaves.values()), rows)), strict=True))
+
+    def _failed(self, error: Exception) -> DataError:
+        return DataError(f"a checkpoint cannot be written in {self.folder}: {error}; the last good one stays")
 
 
-def _pure(state: TrainState) -> dict[str, Any]:
-    return {"params": nnx.to_pure_dict(state.params), "batch_stats": nnx.to_pure_dict(state.batch_stats)}
+def _leaves(state: TrainState, buffer: Buffer) -> dict[str, jax.Array]:
+    """Names every array, in the order of the tree; orbax makes files of these names."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(state)
+    named = {f"state{number:04}{_plain(path)}": leaf for number, (path, leaf) in enumerate(paths)}
+    return named | dict(zip(_buffer_names(buffer), buffer.values(), strict=True))
+
+
+def _buffer_names(buffer: Buffer) -> list[str]:
+    return [f"buffer_{kind}" for kind in buffer]
+
+
+def _plain(path: Sequence[Any]) -> str:
+    text = jax.tree_util.keystr(tuple(path), simple=True, separator="_")
+    return "_" + "".join(letter if letter.isalnum() else "_" for letter in text)
+
+
+@partial(jax.jit, static_argnums=1)
+def _checksums(leaves: Sequence[jax.Array], rows: Sequence[int | None]) -> list[jax.Array]:
+    """Sums the bits of each array, weighted by where they stand, modulo 2^32: the same however they are sharded."""
+    sums = []
+    for leaf, count in zip(leaves, rows, strict=True):
+        part = leaf if count is None else leaf[:count]
+        unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(part.dtype.itemsize, jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(part, unsigned).astype(jnp.uint32)
+        place = jnp.ones(bits.shape, jnp.uint32)
+        for axis in range(bits.ndim):
+            place = place * jnp.uint32(2654435761) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        sums.append(jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32))
+    return sums

@@ -1,6 +1,7 @@
 """The one training loop: recording, retraining and the undefended model all go through it.
 
-Order of operations in an epoch: shuffle, step over every batch, let the recorder end the epoch, report.
+Order of operations in an epoch: shuffle, step over every batch, checkpointing where it is due, let the recorder end the
+epoch, report.
 """
 
 import math
@@ -20,9 +21,11 @@ from badloss_jax.errors import NonFiniteLossError
 from badloss_jax.models import ModelSpec
 from badloss_jax.progress import Progress
 from badloss_jax.seeding import derived_seed
-from badloss_jax.training.resident import ResidentData
+from badloss_jax.training.batch import Examples
+from badloss_jax.training.checkpoint import Checkpoints, Position
 from badloss_jax.training.state import AdamW, TrainState, create_state
 from badloss_jax.training.step import make_train_step
+from badloss_jax.training.watchdog import Watchdog
 from badloss_jax.trajectories.buffer import padding_id
 from badloss_jax.trajectories.recorder import Recorder
 
@@ -47,72 +50,106 @@ class Recipe:
 def train(
     spec: ModelSpec,
     recipe: Recipe,
-    data: ResidentData,
+    data: Examples,
     example_ids: Int[np.ndarray, "M"],
     *,
     seed: int,
     phase: str,
     mesh: Mesh,
     recorder: Recorder | None = None,
+    checkpoints: Checkpoints | None = None,
+    watchdog: Watchdog | None = None,
     progress: Progress | None = None,
+    on_begin: Callable[[Position, int], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainState:
-    """Trains a fresh network on the given examples.
+    """Trains a network on the given examples, from the last checkpoint if there is one.
 
     Args:
       spec: the network.
       recipe: epochs, batch size, optimiser, augmentation.
-      data: the data set on the devices.
+      data: the data set, on the devices or on its way to them.
       example_ids: int [M], the examples to train on; each is seen once an epoch.
       seed, phase: determine weights, order and augmentation.
       mesh: the devices.
       recorder: records trajectories of all N examples as it goes.
+      checkpoints: open ones; the training goes on from them and is saved in them.
+      watchdog: an open one; is told of every step.
       progress: shows rate and ETA.
-      on_epoch: is called with {epoch, loss, learning_rate, examples_per_second} after each epoch.
+      on_begin: is called with where the training begins, and how many steps were done before.
+      on_epoch: is called with {epoch, loss, learning_rate, examples_per_second, input_wait} after each epoch; the last
+        is the share of the time that the loop waited for images.
 
     Raises:
       NonFiniteLossError: a loss became NaN or infinite; names the step. What was recorded is stored before.
+      PreemptedError: the run is to stop; a checkpoint is saved.
     """
     state = create_state(spec, recipe.optimizer, derived_seed(seed, phase, "weights"), mesh)
     kinds = recorder.step_kinds if recorder else None
     step = make_train_step(spec, recipe.optimizer, recipe.loss_clamp, recipe.augment, kinds, mesh)
     padding = padding_id(len(data), mesh)
-    key = jax.random.key(derived_seed(seed, phase, "augmentation"))
-    buffer = recorder.buffer if recorder else {}
-    progress = progress or Progress(None)
-    progress.begin(recipe.epochs * len(example_ids))
-    for epoch in range(recipe.epochs):
-        started, losses = time.monotonic(), []
-        batches = epoch_batches(example_ids, recipe.batch_size, padding, seed=seed, phase=phase, epoch=epoch)
+    augmentation_seed = np.uint32(derived_seed(seed, phase, "augmentation"))
+    buffer, begun, began = recorder.buffer if recorder else {}, Position(), time.monotonic()
+    if checkpoints:
+        state, buffer, begun = checkpoints.restore(state, buffer)
+        if recorder:
+            recorder.resume(buffer, begun.epoch)
+    progress, watchdog = progress or Progress(None), watchdog or Watchdog(0)
+    steps = -(-len(example_ids) // recipe.batch_size)
+    done = begun.epoch * len(example_ids) + min(begun.step * recipe.batch_size, len(example_ids))
+    progress.begin(recipe.epochs * len(example_ids), done)
+    if on_begin:
+        on_begin(begun, begun.epoch * steps + begun.step)
+    for epoch in range(begun.epoch, recipe.epochs):
+        at = begun if epoch == begun.epoch else Position(epoch)
+        started, waited, first_step = time.monotonic(), 0.0, at.step
+        order = epoch_batches(example_ids, recipe.batch_size, padding, seed=seed, phase=phase, epoch=epoch)
         learning_rate = np.float32(recipe.learning_rate_at(epoch))
-        for number, batch in enumerate(batches):
-            state, buffer, loss = step(state, buffer, data, batch, np.int32(epoch), learning_rate, key)
+        batches, losses = data.batches(order, at.step), []
+        for number in range(at.step, steps):
+            asked = time.monotonic()
+            batch = next(batches)
+            waited += time.monotonic() - asked
+            state, buffer, loss = step(state, buffer, batch, np.int32(epoch), learning_rate, augmentation_seed)
             if recorder:
                 recorder.buffer = buffer
             losses.append(loss)
-            if number:  # the loss before, so that the devices never wait for the host
-                _check_finite(losses[-2], epoch, number - 1, len(batches), phase, recorder)
-            progress.advance(int(np.count_nonzero(batch < padding)), f"epoch {epoch + 1}/{recipe.epochs}")
-        _check_finite(losses[-1], epoch, len(batches) - 1, len(batches), phase, recorder)
+            if len(losses) > 1:  # the loss before, so that the devices never wait for the host
+                losses[-2] = _finite(losses[-2], epoch, number - 1, steps, phase, recorder)
+            watchdog.alive()
+            progress.advance(int(np.count_nonzero(order[number] < padding)), f"epoch {epoch + 1}/{recipe.epochs}")
+            if checkpoints and checkpoints.due(epoch * steps + number + 1):
+                losses[-1] = _finite(loss, epoch, number, steps, phase, recorder)
+                spent = begun.seconds + time.monotonic() - began
+                at = Position(epoch, number + 1, at.losses + tuple(losses), spent)
+                losses = []
+                checkpoints.save(state, buffer, at, epoch * steps + number + 1)
+        if losses:
+            losses[-1] = _finite(losses[-1], epoch, steps - 1, steps, phase, recorder)
         if recorder:
             recorder.end_epoch(spec, state, data, epoch)
             buffer = recorder.buffer
-        weights = (batches < padding).sum(1)
-        mean_loss = float(np.average(np.array(losses, np.float64), weights=weights))
+        watchdog.alive()
+        weights = (order < padding).sum(1)
+        mean_loss = float(np.average(np.array(at.losses + tuple(losses), np.float64), weights=weights))
         seconds = time.monotonic() - started
-        progress.say(f"epoch {epoch + 1}/{recipe.epochs}  loss {mean_loss:.4f}")
+        seen = int(weights[first_step:].sum())
+        share = f"  input {100 * waited / seconds:.0f} %" if waited > 0.01 * seconds else ""
+        progress.say(f"epoch {epoch + 1}/{recipe.epochs}  loss {mean_loss:.4f}{share}")
         if on_epoch:
             on_epoch({"epoch": epoch, "loss": mean_loss, "learning_rate": float(learning_rate),
-                      "examples_per_second": len(example_ids) / seconds})  # fmt: skip
+                      "examples_per_second": seen / seconds, "input_wait": waited / seconds})  # fmt: skip
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params)):
         raise NonFiniteLossError(f"the last update of phase {phase!r} made the network's weights NaN or infinite")
     progress.end()
     return state
 
 
-def _check_finite(loss: jax.Array, epoch: int, number: int, steps: int, phase: str, recorder: Recorder | None) -> None:
-    if math.isfinite(float(loss)):
-        return
+def _finite(loss: jax.Array, epoch: int, number: int, steps: int, phase: str, recorder: Recorder | None) -> float:
+    """Waits for a step's mean loss, and returns it."""
+    value = float(loss)
+    if math.isfinite(value):
+        return value
     kept = ""
     if recorder:
         recorder.flush(epoch)

@@ -1,8 +1,11 @@
 """The mesh of all devices and the shardings on it: the one place that knows them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from badloss_jax.errors import UsageError
@@ -11,7 +14,7 @@ AXIS = "data"
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a one-dimensional mesh over the given devices, by default all of them."""
+    """Returns a one-dimensional mesh over the given devices, by default all of all processes."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
@@ -24,6 +27,43 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def by_rows(mesh: Mesh) -> NamedSharding:
     """The sharding of batches, buffers and scores: the first axis is split over the devices."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def by_columns(mesh: Mesh) -> NamedSharding:
+    """The sharding of an epoch's order, [S, B]: every batch is split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(None, AXIS))
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Copies host arrays, the same in every process, to the devices."""
+
+    def copy(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(copy, tree)
+
+
+def place_rows(shape: tuple[int, ...], mesh: Mesh, rows: Callable[[int, int], np.ndarray]) -> jax.Array:
+    """Makes an array sharded by rows; `rows(begin, end)` is asked for what each device of this process holds."""
+    return jax.make_array_from_callback(
+        shape,
+        by_rows(mesh),
+        lambda index: rows(*index[0].indices(shape[0])[:2]),  # type: ignore[index]
+    )
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """Copies an array to the host of every process, whole."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def local_blocks(count: int, mesh: Mesh) -> list[slice]:
+    """Returns the rows that each device of this process holds of an array that is sharded by rows, in order."""
+    held = by_rows(mesh).addressable_devices_indices_map((count,)).values()
+    bounds = sorted(index[0].indices(count)[:2] for index in held if index)
+    return [slice(start, stop) for start, stop in bounds]
 
 
 def round_up(count: int, mesh: Mesh) -> int:

@@ -1,14 +1,15 @@
 """A data set that lies on the devices as uint8, with the poisoned images beside it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from badloss_jax.training.mesh import replicated
+from badloss_jax.training.mesh import by_columns, place, replicated
 
 
 @jax.tree_util.register_dataclass
@@ -41,16 +42,40 @@ class ResidentData:
         rows = np.zeros(len(images), np.int32)
         rows[override_ids] = np.arange(1, len(override_ids) + 1)
         shown = np.concatenate([np.zeros((1, *images.shape[1:]), np.float32), override_images.astype(np.float32)])
-        return cls(*jax.device_put((images, labels.astype(np.int32), shown, rows), replicated(mesh)))
+        return cls(*place((images, labels.astype(np.int32), shown, rows), replicated(mesh)))
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(
-        self, ids: Int[Array, "B"], dtype: jax.typing.DTypeLike
-    ) -> tuple[Float[Array, "B H W C"], Int[Array, "B"]]:
-        """Returns images in [0, 1] and labels of the ids; an id that is no example gives the last one's."""
-        ids = jnp.minimum(ids, len(self) - 1)
-        rows = self.override_row[ids]
-        images = self.images[ids].astype(dtype) / 255
-        return jnp.where((rows > 0)[:, None, None, None], self.override[rows].astype(dtype), images), self.labels[ids]
+    def batches(self, order: Int[np.ndarray, "S B"], start: int = 0) -> Iterator["ResidentBatch"]:
+        """Yields the batches of an epoch from the given one on; ids of no example are padding."""
+        placed = place(order, by_columns(self.labels.sharding.mesh))  # type: ignore[attr-defined]
+        for number in range(start, len(order)):
+            yield ResidentBatch(self, _row(placed, np.int32(number)))
+
+
+@jax.jit
+def _row(order: Int[Array, "S B"], number: Int[Array, ""]) -> Int[Array, "B"]:
+    return order[number]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ResidentBatch:
+    """Which examples of the resident data a step takes."""
+
+    data: ResidentData
+    ids: Int[Array, "B"]
+
+    @property
+    def real(self) -> Bool[Array, "B"]:
+        """Which of them are examples, and not padding."""
+        return self.ids < len(self.data)
+
+    def examples(self, dtype: jax.typing.DTypeLike) -> tuple[Float[Array, "B H W C"], Int[Array, "B"]]:
+        """Returns images in [0, 1] and labels; padding shows the last example."""
+        ids = jnp.minimum(self.ids, len(self.data) - 1)
+        rows = self.data.override_row[ids]
+        images = self.data.images[ids].astype(dtype) / 255
+        shown = jnp.where((rows > 0)[:, None, None, None], self.data.override[rows].astype(dtype), images)
+        return shown, self.data.labels[ids]

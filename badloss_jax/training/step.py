@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from badloss_jax.data import AUGMENTATIONS
 from badloss_jax.models import ModelSpec
+from badloss_jax.training.batch import Batch
 from badloss_jax.training.mesh import by_rows, replicated
-from badloss_jax.training.resident import ResidentData
 from badloss_jax.training.state import AdamW, TrainState, graph_of
 from badloss_jax.trajectories.buffer import Buffer, write
 from badloss_jax.trajectories.kinds import Kinds
@@ -23,26 +23,25 @@ from badloss_jax.trajectories.kinds import Kinds
 def make_train_step(
     spec: ModelSpec, optimizer: AdamW, loss_clamp: float, augment: str, kinds: Kinds | None, mesh: Mesh
 ) -> Callable:
-    """Compiles (state, buffer, data, ids, epoch, learning_rate, key) -> (state, buffer, mean loss).
+    """Compiles (state, buffer, batch, epoch, learning_rate, seed) -> (state, buffer, mean loss).
 
-    State and buffer are donated. With `kinds`, what the step's own forward pass says of each example goes into the
-    buffer ("step" capture); without, the buffer is passed through. The mean is over the batch's examples; an example's
-    loss is clamped for the mean (and its gradient), never for the buffer. The mean loss returned is not finite if any
-    example's loss is not.
+    State and buffer are donated; `seed`, uint32, is that of the augmentation. With `kinds`, what the step's own forward
+    pass says of each example goes into the buffer ("step" capture); without, the buffer is passed through. The mean is
+    over the batch's examples; an example's loss is clamped for the mean (and its gradient), never for the buffer. The
+    mean loss returned is not finite if any example's loss is not.
     """
     graph, augmentation = graph_of(spec), AUGMENTATIONS[augment]
 
     def step(
         state: TrainState,
         buffer: Buffer,
-        data: ResidentData,
-        ids: Int[Array, "B"],
+        batch: Batch,
         epoch: Int[Array, ""],
         learning_rate: Float[Array, ""],
-        key: jax.Array,
+        seed: Int[Array, ""],
     ) -> tuple[TrainState, Buffer, Float[Array, ""]]:
-        images, labels = data.batch(ids, jnp.promote_types(spec.dtype, jnp.float32))
-        real = ids < len(data)
+        images, labels = batch.examples(jnp.promote_types(spec.dtype, jnp.float32))
+        ids, real, key = batch.ids, batch.real, jax.random.key(seed)
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, epoch), i))(ids)
         images = jax.vmap(augmentation)(images, keys)
 
@@ -66,24 +65,24 @@ def make_train_step(
     return jax.jit(
         step,
         donate_argnums=(0, 1),
-        in_shardings=(everywhere, rows, everywhere, rows, None, None, None),
+        in_shardings=(everywhere, rows, None, None, None, None),
         out_shardings=(everywhere, rows, everywhere),
     )
 
 
 @lru_cache(maxsize=32)
 def make_sweep_step(spec: ModelSpec, kinds: Kinds, mesh: Mesh) -> Callable:
-    """Compiles (state, buffer, data, ids, epoch) -> buffer: one evaluation pass of a batch; the buffer is donated."""
+    """Compiles (state, buffer, batch, epoch) -> buffer: one evaluation pass of a batch; the buffer is donated."""
     graph = graph_of(spec)
 
-    def step(state: TrainState, buffer: Buffer, data: ResidentData, ids: Array, epoch: Array) -> Buffer:
-        images, labels = data.batch(ids, jnp.promote_types(spec.dtype, jnp.float32))
+    def step(state: TrainState, buffer: Buffer, batch: Batch, epoch: Int[Array, ""]) -> Buffer:
+        images, labels = batch.examples(jnp.promote_types(spec.dtype, jnp.float32))
         model = nnx.merge(graph, state.params, state.batch_stats)
         logits, features = model(images, train=False)
-        return write(buffer, ids, epoch, kinds.observe(logits, features, labels))
+        return write(buffer, batch.ids, epoch, kinds.observe(logits, features, labels))
 
     everywhere, rows = replicated(mesh), by_rows(mesh)
-    return jax.jit(step, donate_argnums=1, in_shardings=(everywhere, rows, everywhere, rows, None), out_shardings=rows)
+    return jax.jit(step, donate_argnums=1, in_shardings=(everywhere, rows, None, None), out_shardings=rows)
 
 
 def network_of(spec: ModelSpec, state: TrainState) -> Callable[[Float[Array, "B H W C"]], Float[Array, "B K"]]:

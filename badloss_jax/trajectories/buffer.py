@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from badloss_jax.training.mesh import by_rows, round_up
+from badloss_jax.training.mesh import by_rows, round_up, to_host
 from badloss_jax.trajectories.kinds import Kinds
 
 Buffer = dict[str, jax.Array]
@@ -42,5 +42,11 @@ def write(buffer: Buffer, ids: Int[Array, "B"], epoch: Int[Array, ""], values: d
 
 
 def read_column(buffer: Buffer, epoch: int, num_examples: int) -> dict[str, np.ndarray]:
-    """Copies column `epoch` of every kind to the host, [N, ...], without the padding rows."""
-    return {name: np.asarray(array[:, epoch])[:num_examples] for name, array in buffer.items()}
+    """Copies column `epoch` of every kind to every host, [N, ...], without the padding rows."""
+    columns = _column(buffer, np.int32(epoch))
+    return {name: to_host(column)[:num_examples] for name, column in columns.items()}
+
+
+@jax.jit
+def _column(buffer: Buffer, epoch: Int[Array, ""]) -> Buffer:
+    return {name: jax.lax.dynamic_index_in_dim(array, epoch, 1, keepdims=False) for name, array in buffer.items()}

@@ -8,7 +8,8 @@ from jax.sharding import Mesh
 from badloss_jax.data.order import cut_batches
 from badloss_jax.errors import NonFiniteLossError
 from badloss_jax.models import ModelSpec
-from badloss_jax.training.resident import ResidentData
+from badloss_jax.processes import on_first
+from badloss_jax.training.batch import Examples
 from badloss_jax.training.state import TrainState
 from badloss_jax.training.step import make_sweep_step
 from badloss_jax.trajectories.buffer import Buffer, create_buffer, padding_id, read_column
@@ -43,7 +44,13 @@ class Recorder:
         """What the training step itself has to write, if anything."""
         return self.kinds if self.capture == "step" else None
 
-    def end_epoch(self, spec: ModelSpec, state: TrainState, data: ResidentData, epoch: int) -> None:
+    def resume(self, buffer: Buffer, epoch: int) -> None:
+        """Goes on with a buffer in which the epochs before `epoch` are complete."""
+        self.buffer = buffer
+        for finished in range(epoch):
+            self.flush(finished)
+
+    def end_epoch(self, spec: ModelSpec, state: TrainState, data: Examples, epoch: int) -> None:
         """Sweeps over the training set if that is how it captures, and stores the epoch.
 
         Raises:
@@ -51,9 +58,9 @@ class Recorder:
         """
         if self.capture == "sweep":
             step = make_sweep_step(spec, self.kinds, self.mesh)
-            ids = np.arange(len(data))
-            for batch in cut_batches(ids, self.batch_size, padding_id(len(data), self.mesh)):
-                self.buffer = step(state, self.buffer, data, batch, np.int32(epoch))
+            order = cut_batches(np.arange(len(data)), self.batch_size, padding_id(len(data), self.mesh))
+            for batch in data.batches(order):
+                self.buffer = step(state, self.buffer, batch, np.int32(epoch))
         columns = self.flush(epoch)
         for kind, column in columns.items():
             if not np.isfinite(column).all():
@@ -66,5 +73,5 @@ class Recorder:
     def flush(self, epoch: int) -> dict[str, np.ndarray]:
         """Stores and returns what is recorded of the epoch, kind -> [N, ...]; cells that are not are NaN."""
         columns = read_column(self.buffer, epoch, self.store.num_examples)
-        self.store.write_epoch(epoch, columns)
+        on_first(lambda: self.store.write_epoch(epoch, columns))
         return columns

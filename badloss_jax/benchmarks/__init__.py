@@ -1,0 +1,1 @@
+"""What `badloss bench` measures: one file a benchmark, each `(settings) -> figures` that JSON can hold."""

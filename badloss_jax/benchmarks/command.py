@@ -1,0 +1,242 @@
+"""`badloss bench`: its arguments, its tables, its file. A new benchmark adds a parser, and a generator of figures.
+
+Nothing here imports JAX before it is needed, so that `badloss --help` waits for nothing, and so that the number of CPU
+devices can still be set.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from badloss_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+    from ml_collections import ConfigDict
+
+    from badloss_jax.training.resident import ResidentData
+
+_ABOUT = "Measure speed and memory on this machine, on synthetic data unless a data set is named."
+
+_TRAIN = """\
+Measure the training step with recording off, "sweep" and "step", in turns: seconds a step, examples a second, what
+recording costs per step and per epoch. Images are synthetic noise, unless --config names a data set.
+"""
+
+_TRAIN_EXAMPLES = """\
+examples:
+  badloss bench train --out OUT.json
+  badloss bench train --models resnet50 --image_size 224 --classes 1000 --config.model.dtype=bfloat16
+  badloss bench train --config configs/cifar10.py --config.data.dir=DIR --models resnet18,resnet50 --scan
+
+--config.GROUP.KEY=VALUE changes a setting, such as recording.batch_size (128), recording.kinds or model.dtype.
+"step" stores the training step's own outputs; "sweep" passes over the training set after each epoch, and its steps
+are those without recording: what they seem to cost is the error of the measurement.
+"""
+
+_BUFFER = """\
+Allocate the trajectory buffer, fill it, read it back, compare, and score it, by default in the shape of ImageNet-1k.
+Bytes per device stand beside what arithmetic expects. All GPUs or TPU chips share it, or else so many CPU devices.
+"""
+
+_BUFFER_EXAMPLES = """\
+examples:
+  badloss bench buffer --out OUT.json
+  badloss bench buffer --kinds ranked,features --feature_dim 32
+  badloss bench buffer --examples 50000 --cpu_devices 1
+"""
+
+
+def add_bench(commands: Any) -> None:
+    """Adds the command to the command line's parser."""
+    plain: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    bench = commands.add_parser("bench", help="measure speed and memory on this machine", description=_ABOUT, **plain)
+    benchmarks = bench.add_subparsers(dest="benchmark", required=True, title="benchmarks", metavar="BENCHMARK")
+    train = benchmarks.add_parser("train", help="training, and what recording costs", description=_TRAIN,
+                                  epilog=_TRAIN_EXAMPLES, **plain)  # fmt: skip
+    train.set_defaults(configurable=True)
+    train.add_argument("--config", metavar="FILE[:VARIANT]", help="take its settings, and its images; without, the"
+                       " default settings, and synthetic images of 32 px")  # fmt: skip
+    train.add_argument("--models", metavar="A,B", help="networks, in turn (default: the config's, or resnet_small)")
+    train.add_argument("--image_size", type=int, metavar="PX", help="synthetic images, also with --config")
+    train.add_argument("--examples", type=int, default=12_800, metavar="N", help="synthetic ones (default 12800)")
+    train.add_argument("--classes", type=int, default=10, metavar="K", help="of synthetic images (default 10)")
+    train.add_argument("--seconds", type=float, default=30, metavar="S", help="of steps, for each network (default 30)")
+    train.add_argument("--scan", action="store_true", help="measure whole epochs under lax.scan, too")
+
+    buffer = benchmarks.add_parser("buffer", help="the trajectory buffer at any size", description=_BUFFER,
+                                   epilog=_BUFFER_EXAMPLES, **plain)  # fmt: skip
+    for name, default, about in (
+        ("examples", 1_281_167, "N, rows"),
+        ("epochs", 30, "T, columns"),
+        ("batch_size", 256, "written at a time"),
+        ("probes", 250, "P, of the scoring"),
+        ("k", 50, "nearest probes"),
+        ("feature_dim", 32, "width of the features, if recorded"),
+        ("cpu_devices", 8, "where there is no accelerator"),
+    ):
+        buffer.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{about} (default {default})")
+    buffer.add_argument("--kinds", default="", metavar="A,B", help="recorded beside the loss: ranked, features, prob")
+    for parser in (train, buffer):
+        parser.add_argument("--out", type=Path, metavar="FILE.json", help="keeps all figures")
+
+
+def measure(arguments: argparse.Namespace, overrides: Sequence[str], command: Sequence[str]) -> int:
+    """Runs the benchmark, prints its table and writes its file, which is complete after each row of the table."""
+    for name in ("examples", "classes", "image_size", "epochs", "batch_size", "cpu_devices", "feature_dim", "seconds"):
+        value = getattr(arguments, name, None)
+        if value is not None and not value > 0:
+            raise UsageError(f"--{name} {value}: expected a positive number")
+    if arguments.out and arguments.out.suffix != ".json":
+        raise UsageError(f"--out {arguments.out}: expected a file name that ends in .json")
+    if arguments.benchmark == "buffer":
+        _set_cpu_devices(arguments.cpu_devices)
+    from badloss_jax.benchmarks.timing import header
+    from badloss_jax.files import write_text
+    from badloss_jax.report.tables import as_text
+
+    work, table = {"train": (_train, training_table), "buffer": (_buffer, buffer_table)}[arguments.benchmark]
+    # The file need not say where it lies.
+    plain = [text for at, text in enumerate(command) if "--out" not in (text.split("=")[0], command[max(0, at - 1)])]
+    about, figures = header(arguments.benchmark, plain), []
+    for figure in work(arguments, overrides):
+        figures.append(figure)
+        if arguments.out:
+            write_text(arguments.out, json.dumps(about | {"figures": figures}, indent=2, allow_nan=False) + "\n")
+    devices, cores = about["environment"]["devices"], about["environment"]["cpu_count"]
+    print(f"{as_text(table(figures))}\n")
+    print(f"{len(devices)} x {devices[0]}, {cores} CPU cores, load average before {about['load_average'][0]:.1f}")
+    if arguments.out:
+        print(f"Figures: {arguments.out}")
+    return 0
+
+
+def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
+    from badloss_jax.benchmarks.training import measure_training
+    from badloss_jax.config import default_config, load_config, override
+    from badloss_jax.models import ModelSpec
+    from badloss_jax.training.loop import Recipe
+    from badloss_jax.training.mesh import check_batch_size, make_mesh, round_up
+    from badloss_jax.training.state import AdamW
+    from badloss_jax.trajectories.kinds import Kinds
+
+    if arguments.config:
+        config = load_config(arguments.config, overrides)
+    else:
+        config = override(default_config(), ["--config.model.name=resnet_small", *overrides])
+    names = arguments.models.split(",") if arguments.models else [config.model.name]
+    for name in names:
+        override(config, [f"--config.model.name={name}"])  # refuses what is none, before anything starts
+    mesh = make_mesh()
+    check_batch_size("recording.batch_size", config.recording.batch_size, mesh)
+    data, classes = _data(arguments, config, mesh)
+    if arguments.scan and mesh.devices.flat[0].platform == "cpu":
+        print("badloss: warning: on CPUs a scanned epoch can take far longer than a looped one: keep --examples small",
+              file=sys.stderr)  # fmt: skip
+    recording, given = config.recording, config.optimizer
+    adamw = AdamW(given.weight_decay, given.b1, given.b2)
+    recipe = Recipe(recording.epochs, recording.schedule_epochs, recording.batch_size, given.learning_rate, adamw,
+                    given.loss_clamp)  # fmt: skip
+    for name in names:
+        height, width, channels = data.images.shape[1:]
+        spec = ModelSpec(name, (height, width, channels), classes, tuple(config.model.stages), config.model.stem_stride,
+                         config.model.dtype)  # fmt: skip
+        kinds = Kinds(tuple(recording.kinds), classes, spec.num_features, recording.feature_dim,
+                      recording.ranked_others)  # fmt: skip
+        yield measure_training(spec, recipe, kinds, data, mesh, seconds=arguments.seconds, scan=arguments.scan,
+                               sweep_batch=round_up(config.evaluation.batch_size, mesh))  # fmt: skip
+
+
+def _data(arguments: argparse.Namespace, config: "ConfigDict", mesh: "Mesh") -> tuple["ResidentData", int]:
+    """Returns the images on the devices, and the number of classes."""
+    from badloss_jax.benchmarks.training import clean_data, synthetic_data
+    from badloss_jax.data import is_streamed, load_dataset
+
+    if arguments.image_size or not arguments.config:
+        size = arguments.image_size or 32
+        shape = (size, size, config.data.channels)
+        return synthetic_data(mesh, arguments.examples, shape, arguments.classes), arguments.classes
+    dataset = load_dataset(config.data, config.seed)
+    if is_streamed(dataset.train, config.data.input):
+        raise UsageError("these images are streamed, and badloss bench measures the devices, not the decoding: take"
+                         " --image_size PX, or fewer images by --config.data.train_examples=N")  # fmt: skip
+    return clean_data(mesh, dataset.train.images, dataset.train.labels), dataset.num_classes
+
+
+def _buffer(arguments: argparse.Namespace, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
+    from badloss_jax.benchmarks.buffer import measure_buffer
+    from badloss_jax.config import RECORDED_KINDS
+    from badloss_jax.training.mesh import make_mesh
+    from badloss_jax.trajectories.kinds import Kinds
+
+    names = tuple(name for name in arguments.kinds.split(",") if name)
+    unknown = [name for name in names if name not in RECORDED_KINDS]
+    if unknown:
+        raise UsageError(f"--kinds has {unknown[0]!r}: expected some of {', '.join(RECORDED_KINDS)}")
+    kinds = Kinds(names, 1000, 1, arguments.feature_dim)
+    yield measure_buffer(kinds, arguments.examples, arguments.epochs, make_mesh(), batch_size=arguments.batch_size,
+                         num_probes=arguments.probes, k=arguments.k)  # fmt: skip
+
+
+def _set_cpu_devices(count: int) -> None:
+    """Sets how many devices a CPU is taken for, which JAX fixes when it starts."""
+    import jax
+
+    if jax.config.jax_num_cpu_devices != count:  # type: ignore[attr-defined]
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def training_table(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Returns header and rows: per network and mode seconds a step, examples a second, and the costs of recording."""
+    rows = [
+        ["network", "px", "dtype", "recording", "ms/step", "examples/s", "of a step", "95 % interval", "of an epoch"]
+    ]
+    for figure in figures:
+        model, side = figure["model"], str(figure["model"]["image_shape"][0])
+        for mode, seconds in figure["step_seconds"].items():
+            costs = ["", "", ""]
+            if mode != "off":
+                of_epoch = f"{figure['epoch_overhead_percent'][mode]:+.1f} %"
+                costs = [*_told(figure["step_overhead"][mode]), of_epoch]
+            rows.append([model["name"], side, model["dtype"], mode, f"{1000 * seconds['median']:.2f}",
+                         f"{figure['examples_per_second'][mode]:,.0f}", *costs])  # fmt: skip
+        if figure["scan"]:
+            spent = figure["scan"]["scan_seconds"]["median"]
+            rows.append([model["name"], side, model["dtype"], "off, scanned",
+                         f"{1000 * spent / figure['steps_per_epoch']:.2f}", f"{figure['examples'] / spent:,.0f}",
+                         *_told(figure["scan"]["overhead"]), ""])  # fmt: skip
+    return rows
+
+
+def _told(cost: Mapping[str, Any]) -> list[str]:
+    low, high = cost["interval"]
+    return [f"{cost['percent']:+.2f} %", f"{low:+.2f} to {high:+.2f}"]
+
+
+def buffer_table(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Returns header and rows: sizes, memory against the arithmetic, seconds of each part."""
+    (figure,) = figures
+    seconds, rss, held = figure["seconds"], figure["peak_rss_bytes"], figure["bytes_per_device"]
+    low, high = min(held["measured"]), max(held["measured"])
+    temporary = figure["write_temporary_bytes"]
+    rows = [["part", "measured"]]
+    rows += [[name, f"{dtype} {shape}"] for name, (shape, dtype) in figure["layout"].items()]
+    rows += [
+        ["devices", str(figure["devices"])],
+        ["bytes on each device", f"{low:,}" if low == high else f"{low:,} to {high:,}"],
+        ["bytes expected", f"{held['expected']:,}"],
+        [f"bytes beside it to write {figure['batch_size']} ids", "unknown" if temporary is None else f"{temporary:,}"],
+    ]
+    rows += [[f"peak RSS, {when}", f"{value / 2**20:,.0f} MiB"] for when, value in rss.items()]
+    rows += [
+        ["allocate", f"{seconds['allocate']:.3f} s"],
+        [f"write {figure['batch_size']} ids (median)", f"{1000 * seconds['write_batch']['median']:.3f} ms"],
+        ["write an epoch in such batches", f"{seconds['write_epoch']:.2f} s"],
+        ["read a column (median)", f"{seconds['read_column']['median']:.3f} s"],
+        [f"score, P = {figure['probes']}, k = {figure['k']} (median)", f"{seconds['score']['median']:.2f} s"],
+        ["rows scored a second", f"{figure['rows_per_second']:,.0f}"],
+    ]
+    return rows

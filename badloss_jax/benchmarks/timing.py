@@ -1,0 +1,57 @@
+"""Seconds, and how sure one can be of them: medians, quartiles, and the ratio of paired measurements."""
+
+import datetime
+import os
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from badloss_jax.report.results import environment
+
+_RESAMPLES = 2000
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Returns how long the work took until the devices had finished what it returns."""
+    started = time.perf_counter()
+    jax.block_until_ready(work())
+    return time.perf_counter() - started
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Returns median, quartiles and number of measurements."""
+    low, median, high = np.percentile(values, (25, 50, 75))
+    return {"median": float(median), "quartiles": [float(low), float(high)], "count": len(values)}
+
+
+def overhead(plain: Sequence[float], changed: Sequence[float]) -> dict[str, Any]:
+    """Estimates what a change costs, in percent, from pairs that were measured beside each other.
+
+    The median over the pairs of changed / plain - 1: what slows both halves of a pair, such as other work on the
+    machine, cancels, and what hits one half leaves the median where it is.
+
+    Args:
+      plain, changed: seconds [R], the i-th of both measured at about the same time.
+
+    Returns:
+      percent, interval (95 % percentile bootstrap of the median over the pairs), count.
+    """
+    ratios = 100 * (np.asarray(changed) / np.asarray(plain) - 1)
+    draws = np.random.default_rng(0).integers(0, len(ratios), (_RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(ratios[draws], axis=1), (2.5, 97.5))
+    return {"percent": float(np.median(ratios)), "interval": [float(low), float(high)], "count": len(ratios)}
+
+
+def header(benchmark: str, command: Sequence[str]) -> dict[str, Any]:
+    """Returns what every benchmark's file begins with: what, when, by which command, where, and how busy it was."""
+    return {
+        "benchmark": benchmark,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["badloss", *command]),
+        "load_average": list(os.getloadavg()),  # runnable processes over 1, 5 and 15 minutes, before it began
+        "environment": environment(),
+    }

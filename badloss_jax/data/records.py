@@ -1,0 +1,225 @@
+"""Images read one by one from ArrayRecord files, and decoded when they are asked for."""
+
+import io
+import os
+import resource
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from badloss_jax.config import digest
+from badloss_jax.data.pixels import decode_pixels, resize_pixels
+from badloss_jax.errors import DataError
+
+_CHUNK = 256  # images decoded between two steps of the progress bar
+
+
+class Records:
+    """The records of a split: tf.train.Example messages in ArrayRecord files, in the order of the examples.
+
+    Threads may share one, and processes too: each opens the files for itself, when it first reads.
+    """
+
+    def __init__(self, name: str, shards: Sequence[tuple[Path, int]]):
+        """Notes the name of the split, for messages, and its files, each with its number of records; opens none."""
+        self.name, self.shards = name, shards
+        self._ends = np.cumsum([count for _, count in shards])
+        self.__setstate__({})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_opened"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._opened: tuple[int, Any] = (0, None)  # the process that opened the files, and its reader
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def features(self, row: int) -> Any:
+        """Reads one record and returns its map of features, protobuf messages.
+
+        Raises:
+          DataError: its file is missing or damaged; file, split and row are named.
+        """
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        try:
+            return tf_example_pb2.Example.FromString(self._source()[row]).features.feature
+        except Exception as error:  # array_record and protobuf raise nearly anything on damaged files
+            raise DataError(f"{self.place(row)} cannot be read: {error}; if `badloss prepare` wrote it, the same"
+                            " command checks the folder and writes what is damaged again") from error  # fmt: skip
+
+    def place(self, row: int) -> str:
+        """Names a record, its file and its split."""
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        path, count = self.shards[shard]
+        return f"record {row - int(self._ends[shard]) + count} of {path} ({self.name} {row})"
+
+    def _source(self) -> Any:
+        """Returns array_record's reader; a forked process opens the files anew."""
+        if self._opened[0] != os.getpid():
+            from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+            _allow_open_files(len(self.shards))
+            # No lock, which a fork could copy while it is held: of two readers made at once, one is dropped.
+            reader = ArrayRecordDataSource([f"{path}[0:{count}]" for path, count in self.shards])
+            self._opened = os.getpid(), reader
+        return self._opened[1]
+
+
+class RecordImages:
+    """Images uint8 [N, H, W, C] that look like an array, but are read and decoded when they are indexed.
+
+    `images[3]` is [H, W, C]; `images[rows]`, with a slice, a list of rows or a mask, is [M, H, W, C]. Threads and
+    worker processes may index it at once.
+    """
+
+    ndim = 4
+    dtype = np.dtype(np.uint8)
+
+    def __init__(
+        self, records: Records, identity: str, stored_shape: tuple[int, int, int] | None, size: int, channels: int
+    ):
+        """Describes the images; if their size is not known, the first one is decoded.
+
+        Args:
+          records: they are in.
+          identity: of the records' content.
+          stored_shape: (H, W, C) of the images if they are stored as pixels, None if as image files.
+          size: pixels a side to resize to, or 0.
+          channels: 3 (RGB) or 1 (grey).
+
+        Raises:
+          DataError: the first image does not decode.
+        """
+        self._records, self._stored_shape, self._size, self._channels = records, stored_shape, size, channels
+        self._rows, self._pad = np.arange(len(records)), 0
+        self._identity = digest(identity, stored_shape, size, channels)
+        self._sides = (size, size) if size else stored_shape[:2] if stored_shape else ()
+        if not self._sides:
+            self._sides = self._decode(0).shape[:2]
+
+    def view(self, rows: Int[np.ndarray, "M"] | slice, pad: int) -> "RecordImages":
+        """Returns these rows alone, with `pad` zero pixels on each side; nothing is decoded."""
+        view = RecordImages.__new__(RecordImages)
+        view.__dict__.update(self.__dict__, _rows=self._rows[rows], _pad=self._pad + pad)
+        return view
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, H, W, C)."""
+        height, width = (side + 2 * self._pad for side in self._sides)
+        return len(self._rows), height, width, self._channels
+
+    @property
+    def identity(self) -> str:
+        """16 hexadecimal digits that change with the records' content and with all that changes the pixels."""
+        return digest(self._identity, self._rows.tolist(), self._pad)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, key: Any) -> UInt8[np.ndarray, "*M H W C"]:
+        """Decodes the rows of an index as NumPy knows it.
+
+        Raises:
+          IndexError: there is no such row.
+          DataError: a record cannot be read, or does not decode, or is of another size; it is named.
+        """
+        rows = self._rows[key]
+        if rows.ndim == 0:
+            return self._padded(int(rows))
+        if rows.ndim > 1:
+            raise IndexError(f"images are indexed by one row or a list of rows, not by an array of {rows.ndim} axes")
+        images = np.empty((len(rows), *self.shape[1:]), np.uint8)
+
+        def fill(place: int) -> None:
+            images[place] = self._padded(int(rows[place]))
+
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(fill, range(len(rows))):
+                pass
+        return images
+
+    def __iter__(self) -> Iterator[UInt8[np.ndarray, "H W C"]]:
+        return (self[row] for row in range(len(self)))
+
+    def materialised(self) -> UInt8[np.ndarray, "N H W C"]:
+        """Decodes all images into one array, behind a progress bar.
+
+        Raises:
+          DataError: they do not fit the machine's memory; or as for an index.
+        """
+        check_memory(int(np.prod(self.shape)), f"the {len(self):,} images of {self._records.name}")
+        images = np.empty(self.shape, np.uint8)
+        with tqdm(desc="decoding", total=len(self), unit=" images", leave=False, disable=None) as bar:
+            for start in range(0, len(self), _CHUNK):
+                images[start : start + _CHUNK] = self[start : start + _CHUNK]
+                bar.update(len(images[start : start + _CHUNK]))
+        return images
+
+    def _padded(self, row: int) -> np.ndarray:
+        pixels = self._decode(row)
+        if pixels.shape[:2] != self._sides:
+            raise DataError(
+                f"{self._records.place(row)} is {pixels.shape[:2]}, and others are {self._sides} (height, width):"
+                " --config.data.image_size=PIXELS resizes all images to one size"
+            )
+        pad = self._pad
+        return np.pad(pixels, ((pad, pad), (pad, pad), (0, 0))) if pad else pixels
+
+    def _decode(self, row: int) -> np.ndarray:
+        feature = self._records.features(row)["image"].bytes_list.value
+        try:
+            if len(feature) != 1:
+                raise ValueError(f"it holds {len(feature)} images")
+            if self._stored_shape is None:
+                return decode_pixels(io.BytesIO(feature[0]), self._size, self._channels)
+            stored = np.frombuffer(feature[0], np.uint8).reshape(self._stored_shape)
+            if stored.shape == (*self._sides, self._channels):
+                return stored
+            return resize_pixels(Image.fromarray(stored.squeeze()), self._size, self._channels)
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged images
+            raise DataError(f"{self._records.place(row)} does not decode: {error}") from error
+
+
+def read_labels(records: Records) -> Int[np.ndarray, "N"]:
+    """Reads the label of every record, int32, behind a progress bar.
+
+    Raises:
+      DataError: a record cannot be read, or has no label; it is named.
+    """
+
+    def read(row: int) -> int:
+        values = records.features(row)["label"].int64_list.value
+        if len(values) != 1 or not -1 <= values[0] < 2**31:
+            raise DataError(f"{records.place(row)} has the labels {list(values)[:3]}, expected one")
+        return values[0]
+
+    rows: Sequence[int] = range(len(records))
+    with ThreadPoolExecutor() as pool:
+        read_all = tqdm(pool.map(read, rows), "labels", len(rows), unit=" examples", leave=False, disable=None)
+        return np.fromiter(read_all, np.int32, len(rows))
+
+
+def check_memory(needed: int, what: str) -> None:
+    """Raises DataError if `needed` bytes are more than the machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise DataError(f"{what} take {needed:,} bytes, and the machine has {memory:,} of memory")
+
+
+def _allow_open_files(shards: int) -> None:
+    """Raises the limit of open files, usually 1,024: array_record keeps every shard open, and ImageNet has as many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft + shards
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))

@@ -1,0 +1,184 @@
+"""A folder in the format of TensorFlow Datasets with ArrayRecord files, read without TensorFlow.
+
+`badloss prepare` writes such folders; TensorFlow Datasets does, with `file_format="array_record"`. Images are decoded
+when they are asked for.
+"""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from jaxtyping import Int
+
+from badloss_jax.config import digest
+from badloss_jax.data.dataset import Dataset, Split
+from badloss_jax.data.records import RecordImages, Records, read_labels
+from badloss_jax.errors import DataError, UsageError
+from badloss_jax.files import read_json, sha256_of, write_atomically
+
+PREPARED = "prepared.json"  # what `badloss prepare` notes of its work in the folder
+_TEST_SPLITS = ("test", "validation", "val")
+
+
+def load(settings: Mapping[str, Any]) -> Dataset:
+    """Reads the splits train and test (or validation, or val) of the dataset in `data.dir`.
+
+    That is the folder with dataset_info.json, or one in which a single such folder lies. `data.image_size` resizes
+    (else all images must have one size), `data.channels` converts to RGB or grey. Labels come from the index that
+    `badloss prepare` wrote; where there is none, all records are read for them once, and the labels are kept in
+    `data.cache_dir`.
+
+    Raises:
+      UsageError: there is no such folder, or several, or the dataset has no images, labels, or ArrayRecord files.
+      DataError: a file of the dataset is missing or damaged; it is named.
+    """
+    if settings["skip_corrupt"]:
+        raise UsageError("data.skip_corrupt = True is not possible with data.source = 'tfds', which decodes an image"
+                         " only when it is needed: leave bad files out before `badloss prepare`")  # fmt: skip
+    folder = _find_folder(settings["dir"])
+    info = _read_info(folder)
+    class_names = tuple(info.features["label"].names)
+    prepared = read_json(folder / PREPARED) if (folder / PREPARED).is_file() else {}
+    test_splits = [name for name in _TEST_SPLITS if name in info.splits]
+    if "train" not in info.splits or not test_splits:
+        raise UsageError(f"{folder} has the splits {', '.join(info.splits)}; expected train, and"
+                         f" {' or '.join(_TEST_SPLITS)}")  # fmt: skip
+    train = _load_split(folder, info, "train", prepared, settings)
+    test = _load_split(folder, info, test_splits[0], prepared, settings)
+    if (test.labels == -1).all() and len(test_splits) > 1:
+        warnings.warn(f"{folder}: {test_splits[0]} has no labels, {test_splits[1]} is taken instead", stacklevel=2)
+        test = _load_split(folder, info, test_splits[1], prepared, settings)
+    return Dataset(train, test, class_names)
+
+
+def _find_folder(named: str) -> Path:
+    root = Path(named).expanduser()
+    if not named or not root.is_dir():
+        raise UsageError(f"data.dir: {named!r} is not a folder; --config.data.dir=DIR names the one that `badloss"
+                         " prepare NAME --from FILES --to DIR` wrote")  # fmt: skip
+    found = [path.parent for depth in ("", "*/", "*/*/", "*/*/*/") for path in root.glob(f"{depth}dataset_info.json")]
+    if not found and (root / PREPARED).is_file():
+        raise UsageError(f"data.dir: {root} is half prepared: run the same `badloss prepare` again, it goes on")
+    if not found:
+        raise UsageError(f"data.dir: {root} has no dataset_info.json; `badloss prepare NAME --from FILES --to DIR`"
+                         " makes such a folder")  # fmt: skip
+    if len(found) > 1:
+        raise UsageError(f"data.dir: {root} has several datasets ({', '.join(map(str, sorted(found)[:5]))}): name one")
+    return found[0]
+
+
+def _read_info(folder: Path) -> Any:
+    """Returns TFDS's description of the dataset, once it is known to be usable."""
+    # TFDS imports whatever module features.json names.
+    for name in _class_names(read_json(_existing(folder / "features.json"))):
+        if not name.startswith("tensorflow_datasets.core.features."):
+            raise DataError(f"{folder / 'features.json'} has features of the class {name!r}, which TFDS does not have")
+    import tensorflow_datasets as tfds
+
+    try:
+        info = tfds.builder_from_directory(str(folder)).info
+    except Exception as error:  # TFDS and protobuf raise nearly anything on damaged files
+        raise DataError(f"{folder} cannot be read as a TFDS dataset: {' '.join(str(error).split())}") from error
+    stored = info.file_format.value if info.file_format else "unknown"
+    if stored != "array_record":
+        raise UsageError(f"{folder} has files of the format {stored}, which need TensorFlow: prepare it with"
+                         " file_format='array_record', or with `badloss prepare`")  # fmt: skip
+    if not {"image", "label"} <= set(info.features) or not isinstance(info.features["label"], tfds.features.ClassLabel):
+        raise UsageError(f"{folder} has the features {', '.join(info.features)}; expected image, and label, a class")
+    return info
+
+
+def _class_names(features: Any) -> list[str]:
+    """Collects the Python classes that a features.json names."""
+    if isinstance(features, list):
+        return [name for value in features for name in _class_names(value)]
+    if not isinstance(features, dict):
+        return []
+    own = [str(features["pythonClassName"])] if "pythonClassName" in features else []
+    return own + [name for value in features.values() for name in _class_names(value)]
+
+
+def _load_split(folder: Path, info: Any, name: str, prepared: Mapping[str, Any], settings: Mapping[str, Any]) -> Split:
+    shards = [(Path(shard.filename), shard.take) for shard in info.splits[name].file_instructions]
+    for path, _ in shards:
+        if path.parent != folder:
+            raise DataError(f"{folder / 'dataset_info.json'} names the file {path}, which is not in its folder")
+        _existing(path)
+    records = Records(name, shards)
+    if prepared:
+        identity = digest([_noted(folder, prepared, path)["sha256"] for path, _ in shards])
+        labels = _read_index(folder / f"labels-{name}.npy", prepared, len(records))
+    else:
+        about = [sha256_of(folder / "dataset_info.json"), sha256_of(folder / "features.json")]
+        identity = digest(about, [(path.name, path.stat().st_size) for path, _ in shards])
+        labels = _keep_labels(records, identity, settings["cache_dir"])
+    shape = _stored_shape(folder, info.features["image"])
+    images = RecordImages(records, identity, shape, settings["image_size"], settings["channels"])
+    return Split(cast(np.ndarray, images), labels)
+
+
+def _stored_shape(folder: Path, feature: Any) -> tuple[int, int, int] | None:
+    """Returns the shape of images that are stored as bare pixels, None for image files."""
+    import tensorflow_datasets as tfds
+
+    if isinstance(feature, tfds.features.Image) and feature.np_dtype == np.uint8:
+        return None
+    pixels = isinstance(feature, tfds.features.Tensor) and feature.np_dtype == np.uint8
+    if pixels and len(feature.shape) == 3 and all(feature.shape) and feature.get_serialized_info().shape == ():
+        return feature.shape
+    raise UsageError(f"{folder} stores images as {feature}; expected image files, or uint8 tensors [H, W, C] in bytes")
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise DataError(f"{path} is missing: run the same `badloss prepare` again, which writes it, or copy the folder"
+                        " again")  # fmt: skip
+    return path
+
+
+def _noted(folder: Path, prepared: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """Returns what `badloss prepare` noted of a file, whose size must agree; its bytes are not all read."""
+    try:
+        noted = prepared["files"][path.name]
+        size, checksum = noted["bytes"], noted["sha256"]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{folder / PREPARED} is damaged: it says nothing of {path.name}") from error
+    if not isinstance(checksum, str) or path.stat().st_size != size:
+        raise DataError(f"{path} is damaged: it has {path.stat().st_size:,} bytes, expected {size}; the same `badloss"
+                        " prepare` writes it again")  # fmt: skip
+    return noted
+
+
+def _read_index(path: Path, prepared: Mapping[str, Any], count: int) -> Int[np.ndarray, "N"]:
+    """Reads the labels that `badloss prepare` wrote."""
+    noted = _noted(path.parent, prepared, _existing(path))
+    if sha256_of(path) != noted["sha256"]:
+        raise DataError(f"{path} is damaged: its checksum is wrong; the same `badloss prepare` writes it again")
+    labels = np.load(path, allow_pickle=False)
+    if labels.shape != (count,) or labels.dtype != np.int32:
+        raise DataError(f"{path} holds {labels.dtype} {labels.shape}, expected int32 [{count}]")
+    return labels
+
+
+def _keep_labels(records: Records, identity: str, cache_dir: str) -> Int[np.ndarray, "N"]:
+    """Reads the labels from the records, or takes them from the cache."""
+    if not cache_dir:
+        return read_labels(records)
+    path = Path(cache_dir).expanduser() / "labels" / f"{digest(identity, records.name)}.npy"
+    try:
+        labels = np.load(path, allow_pickle=False)
+        if labels.shape == (len(records),) and labels.dtype == np.int32:
+            return labels
+        warnings.warn(f"the cached labels in {path} are damaged: reading them again", stacklevel=2)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        warnings.warn(f"the cached labels in {path} are damaged ({error}): reading them again", stacklevel=2)
+    labels = read_labels(records)
+    try:
+        write_atomically(path, lambda aside: np.save(aside, labels, allow_pickle=False))
+    except DataError as error:
+        warnings.warn(f"labels are not cached: {error}; --config.data.cache_dir names another folder", stacklevel=2)
+    return labels

@@ -1,0 +1,118 @@
+"""What the trainings of a run share: network, recipe and data by the config; checkpoints, metrics, resuming."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from badloss_jax.attacks.poisoning import Poisoning
+from badloss_jax.data import Dataset, is_streamed
+from badloss_jax.errors import NonFiniteLossError
+from badloss_jax.models import ModelSpec
+from badloss_jax.processes import first
+from badloss_jax.progress import Progress
+from badloss_jax.report.writers import Writer
+from badloss_jax.training.batch import Examples
+from badloss_jax.training.checkpoint import Checkpoints, Position
+from badloss_jax.training.loop import Recipe, train
+from badloss_jax.training.preemption import Preemption
+from badloss_jax.training.resident import ResidentData
+from badloss_jax.training.state import AdamW, TrainState
+from badloss_jax.training.streamed import StreamedData
+from badloss_jax.training.watchdog import Watchdog
+from badloss_jax.trajectories.recorder import Recorder
+from badloss_jax.workdir import add_resume, append_metrics, start_metrics
+
+
+@dataclass
+class Trainer:
+    """Trains one network after the other, each from its last checkpoint, and tells how it goes."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: Mesh
+    progress: Progress
+    writers: Sequence[Writer]
+    preemption: Preemption
+    seconds_before: float = 0.0  # that the training at hand took before it was taken up again
+    _name: str = ""
+
+    def train(
+        self, name: str, identity: str, phase: str, seed: int, spec: ModelSpec, recipe: Recipe, data: Examples,
+        ids: np.ndarray, recorder: Recorder | None = None,
+    ) -> TrainState:  # fmt: skip
+        """Trains `name`, whose checkpoints are kept as long as `finish` is not called."""
+        settings, self._name = self.config.checkpoint, name
+        checkpoints = Checkpoints(
+            self._folder(name), identity, len(data), every_steps=settings.every_steps,
+            every_minutes=settings.every_minutes, preemption=self.preemption,
+        )  # fmt: skip
+        with checkpoints, Watchdog(settings.stall_minutes) as watchdog:
+            try:
+                return train(
+                    spec, recipe, data, ids, seed=seed, phase=phase, mesh=self.mesh, recorder=recorder,
+                    checkpoints=checkpoints, watchdog=watchdog, progress=self.progress, on_begin=self._begin,
+                    on_epoch=self._after_epoch,
+                )  # fmt: skip
+            except NonFiniteLossError as error:
+                if first():
+                    append_metrics(self.workdir, {"model": name, "error": str(error)})
+                raise
+
+    def finish(self, name: str) -> None:
+        """Drops the checkpoints of a training whose outcome is saved."""
+        if first():
+            shutil.rmtree(self._folder(name), ignore_errors=True)
+
+    def write(self, name: str, values: dict[str, float], epoch: int) -> None:
+        """Hands scalars to the writers."""
+        for writer in self.writers:
+            writer.write(name, values, epoch)
+
+    def _folder(self, name: str) -> Path:
+        return self.workdir / "checkpoints" / name.replace("/", "-")
+
+    def _begin(self, begun: Position, steps_done: int) -> None:
+        self.seconds_before = begun.seconds
+        if steps_done:
+            self.progress.note(f"{self._name} goes on after step {steps_done:,}, in epoch {begun.epoch + 1}")
+        if first():
+            if steps_done:
+                add_resume(self.workdir, self._name, steps_done)
+            start_metrics(self.workdir, self._name, begun.epoch)
+            for writer in self.writers:
+                writer.start(self._name, begun.epoch)
+
+    def _after_epoch(self, record: dict[str, Any]) -> None:
+        if first():
+            append_metrics(self.workdir, {"model": self._name} | record)
+            epoch = record.pop("epoch")
+            self.write(self._name, record, epoch)
+
+
+def place_examples(config: ConfigDict, dataset: Dataset, poisoning: Poisoning, mesh: Mesh) -> Examples:
+    """Puts the training set on the devices, or at the beginning of its way there."""
+    if is_streamed(dataset.train, config.data.input):
+        return StreamedData(poisoning, mesh, config.data.workers, config.data.threads)
+    triggered = poisoning.triggered(poisoning.ids)
+    return ResidentData.place(mesh, poisoning.images, poisoning.labels, poisoning.ids, triggered)
+
+
+def spec_of(config: ConfigDict, dataset: Dataset, name: str) -> ModelSpec:
+    """Returns the network of this name for the data set's images and classes."""
+    model = config.model
+    return ModelSpec(
+        name, dataset.image_shape, dataset.num_classes, tuple(model.stages), model.stem_stride, model.dtype
+    )
+
+
+def recipe_of(config: ConfigDict, epochs: int, schedule_epochs: int, batch_size: int, augment: str = "none") -> Recipe:
+    """Returns how to train, with the optimiser of the config."""
+    settings = config.optimizer
+    adamw = AdamW(settings.weight_decay, settings.b1, settings.b2)
+    return Recipe(epochs, schedule_epochs, batch_size, settings.learning_rate, adamw, settings.loss_clamp, augment)

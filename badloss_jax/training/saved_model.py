@@ -1,0 +1,93 @@
+"""Trained networks on disk: weights and batch statistics by orbax, and a JSON file that says what they are.
+
+DIR/weights/    orbax, {"params": ..., "batch_stats": ...}
+DIR/about.json  the network's spec, the hash of what it was trained on, and what it scored
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh
+
+from badloss_jax.errors import DataError
+from badloss_jax.files import read_json, write_text
+from badloss_jax.models import ModelSpec
+from badloss_jax.processes import on_first
+from badloss_jax.training.mesh import replicated
+from badloss_jax.training.state import AdamW, TrainState, create_state
+
+
+def save_model(folder: Path, spec: ModelSpec, state: TrainState, about: dict[str, Any]) -> None:
+    """Saves a network; `about.json` comes last, so a folder that has one is whole.
+
+    Raises:
+      DataError: the disk is full or the folder read-only.
+    """
+    needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(_pure(state)))
+
+    def prepare() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError(f"{needed} bytes are needed and {free} free")
+
+    try:
+        on_first(prepare)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder.resolve() / "weights", _pure(state))
+    except (OSError, ValueError) as error:
+        raise DataError(f"the model cannot be saved in {folder}: {error}") from error
+    on_first(lambda: write_text(folder / "about.json", json.dumps({"spec": asdict(spec), **about}, indent=2)))
+
+
+def read_about(folder: Path) -> dict[str, Any] | None:
+    """Returns what `about.json` says, or None if no whole model is there.
+
+    Raises:
+      DataError: the file is damaged, or lacks a key.
+    """
+    try:
+        about = read_json(folder / "about.json")
+    except FileNotFoundError:
+        return None
+    missing = {"spec", "hash", "tested", "evaluation", "seconds"} - about.keys()
+    if missing:
+        raise DataError(f"{folder / 'about.json'} lacks {min(missing)}: remove {folder} to train this model again")
+    return about
+
+
+def load_model(folder: Path, mesh: Mesh) -> tuple[ModelSpec, TrainState]:
+    """Loads a network to evaluate or to build on: its spec, and a state with a fresh optimiser.
+
+    Raises:
+      DataError: no whole model is there, or its weights do not fit its spec.
+    """
+    about = read_about(folder)
+    if about is None:
+        raise DataError(f"{folder} holds no model")
+    try:
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in about["spec"].items()
+        }
+        spec = ModelSpec(**fields)
+        state = create_state(spec, AdamW(), 0, mesh)
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), _pure(state))
+        with ocp.StandardCheckpointer() as checkpointer:
+            restored = checkpointer.restore(folder.resolve() / "weights", target)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"the model in {folder} cannot be loaded: {error}") from error
+    params, batch_stats = state.params, state.batch_stats
+    nnx.replace_by_pure_dict(params, restored["params"])
+    nnx.replace_by_pure_dict(batch_stats, restored["batch_stats"])
+    return spec, TrainState(state.step, params, batch_stats, state.optimizer)
+
+
+def _pure(state: TrainState) -> dict[str, Any]:
+    return {"params": nnx.to_pure_dict(state.params), "batch_stats": nnx.to_pure_dict(state.batch_stats)}

@@ -1,0 +1,161 @@
+"""A training set on its way to the devices: decoded by host workers with grain, a few batches ahead.
+
+Every process decodes the rows of its own devices and no others. Images travel as uint8, as they are in memory on the
+devices; poisoned ones, which are not whole numbers any more, beside them as float32: so the steps see the same bits as
+with `ResidentData`.
+"""
+
+import collections
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from badloss_jax.attacks.poisoning import Poisoning
+from badloss_jax.training.mesh import AXIS, local_blocks, place_rows
+
+_AHEAD = 2  # batches that wait on the devices, while the next ones are decoded
+
+
+@dataclass(frozen=True)
+class StreamedData:
+    """A training set as its victim sees it, decoded as it is needed.
+
+    Attributes:
+      poisoning: the images and labels.
+      mesh: the devices.
+      workers: processes that decode; 0 decodes in threads of this one.
+      threads: that decode, in this process or in each worker.
+    """
+
+    poisoning: Poisoning
+    mesh: Mesh
+    workers: int = 0
+    threads: int = 16
+
+    def __len__(self) -> int:
+        return len(self.poisoning.labels)
+
+    def batches(self, order: Int[np.ndarray, "S B"], start: int = 0) -> Iterator["StreamedBatch"]:
+        """Yields the batches of an epoch from the given one on; ids of no example are padding."""
+        ahead: collections.deque[StreamedBatch] = collections.deque()
+        for parts in self._decoded(order[start:]):
+            if len(ahead) == _AHEAD:
+                yield ahead.popleft()
+            ahead.append(self._place(parts, order.shape[1]))
+        yield from ahead
+
+    def _decoded(self, order: Int[np.ndarray, "S B"]) -> Iterator[Sequence[dict[str, np.ndarray]]]:
+        """Yields what each device of this process needs for each batch."""
+        import grain
+
+        blocks = local_blocks(order.shape[1], self.mesh)
+        room = self._room(order)
+        pieces = np.stack([order[:, block] for block in blocks], axis=1)  # [S, local devices, B / devices]
+        share = pieces.shape[2]
+        examples = grain.MapDataset.source(pieces.reshape(-1)).map(partial(_look_up, self.poisoning))
+        shares = examples.batch(share, batch_fn=partial(_lay_out, room=room)).batch(len(blocks), batch_fn=list)
+        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * share * len(blocks))
+        stream = shares.to_iter_dataset(options)
+        if self.workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # grain hands them to its workers
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(self.workers))
+        return iter(stream)
+
+    def _room(self, order: Int[np.ndarray, "S B"]) -> int:
+        """Returns for how many poisoned images a device's share of a batch has room.
+
+        A power of two, so that steps are compiled for few sizes, and the same in every process.
+        """
+        poisoned = np.append(self.poisoning.attack_of >= 0, False)
+        shares = poisoned[np.minimum(order, len(self))].reshape(len(order), self.mesh.size, -1)
+        most = int(shares.sum(2).max(initial=1))
+        return 1 << (max(1, most) - 1).bit_length()
+
+    def _place(self, parts: Sequence[dict[str, np.ndarray]], batch_size: int) -> "StreamedBatch":
+        blocks = local_blocks(batch_size, self.mesh)
+        number = {block.start // (block.stop - block.start): part for block, part in zip(blocks, parts, strict=True)}
+
+        def sharded(name: str) -> jax.Array:
+            rows = parts[0][name].shape[0]
+            shape = (rows * self.mesh.size, *parts[0][name].shape[1:])
+            return place_rows(shape, self.mesh, lambda begin, end: number[begin // rows][name])
+
+        return StreamedBatch(self.mesh, *map(sharded, ("ids", "images", "labels", "override", "override_row")))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StreamedBatch:
+    """A batch on the devices, every device with its own rows.
+
+    Attributes:
+      mesh: the devices.
+      ids: int32 [B], the example ids, padding included.
+      images: uint8 [B, H, W, C], the originals.
+      labels: int32 [B], the poisoned labels, -1 for padding.
+      override: float32 [devices * room, H, W, C], poisoned images, every device's own.
+      override_row: int32 [B], which of its device's poisoned images replaces this one, from 1; 0 is none.
+    """
+
+    mesh: Mesh = field(metadata={"static": True})
+    ids: Int[Array, "B"]
+    images: UInt8[Array, "B H W C"]
+    labels: Int[Array, "B"]
+    override: Float[Array, "R H W C"]
+    override_row: Int[Array, "B"]
+
+    @property
+    def real(self) -> Bool[Array, "B"]:
+        """Which rows are examples, and not padding."""
+        return self.labels >= 0
+
+    def examples(self, dtype: jax.typing.DTypeLike) -> tuple[Float[Array, "B H W C"], Int[Array, "B"]]:
+        """Returns images in [0, 1] and labels; padding is black."""
+
+        def show(images: Array, override: Array, row: Array) -> Array:
+            plain, poisoned = images.astype(dtype) / 255, override[jnp.maximum(row - 1, 0)].astype(dtype)
+            return jnp.where((row > 0)[:, None, None, None], poisoned, plain)
+
+        rows = PartitionSpec(AXIS)
+        shown = jax.shard_map(show, mesh=self.mesh, in_specs=(rows, rows, rows), out_specs=rows)
+        return shown(self.images, self.override, self.override_row), jnp.maximum(self.labels, 0)
+
+
+def _look_up(poisoning: Poisoning, example_id: Any) -> dict[str, Any]:
+    """Decodes one example: uint8 if clean, float32 if poisoned; padding is black and has the label -1."""
+    row = int(example_id)
+    if row >= len(poisoning.labels):
+        return {"id": row, "label": -1, "image": np.zeros(poisoning.images.shape[1:], np.uint8)}
+    poisoned = poisoning.attack_of[row] >= 0
+    image = poisoning.triggered(np.array([row]))[0] if poisoned else poisoning.images[row]
+    return {"id": row, "label": int(poisoning.labels[row]), "image": image}
+
+
+def _lay_out(examples: Sequence[dict[str, Any]], room: int) -> dict[str, np.ndarray]:
+    """Lays one device's share of a batch out in arrays of fixed shapes."""
+    shape = examples[0]["image"].shape
+    part = {
+        "ids": np.array([example["id"] for example in examples], np.int32),
+        "labels": np.array([example["label"] for example in examples], np.int32),
+        "images": np.zeros((len(examples), *shape), np.uint8),
+        "override": np.zeros((room, *shape), np.float32),
+        "override_row": np.zeros(len(examples), np.int32),
+    }
+    poisoned = 0
+    for place, example in enumerate(examples):
+        if example["image"].dtype == np.float32:
+            part["override"][poisoned] = example["image"]
+            poisoned += 1
+            part["override_row"][place] = poisoned
+        else:
+            part["images"][place] = example["image"]
+    return part

@@ -1,0 +1,100 @@
+"""What only a GPU can show. Run by `BADLOSS_TEST_GPU=1 pytest tests/gpu`: otherwise JAX keeps to the CPU, and all is
+skipped, as it is where there is no GPU."""
+
+import os
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from badloss_jax.experiment import run_experiment
+from badloss_jax.scoring import knn_distances, leave_one_out_distances
+from badloss_jax.training.mesh import make_mesh
+from badloss_jax.training.state import AdamW, create_state
+from badloss_jax.training.step import make_train_step
+from badloss_jax.trajectories.buffer import create_buffer, read_column
+from badloss_jax.trajectories.kinds import Kinds
+from tests.test_training import SPEC, record, resident
+
+WANTED = bool(os.environ.get("BADLOSS_TEST_GPU"))
+pytestmark = pytest.mark.skipif(not WANTED or jax.default_backend() != "gpu",
+                                reason="missing: a GPU, and BADLOSS_TEST_GPU=1")  # fmt: skip
+KINDS = Kinds(("prob", "logits", "ranked", "features"), 10, 16, feature_dim=4)
+
+
+@pytest.fixture
+def gpu():
+    return make_mesh(jax.devices()[:1])
+
+
+@pytest.fixture
+def cpu():
+    return make_mesh(jax.devices("cpu")[:1])
+
+
+@pytest.mark.parametrize("shape", [(30,), (30, 8)])
+def test_distances_are_those_of_float64(gpu, cpu, rng, shape):
+    """Trajectories that nearly agree, where products in TF32, or |a|^2 - 2ab + |b|^2, would give nonsense."""
+    rows = (5 + 1e-3 * rng.standard_normal((700, *shape))).astype(np.float32)
+    probes, exact = rows[:40], rows.astype(np.float64).reshape(700, -1)
+    pairs = np.sort(np.sqrt(((exact[:, None] - exact[None, :40]) ** 2).sum(-1)), axis=1)
+    distances = knn_distances(rows, probes, 7, gpu)
+    np.testing.assert_allclose(distances, pairs[:, :7].mean(1), rtol=1e-5)
+    np.testing.assert_allclose(distances, knn_distances(rows, probes, 7, cpu), rtol=1e-5)
+    others = pairs[:40, 1:8]  # the nearest probe of a probe is itself
+    np.testing.assert_allclose(leave_one_out_distances(probes, 7), others.mean(1), rtol=1e-5)
+
+
+def test_the_first_steps_are_those_of_the_cpu(gpu, cpu):
+    """In full float32: by default GPUs multiply in TF32, whose losses differ in the third digit."""
+    seen = []
+    with jax.default_matmul_precision("highest"):
+        for mesh in (gpu, cpu):
+            data, state = resident(mesh), create_state(SPEC, AdamW(), 0, mesh)
+            buffer = create_buffer(KINDS, len(data), 1, mesh)
+            step = make_train_step(SPEC, AdamW(), 100.0, "none", KINDS, mesh)
+            for batch in data.batches(np.arange(96, dtype=np.int32).reshape(3, 32)):
+                state, buffer, _ = step(state, buffer, batch, np.int32(0), np.float32(1e-3), np.uint32(0))
+            seen.append(read_column(buffer, 0, 96))
+    for kind in KINDS.layout():
+        np.testing.assert_allclose(seen[0][kind], seen[1][kind], rtol=0, atol=1e-2, err_msg=kind)
+        assert np.isfinite(seen[0][kind]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_writes_into_the_buffer_where_it_is(gpu, dtype):
+    spec = replace(SPEC, dtype=dtype)
+    data, state = resident(gpu), create_state(spec, AdamW(), 0, gpu)
+    buffer = create_buffer(KINDS, len(data), 3, gpu)
+    step = make_train_step(spec, AdamW(), 100.0, "crop_flip", KINDS, gpu)
+    (batch,) = data.batches(np.arange(32, dtype=np.int32)[None])
+    rest = batch, np.int32(1), np.float32(1e-3), np.uint32(0)
+    text = step.lower(state, buffer, *rest).compile().as_text()
+    aliases, given = text[: text.index("entry_computation_layout")], len(jax.tree.leaves(state))
+    for position in range(given, given + len(buffer)):
+        assert f"({position}, {{}}, may-alias)" in aliases
+    before = {kind: (array, array.unsafe_buffer_pointer()) for kind, array in buffer.items()}
+    _, buffer, loss = step(state, buffer, *rest)
+    for kind, (array, address) in before.items():
+        assert array.is_deleted()
+        assert buffer[kind].unsafe_buffer_pointer() == address
+    assert np.isfinite(float(loss))
+    losses = read_column(buffer, 1, len(data))["loss"]
+    assert losses.dtype == np.float32
+    assert np.isfinite(losses[:32]).all()
+    assert np.isnan(losses[32:]).all()
+
+
+@pytest.mark.parametrize("capture", ["step", "sweep"])
+def test_bfloat16_learns(gpu, tmp_path, capture):
+    store, _ = record(tmp_path, 1, capture=capture, epochs=3, spec=replace(SPEC, dtype="bfloat16"))
+    losses = store.read("loss")
+    assert losses[:, 2].mean() < losses[:, 0].mean() < 3
+
+
+def test_a_whole_run(gpu, tmp_path, tiny):
+    results = run_experiment(tiny(), tmp_path / "run", mesh=gpu)
+    assert results["environment"]["devices"][0].startswith("gpu")
+    assert 0.5 < results["variants"]["combined/alpha"]["detection"]["auroc"]["overall"] <= 1
+    assert (tmp_path / "run" / "report.html").is_file()

@@ -1,0 +1,144 @@
+"""Structure and arithmetic of the benchmarks at tiny sizes; never how fast anything is."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from badloss_jax.benchmarks.buffer import expected_bytes, measure_buffer
+from badloss_jax.benchmarks.timing import overhead, summary
+from badloss_jax.cli import main
+from badloss_jax.errors import NonFiniteLossError
+from badloss_jax.training import loop
+from badloss_jax.training.mesh import make_mesh
+from badloss_jax.trajectories.kinds import Kinds
+
+SMALL = ["--examples", "40", "--image_size", "8", "--seconds", "0.01", "--config.recording.batch_size=16",
+         "--config.evaluation.batch_size=16", "--config.model.stages=(4,)"]  # fmt: skip
+
+
+def test_an_overhead_is_found_on_a_machine_that_slows_down(rng):
+    drift = np.linspace(1, 3, 400) * rng.lognormal(0, 0.05, 400)
+    plain = drift * rng.lognormal(0, 0.02, 400)
+    changed = 1.01 * drift * rng.lognormal(0, 0.02, 400)
+    changed[:40] *= 5  # an outburst of other work in one half of a tenth of the pairs
+    cost = overhead(plain, changed)
+    low, high = cost["interval"]
+    assert low < cost["percent"] < high
+    assert cost["percent"] == pytest.approx(1, abs=0.6)
+    assert 0 < high - low < 1.5
+    assert cost["count"] == 400
+    same = overhead(plain, plain)
+    assert (same["percent"], same["interval"]) == (0, [0, 0])
+
+
+def test_a_summary_is_median_and_quartiles():
+    assert summary([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median": 3.0, "quartiles": [2.0, 4.0], "count": 5}
+
+
+def test_training_on_synthetic_images(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    arguments = ["bench", "train", "--models", "resnet_small,resnet_small", *SMALL, "--scan", "--out", str(out)]
+    assert main(arguments) == 0
+    shown = capsys.readouterr()
+    assert "can take far longer than a looped one" in shown.err
+    written = json.loads(out.read_text("utf-8"))
+    assert written["benchmark"] == "train"
+    assert written["command"].startswith("badloss bench train --models resnet_small,resnet_small --examples 40")
+    assert "out" not in written["command"]
+    assert written["environment"]["devices"]
+    assert len(written["load_average"]) == 3
+    assert [figure["model"]["name"] for figure in written["figures"]] == ["resnet_small", "resnet_small"]
+    for figure in written["figures"]:
+        assert figure["model"]["image_shape"] == [8, 8, 3]
+        assert (figure["steps_per_epoch"], figure["batch_size"], figure["examples"]) == (3, 16, 40)
+        assert figure["kinds"] == ["loss", "prob", "logits", "ranked", "features"]
+        assert list(figure["step_seconds"]) == ["off", "sweep", "step"]
+        for mode, rate in figure["examples_per_second"].items():
+            assert rate == pytest.approx(16 / figure["step_seconds"][mode]["median"])
+        for mode, cost in figure["epoch_overhead_percent"].items():
+            end = figure["epoch_end_seconds"][mode]["median"] / (3 * figure["step_seconds"]["off"]["median"])
+            assert cost == pytest.approx(figure["step_overhead"][mode]["percent"] + 100 * end)
+            low, high = figure["step_overhead"][mode]["interval"]
+            assert low <= figure["step_overhead"][mode]["percent"] <= high
+        assert figure["scan"]["overhead"]["count"] == figure["scan"]["loop_seconds"]["count"] == 5
+        assert all(seconds > 0 for seconds in figure["first_call_seconds"].values())
+    assert len([line for line in shown.out.splitlines() if line.startswith("resnet")]) == 2 * 4
+    assert max(map(len, shown.out.splitlines()[:-1])) <= 120
+
+
+def test_training_on_the_images_of_a_config(tmp_path):
+    out = tmp_path / "out.json"
+    given = ["--config", "configs/digits.py", "--config.model.stages=(4,)", "--config.data.train_examples=70",
+             "--config.recording.batch_size=32", "--config.recording.kinds=()", "--seconds", "0.01"]  # fmt: skip
+    scored = ["--config.scoring.kinds=('loss',)", "--config.retraining.variants=()"]
+    assert main(["bench", "train", *given, *scored, "--out", str(out)]) == 0
+    (figure,) = json.loads(out.read_text("utf-8"))["figures"]
+    assert figure["model"]["image_shape"] == [12, 12, 1]
+    assert (figure["steps_per_epoch"], figure["kinds"], figure["scan"]) == (3, ["loss"], None)
+
+
+def test_a_training_that_diverges_gives_no_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop.Recipe, "learning_rate_at", lambda self, epoch: math.inf)
+    assert main(["bench", "train", *SMALL, "--out", str(tmp_path / "out.json")]) == NonFiniteLossError.exit_code
+    assert "NaN or infinite" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_bytes_per_device_are_those_of_the_arithmetic(devices):
+    mesh, kinds = make_mesh(jax.devices()[:devices]), Kinds(("ranked", "features"), 10, 1, feature_dim=4)
+    figure = measure_buffer(kinds, 1003, 3, mesh, batch_size=64, num_probes=20, k=5)
+    rows = {1: 1003, 8: 126}[devices]
+    assert expected_bytes(kinds, 1003, 3, mesh) == rows * 3 * (4 + 2 * 6 + 2 * 4)
+    assert figure["bytes_per_device"]["measured"] == [figure["bytes_per_device"]["expected"]] * devices
+    assert figure["layout"]["features"] == [[rows * devices, 3, 4], "float16"]
+    # Nothing of the buffer's size: it is written where it is.
+    assert figure["write_temporary_bytes"] < 64 * (4 + 2 * 6 + 2 * 4 + 8) * 4
+    assert list(figure["peak_rss_bytes"].values()) == sorted(figure["peak_rss_bytes"].values())
+    assert figure["seconds"]["write_batch"]["count"] == 15
+    assert figure["rows_per_second"] == 1003 / figure["seconds"]["score"]["median"]
+
+
+def test_the_shape_of_imagenet():
+    """What the README says of memory, without allocating it."""
+    mesh = make_mesh()
+    assert mesh.size == 8
+    assert expected_bytes(Kinds((), 1000, 1), 1_281_167, 30, mesh) == 160_146 * 30 * 4 == 19_217_520
+
+
+def test_the_buffer_by_its_command(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    sizes = ["--examples", "200", "--epochs", "2", "--batch_size", "64", "--probes", "10", "--k", "3"]
+    assert main(["bench", "buffer", *sizes, "--kinds", "prob", "--out", str(out)]) == 0
+    (figure,) = json.loads(out.read_text("utf-8"))["figures"]
+    assert figure["devices"] == 8
+    assert list(figure["layout"]) == ["loss", "prob"]
+    shown = capsys.readouterr().out
+    assert f"bytes expected {figure['bytes_per_device']['expected']:,}" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--seconds", "0"], "--seconds 0.0: expected a positive number"),
+        (["train", "--out", "out.txt"], "expected a file name that ends in .json"),
+        (["train", "--models", "resnet19"], "expected one of"),
+        (["train", "--config.recording.batch_size=30"], "recording.batch_size = 30 is not divisible by the 8 devices"),
+        (["train", "--config", "configs/digits.py", "--config.data.input=streamed"], "--image_size PX"),
+        (["buffer", "--kinds", "logit"], "--kinds has 'logit'"),
+        (["buffer", "--examples", "100", "--probes", "101"], "expected 1 <= k <= P <= N"),
+        (["buffer", "--batch_size", "30"], "--batch_size 30 is not divisible by the 8 devices"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_buffer_has_no_settings(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "buffer", "--config.seed=1"])
+    assert "unknown argument '--config.seed=1'" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from badloss_jax.benchmarks.buffer import expected_bytes, measure_buffer
 from badloss_jax.benchmarks.timing import overhead, summary
@@ -142,3 +143,31 @@ def test_the_buffer_has_no_settings(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "buffer", "--config.seed=1"])
     assert "unknown argument '--config.seed=1'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_input(tmp_path, capsys, rng, own):
+    out = tmp_path / "out.json"
+    given = ["--from", str(tmp_path / "images")] if own else []
+    for number in range(3):
+        path = tmp_path / "images" / "n1" / f"{number}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path, "jpeg")
+    sizes = ["--examples", "5", "--image_size", "16", "--batch_size", "8", "--seconds", "0.05"]
+    assert main(["bench", "input", *given, *sizes, "--out", str(out)]) == 0
+    files, pixels = json.loads(out.read_text("utf-8"))["figures"]
+    assert (files["form"], pixels["form"]) == ("files", "pixels")
+    assert pixels["bytes_per_image"] >= 16 * 16 * 3
+    for figure in (files, pixels):
+        assert figure["images"] == (3 if own else 5)
+        rates = figure["images_per_core_second"]
+        assert 0 < rates["read_and_cropped"] < np.inf
+        assert 0 < rates["read"] < np.inf
+        assert figure["streamed_per_second"] > 0
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith(("files", "pixels"))]) == 2
+
+
+def test_input_from_an_empty_folder(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main(["bench", "input", "--from", str(tmp_path / "empty")]) == 2
+    assert "has no files that end in .jpg" in capsys.readouterr().err

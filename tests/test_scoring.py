@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from badloss_jax import (
 )
 from badloss_jax.errors import UsageError
 from badloss_jax.scoring import mean_standardised
+from badloss_jax.training.mesh import make_mesh
 
 
 def reference(trajectories, probes, k):
@@ -26,10 +28,15 @@ def reference(trajectories, probes, k):
     return np.sort(distances, axis=1)[:, :k].mean(1)
 
 
+KERNELS = ("numba", "xla")
+
+
 def assert_exact(trajectories, probes, k):
-    got, expected = knn_distances(trajectories, probes, k), reference(trajectories, probes, k)
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    expected = reference(trajectories, probes, k)
+    for kernel in KERNELS:
+        got = knn_distances(trajectories, probes, k, kernel=kernel)
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6, err_msg=kernel)
 
 
 ADVERSARIAL = {
@@ -42,6 +49,11 @@ ADVERSARIAL = {
     "k = P": lambda r: (r.random((100, 30)), r.random((20, 30)), 20),
     "T = 1": lambda r: (r.random((100, 1)), r.random((20, 1)), 5),
     "N = 1": lambda r: (r.random((1, 30)), r.random((20, 30)), 5),
+    "k = 1 of 1": lambda r: (r.random((100, 30)), r.random((1, 30)), 1),
+    "a block of columns, exactly": lambda r: (r.random((50, 64)), r.random((20, 64)), 5),
+    "long": lambda r: (r.random((50, 30, 100)), r.random((20, 30, 100)), 5),
+    "long, with an offset": lambda r: (1e3 + 1e-2 * r.random((50, 3000)), 1e3 + 1e-2 * r.random((20, 3000)), 5),
+    "one row far off": lambda r: (np.r_[r.random((50, 30)), np.full((1, 30), -1e20)], r.random((20, 30)), 5),
     "logits": lambda r: (r.normal(size=(100, 12, 10)), r.normal(size=(20, 12, 10)), 5),
     "probes at 1e30": lambda r: (r.random((50, 30)), np.concatenate([r.random((9, 30)), np.full((3, 30), 1e30)]), 12),
     "rows at 1e25": lambda r: (1e25 * r.random((50, 30)), r.random((9, 30)), 5),
@@ -55,9 +67,11 @@ def test_knn_distances_are_exact(case, rng):
     assert_exact(trajectories.astype(np.float32), probes.astype(np.float32), k)
 
 
-def test_duplicates_of_probes_are_at_distance_zero(rng):
-    probes = rng.random((40, 30)).astype(np.float32)
-    assert (knn_distances(probes, np.concatenate([probes] * 3), 3) == 0).all()
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("shape", [(40, 30), (40, 30, 7)])
+def test_duplicates_of_probes_are_at_distance_zero(rng, kernel, shape):
+    probes = rng.random(shape).astype(np.float32)
+    assert (knn_distances(probes, np.concatenate([probes] * 3), 3, kernel=kernel) == 0).all()
 
 
 def test_knn_distances_take_jax_arrays_and_float16(rng):
@@ -65,11 +79,44 @@ def test_knn_distances_take_jax_arrays_and_float16(rng):
     assert_exact(jnp.asarray(rows), jnp.asarray(probes), 3)
 
 
-def test_chunks_show_by_rounding_only(rng, monkeypatch):
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_chunks_do_not_show(rng, monkeypatch, tmp_path, kernel, devices, where):
     rows, probes = rng.random((1001, 8)).astype(np.float32), rng.random((9, 8)).astype(np.float32)
-    whole = knn_distances(rows, probes, 3)
-    monkeypatch.setattr("badloss_jax.scoring.distances._CHUNK_VALUES", 9 * 8 * 13)
-    np.testing.assert_allclose(knn_distances(rows, probes, 3), whole, rtol=1e-6)
+    whole = knn_distances(rows, probes, 3, kernel=kernel)
+    monkeypatch.setattr("badloss_jax.scoring.distances._CHUNK_VALUES", 8 * 104)
+    if where == "disk":
+        np.save(tmp_path / "rows.npy", rows)
+        rows = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    mesh = make_mesh(jax.devices()[:devices])
+    np.testing.assert_allclose(knn_distances(rows, probes, 3, mesh, kernel=kernel), whole, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_that_are_not_finite_are_left_out_on_request(rng, kernel):
+    rows, probes = rng.random((300, 8)).astype(np.float32), rng.random((9, 8)).astype(np.float32)
+    whole = knn_distances(rows, probes, 3, kernel=kernel)
+    rows[[7, 299], 3], rows[12, 0] = np.nan, -np.inf
+    left = knn_distances(rows, probes, 3, kernel=kernel, exclude_non_finite=True)
+    np.testing.assert_array_equal(np.flatnonzero(np.isnan(left)), [7, 12, 299])
+    np.testing.assert_allclose(left[~np.isnan(left)], np.delete(whole, [7, 12, 299]), rtol=1e-6)
+    with pytest.raises(UsageError, match="3 trajectories are NaN or infinite, rows 7, 12, 299"):
+        knn_distances(rows, probes, 3, kernel=kernel)
+
+
+def test_kernels_agree_in_float64(rng):
+    rows, probes = rng.normal(size=(300, 30)), rng.normal(size=(40, 30))
+    with jax.enable_x64(True):
+        for kernel in KERNELS:
+            got = knn_distances(rows, probes, 7, kernel=kernel)
+            assert got.dtype == np.float64
+            np.testing.assert_allclose(got, reference(rows, probes, 7), rtol=1e-13)
+
+
+def test_unknown_kernel(rng):
+    with pytest.raises(UsageError, match="unknown kernel 'cuda': expected auto, numba, xla"):
+        knn_distances(np.zeros((2, 3)), np.zeros((2, 3)), 1, kernel="cuda")
 
 
 @settings(deadline=None, max_examples=40)
@@ -90,7 +137,8 @@ def test_leave_one_out_ignores_only_itself(rng):
     probes = rng.random((20, 6)).astype(np.float32)
     probes[7] = probes[3]
     expected = [reference(probes[[i]], np.delete(probes, i, 0), 4)[0] for i in range(20)]
-    np.testing.assert_allclose(leave_one_out_distances(probes, 4), expected, rtol=1e-5, atol=1e-6)
+    for kernel in KERNELS:
+        np.testing.assert_allclose(leave_one_out_distances(probes, 4, kernel=kernel), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,9 @@ def test_runs_are_the_same_either_way(tmp_path, tiny, mesh):
     assert re.search(r"epoch \d/3 .* input \d+ %", said.getvalue())
     lines = [json.loads(line) for line in (tmp_path / "streamed" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < line["input_wait"] < 1 for line in lines)
-    theirs = run_experiment(tiny(controls="()", retraining__augment="crop_flip"), tmp_path / "resident", mesh=mesh)
+    resident = tiny(controls="()", retraining__augment="crop_flip")
+    theirs = run_experiment(resident, tmp_path / "resident", Progress(said_there := io.StringIO(), 0), mesh=mesh)
+    assert "  input " not in said_there.getvalue()
     assert ours["variants"].keys() == theirs["variants"].keys()
     one, other = (TrajectoryStore.open(tmp_path / name / "trajectories") for name in ("streamed", "resident"))
     np.testing.assert_allclose(one.read("loss"), other.read("loss"), rtol=0, atol=1e-5)

@@ -7,6 +7,7 @@ devices can still be set.
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,17 @@ examples:
   badloss bench buffer --examples 50000 --cpu_devices 1
 """
 
+_INPUT = """\
+Prepare images as `badloss prepare` does, as files and as pixels, and read both at random: images per second of one
+CPU core, the same with a random resized crop by Pillow, and in a stream to the devices from all cores.
+"""
+
+_INPUT_EXAMPLES = """\
+examples:
+  badloss bench input --out OUT.json
+  badloss bench input --from IMAGENET/train --examples 1000
+"""
+
 
 def add_bench(commands: Any) -> None:
     """Adds the command to the command line's parser."""
@@ -80,7 +92,19 @@ def add_bench(commands: Any) -> None:
     ):
         buffer.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{about} (default {default})")
     buffer.add_argument("--kinds", default="", metavar="A,B", help="recorded beside the loss: ranked, features, prob")
-    for parser in (train, buffer):
+
+    feed = benchmarks.add_parser("input", help="decoding images on the host", description=_INPUT,
+                                 epilog=_INPUT_EXAMPLES, **plain)  # fmt: skip
+    feed.add_argument("--from", dest="images", type=Path, metavar="DIR", help="a folder of images, searched with its"
+                      " subfolders; without, synthetic photographs of 500 x 375 px")  # fmt: skip
+    for name, default, about in (
+        ("examples", 250, "images, at most"),
+        ("image_size", 224, "pixels a side to resize to"),
+        ("batch_size", 64, "of the stream"),
+    ):
+        feed.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{about} (default {default})")
+    feed.add_argument("--seconds", type=float, default=10, metavar="S", help="for each figure (default 10)")
+    for parser in (train, buffer, feed):
         parser.add_argument("--out", type=Path, metavar="FILE.json", help="keeps all figures")
 
 
@@ -98,7 +122,8 @@ def measure(arguments: argparse.Namespace, overrides: Sequence[str], command: Se
     from badloss_jax.files import write_text
     from badloss_jax.report.tables import as_text
 
-    work, table = {"train": (_train, training_table), "buffer": (_buffer, buffer_table)}[arguments.benchmark]
+    work, table = {"train": (_train, training_table), "buffer": (_buffer, buffer_table),
+                   "input": (_input, input_table)}[arguments.benchmark]  # fmt: skip
     # The file need not say where it lies.
     plain = [text for at, text in enumerate(command) if "--out" not in (text.split("=")[0], command[max(0, at - 1)])]
     about, figures = header(arguments.benchmark, plain), []
@@ -181,6 +206,17 @@ def _buffer(arguments: argparse.Namespace, overrides: Sequence[str]) -> Iterator
                          num_probes=arguments.probes, k=arguments.k)  # fmt: skip
 
 
+def _input(arguments: argparse.Namespace, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
+    from badloss_jax.benchmarks.input import measure_input
+    from badloss_jax.training.mesh import check_batch_size, make_mesh
+
+    mesh = make_mesh()
+    check_batch_size("--batch_size", arguments.batch_size, mesh)
+    with tempfile.TemporaryDirectory(prefix="badloss-bench-") as folder:
+        yield from measure_input(arguments.images, arguments.examples, arguments.image_size, arguments.batch_size,
+                                 arguments.seconds, mesh, Path(folder))  # fmt: skip
+
+
 def _set_cpu_devices(count: int) -> None:
     """Sets how many devices a CPU is taken for, which JAX fixes when it starts."""
     import jax
@@ -239,4 +275,15 @@ def buffer_table(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         [f"score, P = {figure['probes']}, k = {figure['k']} (median)", f"{seconds['score']['median']:.2f} s"],
         ["rows scored a second", f"{figure['rows_per_second']:,.0f}"],
     ]
+    return rows
+
+
+def input_table(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Returns header and rows: per form kB an image, and images a second of a core and of the stream."""
+    rows = [["stored as", "images", "px", "kB/image", "per core-second", "and cropped there", "streamed/s"]]
+    for figure in figures:
+        rates = figure["images_per_core_second"]
+        rows.append([figure["form"], f"{figure['images']:,}", str(figure["image_size"]),
+                     f"{figure['bytes_per_image'] / 1000:.1f}", f"{rates['read']:,.0f}",
+                     f"{rates['read_and_cropped']:,.0f}", f"{figure['streamed_per_second']:,.0f}"])  # fmt: skip
     return rows

@@ -1,122 +1,223 @@
 """Mean Euclidean distance of each trajectory to its k nearest probes (BaDLoss, section 4).
 
-Differences are taken directly: |a|^2 - 2ab + |b|^2 would cancel where trajectories nearly agree.
+Rows are taken in chunks, the next one being read while one is computed, so memory does not depend on N. Two kernels do
+the work (see `kernels`): "numba" on the CPU, "xla" on any device of JAX. "auto" takes "numba" where JAX runs on the
+CPU, where it was the faster one at every shape that `badloss bench scorer` measured, and "xla" on GPUs and TPUs.
 """
 
-from collections.abc import Callable
-from functools import lru_cache, partial
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from badloss_jax.errors import UsageError
-from badloss_jax.training.mesh import AXIS, make_mesh, place, place_rows, replicated, to_host
+from badloss_jax.scoring.kernels import on_cpu, on_devices
+from badloss_jax.training.mesh import make_mesh, place, place_rows, replicated, round_up, to_host
 
-_CHUNK_VALUES = 2**22  # differences held at a time, which bounds memory whatever N is
-_SAFE_TO_SQUARE = 1e18  # in float32 the square of twice this times a thousand epochs is still finite
+KERNELS = ("auto", "numba", "xla")
+_CHUNK_VALUES = 2**22  # of trajectories held at a time, twice, which bounds memory whatever N is
+_XLA_DISTANCES = 2**19  # held at a time on a CPU device; an accelerator takes a whole chunk
+_NAMED = 10  # ids in a message
+
+
+class Rows(Protocol):
+    """Trajectories in memory or on disk: an array, a memory map, or `TrajectoryStore.rows`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, T) or (N, T, width)."""
+
+    @property
+    def dtype(self) -> Any:
+        """A NumPy dtype."""
+
+    def __getitem__(self, rows: Any) -> Any:
+        """Reads a slice, or a sorted array of ids."""
 
 
 def knn_distances(
-    trajectories: Float[Array | np.ndarray, "N *T"],
+    trajectories: Float[Array | np.ndarray, "N *T"] | Rows,
     probes: Float[Array | np.ndarray, "P *T"],
     k: int,
     mesh: Mesh | None = None,
+    *,
+    kernel: str = "auto",
+    exclude_non_finite: bool = False,
 ) -> Float[np.ndarray, "N"]:
     """Computes each trajectory's mean distance to the k nearest probes.
 
     Args:
-      trajectories: [N, T] or [N, T, width], finite; computed in float32, or float64 if they are and x64 is on.
+      trajectories: [N, T] or [N, T, width], finite; computed in float32, or float64 if they are and x64 is on. What is
+        not in memory is read chunk by chunk.
       probes: [P, T] or [P, T, width], finite.
       k: 1 to P.
-      mesh: the devices that share the rows, by default one.
+      mesh: the devices that share the rows, by default one. Its processes each read and score their own rows.
+      kernel: "numba", "xla", or "auto".
+      exclude_non_finite: give rows with NaN or infinity the distance NaN, in place of the error.
 
     Returns:
-      float32 [N] (or float64), at least 0. Within 1e-5 relative of exact arithmetic.
+      float32 [N] (or float64), at least 0. Within 1e-5 relative of exact arithmetic, 1e-6 absolute near zero.
 
     Raises:
-      UsageError: shapes that do not fit (both are named), k outside 1..P, NaN or infinite rows (ids are named).
+      UsageError: shapes that do not fit (both are named), k outside 1..P, an unknown kernel, NaN or infinite rows (ids
+        are named), or a distance that its dtype cannot hold.
     """
-    flat, flat_probes = _check(trajectories, probes)
-    if not 1 <= k <= len(flat_probes):
-        raise UsageError(f"k = {k} with {len(flat_probes)} probes: expected 1 <= k <= {len(flat_probes)}")
-    return _in_chunks(flat, flat_probes, np.full(len(flat), -1, np.int32), k, mesh)
+    rows, flat = _check(trajectories, probes)
+    if not 1 <= k <= len(flat):
+        raise UsageError(f"k = {k} with {len(flat)} probes: expected 1 <= k <= {len(flat)}")
+    out = _distances(rows, flat, None, k, mesh, kernel)
+    bad = np.flatnonzero(~np.isfinite(out))
+    if len(bad) and not exclude_non_finite:
+        raise UsageError(f"{len(bad)} trajectories are NaN or infinite, {_named(bad)}")
+    return out
 
 
-def leave_one_out_distances(probes: Float[Array | np.ndarray, "P *T"], k: int) -> Float[np.ndarray, "P"]:
+def leave_one_out_distances(
+    probes: Float[Array | np.ndarray, "P *T"], k: int, *, kernel: str = "auto"
+) -> Float[np.ndarray, "P"]:
     """Computes each probe's mean distance to the k nearest of the other probes.
 
     Raises:
-      UsageError: k outside 1..P-1, or NaN or infinite rows.
+      UsageError: k outside 1..P-1, NaN or infinite rows, or an unknown kernel.
     """
-    flat, _ = _check(probes, probes)
+    rows, flat = _check(probes, probes)
     if not 1 <= k < len(flat):
         raise UsageError(
             f"k = {k} with {len(flat)} probes: expected 1 <= k < {len(flat)}, as a probe leaves itself out"
         )
-    return _in_chunks(flat, flat, np.arange(len(flat), dtype=np.int32), k)
+    return _distances(rows, flat, np.arange(len(flat), dtype=np.int32), k, None, kernel)
 
 
-def _check(trajectories: Array | np.ndarray, probes: Array | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    rows, references = np.asarray(trajectories), np.asarray(probes)
-    if rows.ndim < 2 or rows.shape[1:] != references.shape[1:] or not len(references):
+def _check(trajectories: Any, probes: Any) -> tuple[Rows, np.ndarray]:
+    """Returns the rows as they are, and the probes [P, D] in the dtype to compute in."""
+    rows = np.asarray(trajectories) if isinstance(trajectories, jax.Array | list) else trajectories
+    references = np.asarray(probes)
+    if len(rows.shape) < 2 or rows.shape[1:] != references.shape[1:] or not len(references):
         raise UsageError(f"trajectories are {rows.shape} and probes {references.shape}: expected [N, T] and [P, T]")
     given = jax.dtypes.canonicalize_dtype(np.promote_types(rows.dtype, references.dtype))
-    dtype = jnp.promote_types(given, jnp.float32)
-    flat = [array.reshape(len(array), -1).astype(dtype) for array in (rows, references)]
-    for name, array in zip(("trajectories", "probes"), flat, strict=True):
-        bad = np.flatnonzero(~np.isfinite(array).all(1))
-        if len(bad):
-            raise UsageError(f"{len(bad)} {name} are NaN or infinite, rows {', '.join(map(str, bad[:10]))}")
-    return flat[0], flat[1]
+    flat = _flat(references, jnp.promote_types(given, jnp.float32))
+    bad = np.flatnonzero(~np.isfinite(flat).all(1))
+    if len(bad):
+        raise UsageError(f"{len(bad)} probes are NaN or infinite, {_named(bad)}")
+    return rows, flat
 
 
-def _in_chunks(rows: np.ndarray, probes: np.ndarray, own: np.ndarray, k: int, mesh: Mesh | None = None) -> np.ndarray:
-    """Walks over fixed-size chunks of rows, so that one compiled kernel serves any N."""
+def _distances(
+    rows: Rows, probes: np.ndarray, own: np.ndarray | None, k: int, mesh: Mesh | None, kernel: str
+) -> np.ndarray:
+    """Returns the distances of all rows; those without one are NaN."""
+    if kernel not in KERNELS:
+        raise UsageError(f"unknown kernel {kernel!r}: expected {', '.join(KERNELS)}")
     mesh = mesh or make_mesh(jax.local_devices()[:1])
-    share = max(1, min(-(-len(rows) // mesh.size), _CHUNK_VALUES // max(1, probes.size)))
-    size = share * mesh.size
-    out = np.empty(len(rows), rows.dtype)
-    on_devices = place(probes, replicated(mesh))
-    huge = max(np.abs(rows).max(initial=0), np.abs(probes).max(initial=0)) > _SAFE_TO_SQUARE
-    kernel = _make_kernel(k, bool(huge), mesh)
-    for start in range(0, len(rows), size):
-        chunk = place_rows((size, rows.shape[1]), mesh, partial(_part, rows, start))
-        ids = place_rows((size,), mesh, partial(_part, own, start))
-        stop = min(start + size, len(rows))
-        out[start:stop] = to_host(kernel(chunk, on_devices, ids))[: stop - start]
+    if kernel == "auto":
+        kernel = "numba" if mesh.devices.flat[0].platform == "cpu" else "xla"
+    own = np.full(min(rows.shape[0], _chunk_rows(rows)), -1, np.int32) if own is None else own
+    if kernel == "xla":
+        out = _on_devices(rows, probes, own, k, mesh)
+    elif mesh.is_multi_process:
+        count = rows.shape[0]
+
+        def part(begin: int, end: int) -> np.ndarray:
+            real = _on_cpu(rows, probes, own, k, min(begin, count), min(end, count))
+            return np.append(real, np.zeros(end - begin - len(real), probes.dtype))
+
+        out = to_host(place_rows((round_up(count, mesh),), mesh, part))[:count]
+    else:
+        out = _on_cpu(rows, probes, own, k, 0, rows.shape[0])
+    return _repaired(out, rows, probes, own, k)
+
+
+def _on_cpu(rows: Rows, probes: np.ndarray, own: np.ndarray, k: int, begin: int, end: int) -> np.ndarray:
+    """Scores a range of rows with "numba", reading a chunk while the one before is at work."""
+    out = np.empty(end - begin, probes.dtype)
+    with ThreadPoolExecutor(1, "badloss-reading") as reader:
+        parts = list(_parts(begin, end, _chunk_rows(rows)))
+        ahead = [reader.submit(_read, rows, *part, probes.dtype) for part in parts[:1]]
+        for (start, stop), following in zip(parts, [*parts[1:], None], strict=True):
+            chunk = ahead.pop().result()
+            if following:
+                ahead.append(reader.submit(_read, rows, *following, probes.dtype))
+            out[start - begin : stop - begin] = on_cpu(chunk, probes, _owners(own, start, stop), k)
     return out
 
 
-def _part(array: np.ndarray, start: int, begin: int, end: int) -> np.ndarray:
-    """Returns the rows of a chunk that one device takes, with zeros past the end."""
-    taken = array[start + begin : start + end]
-    return np.concatenate([taken, np.zeros((end - begin - len(taken), *array.shape[1:]), array.dtype)])
+def _on_devices(rows: Rows, probes: np.ndarray, own: np.ndarray, k: int, mesh: Mesh) -> np.ndarray:
+    """Scores all rows with "xla"; fixed-size chunks, so that one compiled kernel serves any N."""
+    count, width = rows.shape[0], probes.shape[1]
+    share = max(1, _chunk_rows(rows) // mesh.size)
+    if mesh.devices.flat[0].platform == "cpu":
+        share = min(share, max(1, _XLA_DISTANCES // len(probes)))
+    size = mesh.size * min(share, max(1, -(-count // mesh.size)))
+    out, on_mesh, kernel = np.empty(count, probes.dtype), place(probes, replicated(mesh)), on_devices(k, mesh)
+
+    def padded(real: np.ndarray, length: int) -> np.ndarray:
+        return np.concatenate([real, np.zeros((length - len(real), *real.shape[1:]), real.dtype)])
+
+    def score(start: int) -> jax.Array:
+        def read(begin: int, end: int) -> np.ndarray:
+            return padded(_read(rows, *_clipped(start, begin, end, count), probes.dtype), end - begin)
+
+        def owners(begin: int, end: int) -> np.ndarray:
+            return padded(_owners(own, *_clipped(start, begin, end, count)), end - begin)
+
+        return kernel(place_rows((size, width), mesh, read), on_mesh, place_rows((size,), mesh, owners))
+
+    before: tuple[int, jax.Array] | None = None
+    for start, _ in _parts(0, count, size):
+        at_work = score(start)
+        if before:
+            out[before[0] : start] = to_host(before[1])
+        before = start, at_work
+    if before:
+        out[before[0] :] = to_host(before[1])[: count - before[0]]
+    return out
 
 
-@lru_cache(maxsize=64)
-def _make_kernel(k: int, huge: bool, mesh: Mesh) -> Callable[[Array, Array, Array], Array]:
-    """Compiles (rows, probes, own) -> distances; every device works on its own rows, and nothing is exchanged."""
-    row, whole = PartitionSpec(AXIS), PartitionSpec()
-    kernel = jax.shard_map(
-        partial(_mean_of_nearest, k=k, huge=huge), mesh=mesh, in_specs=(row, whole, row), out_specs=row
-    )
-    return jax.jit(kernel)
+def _repaired(out: np.ndarray, rows: Rows, probes: np.ndarray, own: np.ndarray, k: int) -> np.ndarray:
+    """Computes finite rows whose squares overflowed once more, in float64."""
+    missing = np.flatnonzero(np.isnan(out))
+    for start, stop in _parts(0, len(missing), _chunk_rows(rows)):
+        ids = missing[start:stop]
+        chunk = _flat(np.asarray(rows[ids]), np.float64)
+        finite = np.isfinite(chunk).all(1)
+        ids = ids[finite]
+        owners = own[ids] if len(own) == len(out) else np.full(len(ids), -1, np.int32)
+        with np.errstate(over="ignore"):
+            out[ids] = on_cpu(chunk[finite], probes.astype(np.float64), owners, k)
+    return out
 
 
-def _mean_of_nearest(
-    rows: Float[Array, "R D"], probes: Float[Array, "P D"], own: Int[Array, "R"], k: int, huge: bool
-) -> Float[Array, "R"]:
-    """`own` is the probe that a row leaves out, or -1; `huge` scales every pair so that no square overflows."""
-    differences = rows[:, None, :] - probes[None, :, :]
-    if huge:
-        scale = jnp.max(jnp.abs(differences), axis=-1, keepdims=True)
-        scale = jnp.where(scale > 0, scale, 1)
-        distances = scale[..., 0] * jnp.sqrt(jnp.sum((differences / scale) ** 2, axis=-1))
-    else:
-        distances = jnp.sqrt(jnp.sum(differences**2, axis=-1))
-    distances = jnp.where(own[:, None] == jnp.arange(len(probes)), jnp.inf, distances)
-    nearest, _ = jax.lax.top_k(-distances, k)
-    return -nearest.mean(axis=-1)
+def _chunk_rows(rows: Rows) -> int:
+    return max(1, _CHUNK_VALUES // max(1, math.prod(rows.shape[1:])))
+
+
+def _parts(begin: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    for start in range(begin, end, size):
+        yield start, min(end, start + size)
+
+
+def _clipped(start: int, begin: int, end: int, count: int) -> tuple[int, int]:
+    return min(start + begin, count), min(start + end, count)
+
+
+def _owners(own: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Returns the probes that these rows leave out; where no row has one, `own` serves every chunk."""
+    return own[start:stop] if stop <= len(own) else own[: stop - start]
+
+
+def _read(rows: Rows, start: int, stop: int, dtype: Any) -> np.ndarray:
+    return _flat(np.asarray(rows[start:stop]), dtype)
+
+
+def _flat(array: np.ndarray, dtype: Any) -> np.ndarray:
+    return np.ascontiguousarray(array.reshape(len(array), math.prod(array.shape[1:])), dtype)
+
+
+def _named(ids: np.ndarray) -> str:
+    return f"rows {', '.join(map(str, ids[:_NAMED]))}" + ", ..." * (len(ids) > _NAMED)

@@ -25,6 +25,7 @@ from badloss_jax.training.batch import Examples
 from badloss_jax.training.checkpoint import Checkpoints, Position
 from badloss_jax.training.state import AdamW, TrainState, create_state
 from badloss_jax.training.step import make_train_step
+from badloss_jax.training.streamed import StreamedData
 from badloss_jax.training.watchdog import Watchdog
 from badloss_jax.trajectories.buffer import padding_id
 from badloss_jax.trajectories.recorder import Recorder
@@ -134,7 +135,7 @@ def train(
         mean_loss = float(np.average(np.array(at.losses + tuple(losses), np.float64), weights=weights))
         seconds = time.monotonic() - started
         seen = int(weights[first_step:].sum())
-        share = f"  input {100 * waited / seconds:.0f} %" if waited > 0.01 * seconds else ""
+        share = f"  input {100 * waited / seconds:.0f} %" if isinstance(data, StreamedData) else ""
         progress.say(f"epoch {epoch + 1}/{recipe.epochs}  loss {mean_loss:.4f}{share}")
         if on_epoch:
             on_epoch({"epoch": epoch, "loss": mean_loss, "learning_rate": float(learning_rate),

@@ -1,0 +1,198 @@
+"""The mean distance to the k nearest probes: one kernel compiled for the CPU by Numba, one for any device by XLA.
+
+Neither holds all distances, sorts, or knows which probes are nearest. Both add up squared differences, since
+|a|^2 - 2ab + |b|^2 would cancel where trajectories nearly agree, and find the k-th smallest square by bisection over
+its bits, which order positive numbers as their values do: a few counts of P numbers in place of a sort.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from badloss_jax.training.mesh import AXIS
+
+_TOGETHER = 64  # columns whose squares are added up in the trajectories' own precision
+_UNROLLED = 32  # columns in one loop of XLA's, whose compilation takes long for more
+_ROWS = 16  # rows that share such columns of the probes while these are in the core's cache
+_A_THREAD = 2048  # rows that a thread takes at a time
+
+
+def on_cpu(
+    rows: Float[np.ndarray, "R D"], probes: Float[np.ndarray, "P D"], own: Int[np.ndarray, "R"], k: int
+) -> Float[np.ndarray, "R"]:
+    """Computes the mean distances in threads, one for each core that this process may use.
+
+    Args:
+      rows, probes: both float32, or both float64.
+      own: the probe that a row leaves out, or -1.
+      k: 1 to P, or to P - 1 where a probe is left out.
+
+    Returns:
+      [R], NaN for rows that hold NaN or infinity, or whose squares overflow.
+    """
+    kernel = _compiled()
+    columns, out, scratch = np.ascontiguousarray(probes.T), np.empty(len(rows), rows.dtype), threading.local()
+    bits = np.int32 if rows.dtype == np.float32 else np.int64
+    infinite = np.array(np.inf, rows.dtype).view(bits)[()]
+
+    def work(start: int) -> None:
+        if not hasattr(scratch, "squares"):
+            scratch.squares = np.empty(len(probes), rows.dtype)
+            scratch.totals = np.empty((_ROWS, len(probes)), np.float64)
+        squares, part = scratch.squares, slice(start, start + _A_THREAD)
+        kernel(rows[part], columns, own[part], k, squares, squares.view(bits), infinite, scratch.totals, out[part])
+
+    for _ in _threads().map(work, range(0, len(rows), _A_THREAD)):
+        pass
+    return out
+
+
+@lru_cache(maxsize=1)
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "badloss-scoring")
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Callable[..., None]:
+    """Compiles the kernel, which takes a second, when it is first needed."""
+    from numba import njit
+
+    # Sums may be taken in any order, so that they are taken eight or sixteen at a time. NaN stays NaN.
+    compiled = partial(njit, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+
+    @compiled()
+    def add_squares(row, columns, squares):
+        for d in range(len(row)):
+            for p in range(columns.shape[1]):
+                difference = row[d] - columns[d, p]
+                squares[p] += difference * difference
+
+    @compiled()
+    def mean_of_smallest(squares, bits, infinite, leave_out, k):
+        low, high = bits[0], bits[0]
+        for p in range(len(bits)):
+            low, high = min(low, bits[p]), max(high, bits[p])
+        if low < 0 or high >= infinite:
+            return squares.dtype.type(np.nan)
+        if leave_out >= 0:
+            bits[leave_out] = infinite
+            high = infinite
+        low -= bits.dtype.type(1)
+        while high - low > 1:  # at most `low` are fewer than k squares, at most `high` at least k
+            middle = bits.dtype.type(low + ((high - low) >> 1))
+            count = np.int32(0)
+            for p in range(len(bits)):
+                count += np.int32(bits[p] <= middle)
+            if count >= k:
+                high = middle
+                if count == k:
+                    break
+            else:
+                low = middle
+        total, taken = squares.dtype.type(0), np.int32(0)
+        for p in range(len(bits)):
+            near = bits[p] <= high
+            taken += np.int32(near)
+            total += np.sqrt(squares[p]) if near else squares.dtype.type(0)
+        if taken > k:  # `high` is the k-th smallest itself, and there are ties
+            for p in range(len(bits)):
+                if bits[p] == high:
+                    total -= (taken - k) * np.sqrt(squares[p])
+                    break
+        return total / k
+
+    @compiled()
+    def kernel(rows, columns, own, k, squares, bits, infinite, totals, out):
+        count, width = rows.shape
+        if width <= _TOGETHER:
+            for i in range(count):
+                squares[:] = 0
+                add_squares(rows[i], columns, squares)
+                out[i] = mean_of_smallest(squares, bits, infinite, own[i], k)
+            return
+        for first in range(0, count, _ROWS):
+            last = min(count, first + _ROWS)
+            totals[:] = 0
+            for begin in range(0, width, _TOGETHER):
+                end = min(width, begin + _TOGETHER)
+                for i in range(first, last):
+                    squares[:] = 0
+                    add_squares(rows[i, begin:end], columns[begin:end], squares)
+                    for p in range(len(squares)):
+                        totals[i - first, p] += squares[p]
+            for i in range(first, last):
+                for p in range(len(squares)):
+                    squares[p] = totals[i - first, p]
+                out[i] = mean_of_smallest(squares, bits, infinite, own[i], k)
+
+    return kernel
+
+
+@lru_cache(maxsize=64)
+def on_devices(k: int, mesh: Mesh) -> Callable[[Array, Array, Array], Array]:
+    """Compiles (rows [R, D], probes [P, D], own [R]) -> [R], as `on_cpu`, for the devices of a mesh.
+
+    Every device works on its own rows, and nothing is exchanged.
+    """
+    row, whole = PartitionSpec(AXIS), PartitionSpec()
+    kernel = partial(_mean_of_nearest, k=k)
+    return jax.jit(jax.shard_map(kernel, mesh=mesh, in_specs=(row, whole, row), out_specs=row))
+
+
+def _mean_of_nearest(
+    rows: Float[Array, "R D"], probes: Float[Array, "P D"], own: Int[Array, "R"], k: int
+) -> Float[Array, "R"]:
+    integer = jnp.int32 if rows.dtype == jnp.float32 else jnp.int64
+    squares = _squares(rows, probes)
+    valid = jnp.isfinite(squares).all(1)
+    squares = jnp.where(own[:, None] == jnp.arange(len(probes)), jnp.inf, squares)
+    squares = jnp.where(valid[:, None], squares, 0)
+    bits = jax.lax.bitcast_convert_type(squares, integer)
+
+    def open_rows(bounds: tuple[Array, Array]) -> Array:
+        low, high = bounds
+        return jnp.any(high - low > 1)
+
+    def halve(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        count = (bits <= middle[:, None]).sum(1, dtype=jnp.int32)
+        high = jnp.where(count >= k, middle, high)
+        return jnp.where(count == k, high - 1, jnp.where(count < k, middle, low)), high
+
+    _, high = jax.lax.while_loop(open_rows, halve, (bits.min(1) - 1, bits.max(1)))
+    near = bits <= high[:, None]
+    excess = (near.sum(1, dtype=jnp.int32) - k).astype(rows.dtype)
+    furthest = jnp.sqrt(jnp.where(near, squares, 0).max(1))
+    total = jnp.where(near, jnp.sqrt(squares), 0).sum(1)
+    # Without ties nothing is taken away, also where the furthest is infinite.
+    total = jnp.where(excess > 0, total - excess * furthest, total)
+    return jnp.where(valid, total / k, jnp.nan)
+
+
+def _squares(rows: Float[Array, "R D"], probes: Float[Array, "P D"]) -> Float[Array, "R P"]:
+    """Adds up squared differences over blocks of columns, each unrolled, so that XLA fuses it into one loop."""
+    zero = jnp.zeros((len(rows), len(probes)), rows.dtype)
+    zero = zero + 0 * rows[:, :1]  # sharded as the rows are
+
+    def add(total: Array, block: tuple[Array, ...]) -> tuple[Array, None]:
+        ours, theirs = block
+        return total + sum(((ours[:, d, None] - theirs[None, :, d]) ** 2 for d in range(ours.shape[1])), zero), None
+
+    width = rows.shape[1]
+    whole = width // _UNROLLED * _UNROLLED
+    total = zero
+    if whole:
+        blocks = [array[:, :whole].reshape(len(array), -1, _UNROLLED).swapaxes(0, 1) for array in (rows, probes)]
+        total, _ = jax.lax.scan(add, total, tuple(blocks))
+    if width > whole:
+        total, _ = add(total, (rows[:, whole:], probes[:, whole:]))
+    return total

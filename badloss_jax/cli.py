@@ -38,6 +38,10 @@ poison), trajectories/ (for `badloss score`) and models/ (orbax: undefended, los
 _SCORE = """\
 Score the recorded trajectories of a finished `badloss run` again with other settings, without training. Results go to
 OUT/rescored/<hash>/; the run's own are never touched. Only scoring.* and rejection.* can change.
+
+With --trajectories, score trajectories of any origin and number, in memory that does not grow with them: a trajectory
+store (a run's OUT/trajectories), or a .npy file of floats [N, T], taken for losses, or [N, T, width], for features.
+Scores go to OUT/scores/*.parquet, thresholds to OUT/scoring.json. The same command goes on where a killed one was.
 """
 
 _SUMMARY = """\
@@ -114,8 +118,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("--timeout", type=int, default=300, metavar="SECONDS", help="to wait for the others (default 300)")
     score = _command(commands, "score", "score a recording again, without training", _SCORE, [
         "badloss score --workdir /tmp/digits --config.scoring.loss.k=5 --config.rejection.alpha=0.05",
+        "badloss score --trajectories losses.npy --probes clean_ids.txt --workdir /tmp/scores",
+        "badloss score --trajectories /tmp/digits/trajectories --workdir /tmp/s \"--config.scoring.kinds=('loss',)\"",
     ])  # fmt: skip
-    score.add_argument("--workdir", required=True, type=Path, metavar="OUT", help="folder of a finished run")
+    score.add_argument("--workdir", required=True, type=Path, metavar="OUT",
+                       help="folder of a finished run; with --trajectories, the folder to write to")  # fmt: skip
+    score.add_argument("--trajectories", type=Path, metavar="STORE|FILE.npy", help="what to score")
+    score.add_argument("--probes", type=Path, metavar="FILE", help="ids of the probes (.txt, .npy), or their own"
+                       " trajectories (.npy); by default those that the store marks")  # fmt: skip
+    score.add_argument("--exclude_non_finite", action="store_true", help="leave out and count trajectories with NaN or"
+                       " infinity, in place of an error")  # fmt: skip
 
     report = commands.add_parser("report", help="render the report of a run again", description=_REPORT,
                                  formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
@@ -225,6 +237,10 @@ def _joined(arguments: argparse.Namespace) -> Iterator[None]:
 
 
 def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    if arguments.trajectories:
+        return _score_stored(arguments, overrides)
+    if arguments.probes or arguments.exclude_non_finite:
+        raise UsageError("--probes and --exclude_non_finite need --trajectories")
     from badloss_jax.config import override
     from badloss_jax.experiment import rescore
     from badloss_jax.report.tables import as_text, detection_table, removal_table
@@ -234,6 +250,20 @@ def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(f"{key}: {change}")
     print(f"\n{as_text(detection_table(results))}\n\n{as_text(removal_table(results))}\n")
     print(f"Report: {folder / 'report.html'}")
+    return 0
+
+
+def _score_stored(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from badloss_jax.defenses.streaming import score_stored
+    from badloss_jax.progress import Progress
+    from badloss_jax.report.tables import as_text, threshold_table
+    from badloss_jax.training.mesh import make_mesh
+
+    _set_up_jax()
+    results = score_stored(arguments.trajectories, arguments.probes, arguments.workdir, overrides, Progress(),
+                           make_mesh(), exclude_non_finite=arguments.exclude_non_finite)  # fmt: skip
+    print(f"\n{as_text(threshold_table(results))}\n")
+    print(f"Scores: {arguments.workdir / 'scores'}")
     return 0
 
 

@@ -139,7 +139,8 @@ def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[
         raise DataError(
             f"{store.folder} is not complete: its `badloss run` is still at work, or did not come to the end"
         )
-    labels, is_probe = store.read_examples()
+    labels, probe_ids = store.labels(), store.probe_ids()
+    is_probe = np.isin(np.arange(store.num_examples), probe_ids)
     manifest = read_manifest(workdir / "manifest.json")
     if manifest.num_examples != store.num_examples:
         raise DataError(
@@ -147,7 +148,7 @@ def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[
         )
     attack_of, class_names = manifest.attack_of(), _class_names(workdir, manifest)
     started = time.monotonic()
-    detections, epochs = detect(store, np.flatnonzero(is_probe), config.scoring, config.rejection)
+    detections, epochs = detect(store, probe_ids, config.scoring, config.rejection)
     results = header(config, manifest, class_names) | {
         "rescored_from": original,
         "changed": differences(to_dict(config), to_dict(stored)),

@@ -100,18 +100,32 @@ def on_first(work: Callable[[], T]) -> T:
     """
     if jax.process_count() == 1:
         return work()
+    return _shared(work if first() else None)[0]
+
+
+def on_all(work: Callable[[], object]) -> None:
+    """Does work in every process, and waits for all; if it fails in one, all raise its error."""
+    if jax.process_count() == 1:
+        work()
+    else:
+        _shared(lambda: [work()][:0])
+
+
+def _shared(work: Callable[[], Any] | None) -> list[Any]:
+    """Does this process's work, if it has any, and returns what all of them returned; or raises the first error."""
     answer: dict[str, Any] = {}
-    if first():
+    if work:
         try:
             answer = {"result": work()}
         except BadlossError as error:
             answer = {"error": str(error), "exit_code": error.exit_code}
         except OSError as error:
             answer = {"error": str(error), "exit_code": DataError.exit_code}
-    told = json.loads(_gather(json.dumps(answer))[0])
-    if "error" in told:
-        raise _together((UsageError if told["exit_code"] == UsageError.exit_code else DataError)(told["error"]))
-    return told["result"]
+    told = [json.loads(text) for text in _gather(json.dumps(answer))]
+    for theirs in told:
+        if "error" in theirs:
+            raise _together((UsageError if theirs["exit_code"] == UsageError.exit_code else DataError)(theirs["error"]))
+    return [theirs.get("result") for theirs in told]
 
 
 def all_of(fact: bool) -> bool:

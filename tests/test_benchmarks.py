@@ -12,6 +12,7 @@ from badloss_jax.benchmarks.buffer import expected_bytes, measure_buffer
 from badloss_jax.benchmarks.timing import overhead, summary
 from badloss_jax.cli import main
 from badloss_jax.errors import NonFiniteLossError
+from badloss_jax.experiment import run_experiment
 from badloss_jax.training import loop
 from badloss_jax.training.mesh import make_mesh
 from badloss_jax.trajectories.kinds import Kinds
@@ -171,3 +172,55 @@ def test_input_from_an_empty_folder(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["bench", "input", "--from", str(tmp_path / "empty")]) == 2
     assert "has no files that end in .jpg" in capsys.readouterr().err
+
+
+def test_scorer(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    sizes = ["--sizes", "30,2100", "--epochs", "5", "--probes", "20", "--k", "4", "--repeats", "2"]
+    assert main(["bench", "scorer", *sizes, "--dtypes", "float32,float16", "--out", str(out)]) == 0
+    figures = json.loads(out.read_text("utf-8"))["figures"]
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert len(figures) == 2 * (8 + 2)
+    assert {figure["method"] for figure in figures if figure["dtype"] == "float16"} == {"numba", "xla"}
+    for figure in figures:
+        assert figure["seconds"]["count"] == 2
+        median = figure["seconds"]["median"]
+        assert figure["examples_per_second"] == pytest.approx(figure["examples"] / median)
+        assert figure["flops_per_second"] == pytest.approx(3 * figure["examples"] * 5 * 20 / median)
+        assert figure["bytes_per_second"] * median == pytest.approx(
+            figure["examples"] * 5 * (4 if figure["dtype"] == "float32" else 2)
+        )
+        assert figure["error"] < 1e-5  # all peers are asked the same question
+        if figure["method"] in ("numba", "xla"):
+            assert figure["offset_error"] < 1e-5
+        assert figure["limits"]["matmul_flops_per_second"] > 1e8
+    said = capsys.readouterr().out
+    assert "limit: copy, matmul" in said
+    assert max(map(len, said.splitlines()[:-2])) <= 120
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--sizes", "10,x"], "--sizes '10,x': expected numbers"),
+        (["--methods", "numba,scann"], "--methods has 'scann': expected some of numba, xla, sklearn brute"),
+        (["--dtypes", "int8"], "--dtypes has 'int8'"),
+        (["--k", "9", "--probes", "8"], "--k 9 with --probes 8"),
+        (["--repeats", "0"], "--repeats 0: expected a positive number"),
+    ],
+)
+def test_scorer_refuses(capsys, given, message):
+    assert main(["bench", "scorer", *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_detectors(tmp_path, tiny, capsys):
+    kinds = "('loss','combined')"
+    run_experiment(tiny(scoring__kinds=kinds, controls="()", retraining__variants="()"), tmp_path / "run")
+    assert main(["bench", "detectors", "--workdir", str(tmp_path / "run"), "--repeats", "2",
+                 "--out", str(tmp_path / "out.json")]) == 0  # fmt: skip
+    figures = json.loads((tmp_path / "out.json").read_text("utf-8"))["figures"]
+    assert [(figure["detector"], figure["examples"]) for figure in figures] == [("badloss loss", 300),
+                                                                               ("badloss combined", 300)]  # fmt: skip
+    assert "badloss combined" in capsys.readouterr().out
+    assert main(["bench", "detectors", "--workdir", str(tmp_path / "none")]) == 2

@@ -362,7 +362,8 @@ def test_lost_trajectories_are_recorded_again(finished, tmp_path, mesh):
 @pytest.mark.parametrize(
     ("name", "content"),
     [("config.json", b"\xff\xfe"), ("config.json", b"[" * 100_000), ("trajectories/about.json", b"[" * 100_000),
-     ("manifest.json", b"{}"), ("trajectories/loss/epoch_0000.npy", b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', "
+     ("manifest.json", b"{}"),
+     ("trajectories/loss/epoch_0000-00000-of-00001.npy", b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', "
       b"'fortran_order': False, 'shape': (1000000000000000,), }" + b" " * 40 + b"\n")],
 )  # fmt: skip
 def test_a_damaged_workdir_is_said(finished, tmp_path, name, content):
@@ -386,7 +387,7 @@ def test_a_loss_that_becomes_nan_stops_the_run(tmp_path, tiny, mesh):
     config = tiny(optimizer__learning_rate=1e30)
     with pytest.raises(NonFiniteLossError, match=r"in phase 'recording' at step \d+"):
         run_experiment(config, tmp_path, mesh=mesh)
-    assert (tmp_path / "trajectories" / "loss" / "epoch_0000.npy").is_file()
+    assert (tmp_path / "trajectories" / "loss" / "epoch_0000-00000-of-00001.npy").is_file()
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert "the loss became NaN or infinite in phase 'recording' at step" in last["error"]
     assert not (tmp_path / "results.json").exists()
@@ -405,7 +406,11 @@ def test_killed_and_run_again_ends_alike(tmp_path):
     """kill -9 in the middle of every phase in turn, until the run gets through."""
     reference, arguments = tmp_path / "reference", command(tmp_path / "k")
     assert run(command(reference)).returncode == 0
-    watched = ["trajectories/loss/epoch_0001.npy", "models/recording/about.json", "models/loss-fraction/about.json"]
+    watched = [
+        "trajectories/loss/epoch_0001-00000-of-00001.npy",
+        "models/recording/about.json",
+        "models/loss-fraction/about.json",
+    ]
     for path in watched:
         process = subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 120

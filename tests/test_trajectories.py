@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +49,8 @@ def test_buffer_holds_what_was_written(num_devices, rng):
     ids = np.append(rng.permutation(101)[:39], padding_id(101, mesh)).astype(np.int32)
     values = {"loss": rng.random(40), "features": rng.random((40, 5))}
     buffer = jax.jit(write, donate_argnums=0)(buffer, ids, np.int32(4), values)
-    column = read_column(buffer, 4, 101)
+    column = {kind: run for kind, (run,) in read_column(buffer, 4, 101).items()}
+    assert len(column["loss"]) == 101
     np.testing.assert_array_equal(column["loss"][ids[:39]], values["loss"][:39].astype(np.float32))
     np.testing.assert_array_equal(column["features"][ids[:39]], values["features"][:39].astype(np.float16))
     assert np.isfinite(buffer["loss"]).sum() == 39  # padding wrote nothing, and nothing else was touched
@@ -68,31 +71,64 @@ def test_store_round_trip(store):
     assert opened.complete
     assert opened.read("logits").shape == (5, 3, 7)
     np.testing.assert_array_equal(opened.read("loss", np.array([0, 2])), [[0, 2]] * 5)
-    labels, is_probe = opened.read_examples()
-    assert labels.tolist() == [0, 1, 2, 3, 4]
-    assert is_probe.tolist() == [True, True, False, False, False]
+    assert opened.labels().tolist() == [0, 1, 2, 3, 4]
+    assert opened.probe_ids().tolist() == [0, 1]
+
+
+def test_store_reads_ranges_and_ids_from_any_sharding(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr("badloss_jax.trajectories.store._BLOCK", 7)
+    values = rng.random((3, 40, 4)).astype(np.float16)
+    made = TrajectoryStore.create(
+        tmp_path / "t", "", np.arange(40), np.arange(40) < 2, 3, {"features": ((4,), "float16")}
+    )
+    for epoch, bounds in enumerate([[0, 40], [0, 13, 40], [0, 5, 6, 31, 40]]):
+        assert not made.complete
+        for shard, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            made.write_epoch(epoch, {"features": values[epoch, begin:end]}, shard, len(bounds) - 1)
+    rows, whole = made.rows("features"), values.swapaxes(0, 1)
+    assert (made.complete, rows.shape, rows.dtype) == (True, (40, 3, 4), np.float16)
+    np.testing.assert_array_equal(rows[:], whole)
+    for start, stop in ((0, 1), (3, 33), (12, 14), (39, 99), (5, 5)):
+        np.testing.assert_array_equal(rows[start:stop], whole[start:stop])
+    ids = np.array([0, 4, 5, 13, 14, 30, 31, 39])
+    np.testing.assert_array_equal(rows[ids], whole[ids])
+    np.testing.assert_array_equal(made.rows("features", np.array([2, 0]))[20:25], whole[20:25, [2, 0]])
+    (tmp_path / "t" / "features" / "epoch_0002-00002-of-00004.npy").unlink()
+    assert not made.complete
+    with pytest.raises(DataError, match=r"epoch_0002-.*not all of its shards are there"):
+        made.rows("features")
 
 
 def test_store_says_what_is_wrong(store):
     with pytest.raises(DataError, match="no trajectories of kind 'aum', only loss, prob"):
         store.read("aum")
-    (store.folder / "prob" / "epoch_0001.npy").unlink()
+    (store.folder / "prob" / "epoch_0001-00000-of-00001.npy").unlink()
     assert not store.complete
-    with pytest.raises(DataError, match=r"prob/epoch_0001.npy is missing or damaged"):
+    with pytest.raises(DataError, match=r"prob/epoch_0001-\*.npy is missing"):
         store.read("prob")
-    path = store.folder / "loss" / "epoch_0002.npy"
+    path = store.folder / "loss" / "epoch_0002-00000-of-00001.npy"
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(DataError, match=r"epoch_0002.npy is missing or damaged"):
+    with pytest.raises(DataError, match=r"epoch_0002-00000-of-00001.npy is missing or damaged"):
         store.read("loss")
     np.save(path, np.zeros(6, np.float32))
-    with pytest.raises(DataError, match=r"is float32 \(6,\), expected float32 \(5,\)"):
+    with pytest.raises(DataError, match="has 6 rows, expected 5"):
+        store.read("loss")
+    np.save(path, np.zeros((5, 2), np.float32))
+    with pytest.raises(DataError, match=r"is float32 \(5, 2\), expected float32 \('N',\)"):
         store.read("loss")
     np.save(path, np.array([0, 1, np.nan, np.inf, 0], np.float32))
-    with pytest.raises(DataError, match="2 examples were not recorded or are not finite, first id 2"):
+    with pytest.raises(DataError, match=r"0002-00000-of-00001.npy: some .* not finite, first id 2"):
         store.read("loss")
     np.save(path, np.array([{"a": 1}]), allow_pickle=True)
     with pytest.raises(DataError, match="damaged"):
         store.read("loss")
+
+
+@pytest.mark.parametrize("ids", [np.array([1, 0]), np.array([1, 5]), np.array([1, 1]), np.array([-1]), np.zeros(2)])
+def test_probes_that_are_none(store, ids):
+    np.save(store.folder / "probes.npy", ids)
+    with pytest.raises(DataError, match=r"probes.npy does not hold ids, ascending, of 5 examples"):
+        store.probe_ids()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other"}', "null"])

@@ -76,12 +76,13 @@ def measure_buffer(
 
     reads, trajectories = [], np.empty((num_examples, num_epochs), np.float32)
     for epoch in range(num_epochs):
-        columns: dict[str, np.ndarray] = {}
+        columns: dict[str, list[np.ndarray]] = {}
         reads.append(seconds_of(lambda epoch=epoch, columns=columns: columns.update(  # type: ignore[misc]
             read_column(buffer, epoch, num_examples))))  # fmt: skip
-        if not np.array_equal(columns["loss"], losses[epoch]):
+        (column,) = columns["loss"]
+        if not np.array_equal(column, losses[epoch]):
             raise DataError(f"column {epoch} of the buffer is not what was written into it")
-        trajectories[:, epoch] = columns["loss"]
+        trajectories[:, epoch] = column
     seconds["read_column"] = summary(reads)
     probes = trajectories[np.sort(draw.choice(num_examples, num_probes, replace=False))]
     scored = [seconds_of(partial(knn_distances, trajectories, probes, k, mesh)) for _ in range(_SCORINGS)]

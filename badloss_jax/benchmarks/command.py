@@ -61,6 +61,19 @@ examples:
   badloss bench input --from IMAGENET/train --examples 1000
 """
 
+_SCORER = """\
+Score synthetic trajectories by every kernel of badloss_jax and by scikit-learn, FAISS (if installed), NumPy and
+jax.lax.top_k, in turns and with the same threads: seconds, rates beside the machine's own limits, memory, error
+against float64. --out also writes a plot of seconds against N.
+"""
+
+_SCORER_EXAMPLES = """\
+examples:
+  badloss bench scorer --out OUT.json
+  badloss bench scorer --sizes 1000000 --methods numba,xla,faiss --dtypes float32,float16
+  badloss bench detectors --workdir OUT    every detector on the trajectories of a finished run
+"""
+
 
 def add_bench(commands: Any) -> None:
     """Adds the command to the command line's parser."""
@@ -104,13 +117,32 @@ def add_bench(commands: Any) -> None:
     ):
         feed.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{about} (default {default})")
     feed.add_argument("--seconds", type=float, default=10, metavar="S", help="for each figure (default 10)")
-    for parser in (train, buffer, feed):
+
+    scorer = benchmarks.add_parser("scorer", help="scoring, beside scikit-learn, FAISS, NumPy and top_k",
+                                   description=_SCORER, epilog=_SCORER_EXAMPLES, **plain)  # fmt: skip
+    scorer.add_argument("--sizes", default="10000,50000,200000,1281167", metavar="N,N", help="trajectories, each in"
+                        " turn (default 10000,50000,200000,1281167)")  # fmt: skip
+    scorer.add_argument("--methods", default="", metavar="A,B", help="default: all")
+    scorer.add_argument("--dtypes", default="float32", metavar="A,B", help="as stored: float32, float16 (default"
+                        " float32)")  # fmt: skip
+    for name, default, about in (("epochs", 30, "T"), ("probes", 250, "P"), ("k", 50, "nearest probes")):
+        scorer.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{about} (default {default})")
+    detectors = benchmarks.add_parser("detectors", help="every detector, on the files of a finished run",
+                                      description="Time every detector from a run's stored trajectories to its lists.",
+                                      **plain)  # fmt: skip
+    detectors.add_argument("--workdir", type=Path, required=True, metavar="OUT", help="folder of a finished run")
+    for parser in (scorer, detectors):
+        parser.add_argument(
+            "--repeats", type=int, default=5, metavar="N", help="of which the median counts (default 5)"
+        )
+    for parser in (train, buffer, feed, scorer, detectors):
         parser.add_argument("--out", type=Path, metavar="FILE.json", help="keeps all figures")
 
 
 def measure(arguments: argparse.Namespace, overrides: Sequence[str], command: Sequence[str]) -> int:
     """Runs the benchmark, prints its table and writes its file, which is complete after each row of the table."""
-    for name in ("examples", "classes", "image_size", "epochs", "batch_size", "cpu_devices", "feature_dim", "seconds"):
+    for name in ("examples", "classes", "image_size", "epochs", "batch_size", "cpu_devices", "feature_dim", "seconds",
+                 "repeats"):  # fmt: skip
         value = getattr(arguments, name, None)
         if value is not None and not value > 0:
             raise UsageError(f"--{name} {value}: expected a positive number")
@@ -122,8 +154,10 @@ def measure(arguments: argparse.Namespace, overrides: Sequence[str], command: Se
     from badloss_jax.files import write_text
     from badloss_jax.report.tables import as_text
 
-    work, table = {"train": (_train, training_table), "buffer": (_buffer, buffer_table),
-                   "input": (_input, input_table)}[arguments.benchmark]  # fmt: skip
+    work, table = {
+        "train": (_train, training_table), "buffer": (_buffer, buffer_table), "input": (_input, input_table),
+        "scorer": (_scorer, scorer_table), "detectors": (_detectors, detectors_table),
+    }[arguments.benchmark]  # fmt: skip
     # The file need not say where it lies.
     plain = [text for at, text in enumerate(command) if "--out" not in (text.split("=")[0], command[max(0, at - 1)])]
     about, figures = header(arguments.benchmark, plain), []
@@ -136,6 +170,11 @@ def measure(arguments: argparse.Namespace, overrides: Sequence[str], command: Se
     print(f"{len(devices)} x {devices[0]}, {cores} CPU cores, load average before {about['load_average'][0]:.1f}")
     if arguments.out:
         print(f"Figures: {arguments.out}")
+    if arguments.out and arguments.benchmark == "scorer":
+        from badloss_jax.benchmarks.scorer import save_slopes
+
+        save_slopes(arguments.out.with_suffix(".png"), figures)
+        print(f"Picture: {arguments.out.with_suffix('.png')}")
     return 0
 
 
@@ -217,6 +256,33 @@ def _input(arguments: argparse.Namespace, overrides: Sequence[str]) -> Iterator[
                                  arguments.seconds, mesh, Path(folder))  # fmt: skip
 
 
+def _scorer(arguments: argparse.Namespace, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
+    from badloss_jax.benchmarks.scorer import KERNELS, PEERS, measure_scorer
+
+    try:
+        sizes = [int(size) for size in arguments.sizes.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise UsageError(f"--sizes {arguments.sizes!r}: expected numbers of trajectories, such as 10000,50000")
+    if not 1 <= arguments.k <= arguments.probes:
+        raise UsageError(f"--k {arguments.k} with --probes {arguments.probes}: expected 1 <= k <= P")
+    methods = [name for name in arguments.methods.split(",") if name] or [*KERNELS, *PEERS]
+    for option, names, known in (("methods", methods, (*KERNELS, *PEERS)),
+                                 ("dtypes", arguments.dtypes.split(","), ("float32", "float16"))):  # fmt: skip
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise UsageError(f"--{option} has {unknown[0]!r}: expected some of {', '.join(known)}")
+    yield from measure_scorer(sizes, arguments.epochs, arguments.probes, arguments.k, arguments.dtypes.split(","),
+                              methods, arguments.repeats)  # fmt: skip
+
+
+def _detectors(arguments: argparse.Namespace, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
+    from badloss_jax.benchmarks.scorer import measure_detectors
+
+    yield from measure_detectors(arguments.workdir, arguments.repeats)
+
+
 def _set_cpu_devices(count: int) -> None:
     """Sets how many devices a CPU is taken for, which JAX fixes when it starts."""
     import jax
@@ -286,4 +352,31 @@ def input_table(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         rows.append([figure["form"], f"{figure['images']:,}", str(figure["image_size"]),
                      f"{figure['bytes_per_image'] / 1000:.1f}", f"{rates['read']:,.0f}",
                      f"{rates['read_and_cropped']:,.0f}", f"{figure['streamed_per_second']:,.0f}"])  # fmt: skip
+    return rows
+
+
+def scorer_table(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Returns header and rows: per N, dtype and method seconds, rates, memory and errors."""
+    rows = [["N", "method", "dtype", "seconds", "vs numba", "examples/s", "GB/s", "GFLOP/s", "MiB", "error", "offset"]]
+    ours = {(figure["examples"], figure["dtype"]): figure["seconds"]["median"] for figure in figures
+            if figure["method"] == "numba"}  # fmt: skip
+    for figure in figures:
+        seconds, base = figure["seconds"]["median"], ours.get((figure["examples"], figure["dtype"]))
+        rows.append([f"{figure['examples']:,}", figure["method"], figure["dtype"], f"{seconds:.4f}",
+                     f"{seconds / base:.1f}" if base else "", f"{figure['examples_per_second']:,.0f}",
+                     f"{figure['bytes_per_second'] / 1e9:.2f}", f"{figure['flops_per_second'] / 1e9:.1f}",
+                     f"{figure['memory_bytes'] / 2**20:.0f}", f"{figure['error']:.0e}",
+                     f"{figure['offset_error']:.0e}"])  # fmt: skip
+    limits = figures[0]["limits"]
+    rows.append(["", "limit: copy, matmul", "float32", "", "", "", f"{limits['copy_bytes_per_second'] / 1e9:.2f}",
+                 f"{limits['matmul_flops_per_second'] / 1e9:.1f}", "", "", ""])  # fmt: skip
+    return rows
+
+
+def detectors_table(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Returns header and rows: per detector seconds and examples a second."""
+    rows = [["detector", "examples", "seconds", "examples/s"]]
+    for figure in figures:
+        rows.append([figure["detector"], f"{figure['examples']:,}", f"{figure['seconds']['median']:.4f}",
+                     f"{figure['examples_per_second']:,.0f}"])  # fmt: skip
     return rows

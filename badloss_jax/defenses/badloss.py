@@ -44,19 +44,19 @@ def detect(
 ) -> tuple[dict[str, Detection], Int[np.ndarray, "E"]]:
     """Scores the stored trajectories by every kind of `scoring.kinds` and applies every rejection rule.
 
-    The rows are shared by the devices of the mesh, by default one.
+    The rows are shared by the devices of the mesh, by default one; every process reads its own.
 
     Returns:
       Detections by kind, and the epochs that the filter kept.
     """
-    epochs = filter_epochs(store.read("loss"))
+    epochs = filter_epochs(store.rows("loss"), mesh)
     is_probe = np.zeros(store.num_examples, bool)
     is_probe[probe_ids] = True
     measured: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def distances_of(kind: str, k: int) -> tuple[np.ndarray, np.ndarray]:
         if (kind, k) not in measured:
-            trajectories = store.read(kind, epochs)
+            trajectories = store.rows(kind, epochs)
             probes = trajectories[probe_ids]
             measured[kind, k] = knn_distances(trajectories, probes, k, mesh), leave_one_out_distances(probes, k)
         return measured[kind, k]

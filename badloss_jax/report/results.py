@@ -29,7 +29,8 @@ from badloss_jax.scoring import anomaly_scores
 SCHEMA_VERSION = 1
 _RENDERED = {"config", "config_hash", "environment", "num_examples", "class_names", "attacks", "seconds", "epochs_kept",
              "variants"}  # fmt: skip
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn", "ml_collections")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "numba", "scikit-learn",
+             "ml_collections")  # fmt: skip
 
 
 def variant_entry(

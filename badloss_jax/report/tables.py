@@ -60,6 +60,19 @@ def removal_table(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def threshold_table(scoring: Mapping[str, Any]) -> list[list[str]]:
+    """Returns header and rows of a scoring.json: per kind and rule the threshold, and how many it removes."""
+    rows = [["scored by", "k", "left out", "removed", "of all", "threshold"]]
+    for kind, found in scoring["kinds"].items():
+        for rule, cut in found["rules"].items():
+            threshold = f"distance {cut['distance']:.6g}" if cut["p_value"] is None else f"p <= {cut['p_value']:.4g}"
+            removed = f"{cut['removed']:,}", _percent(cut["removed"] / scoring["num_examples"])
+            rows.append(
+                [f"{kind}/{rule}", ",".join(map(str, found["k"])), f"{found['excluded']:,}", *removed, threshold]
+            )
+    return rows
+
+
 def summary(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Returns header and rows over the results.json of several seeds: per trained model mean +- standard deviation.
 

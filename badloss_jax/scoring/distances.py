@@ -8,6 +8,7 @@ CPU, where it was the faster one at every shape that `badloss bench scorer` meas
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
@@ -39,6 +40,32 @@ class Rows(Protocol):
 
     def __getitem__(self, rows: Any) -> Any:
         """Reads a slice, or a sorted array of ids."""
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """The rows from `begin` to `end` of others; nothing is read before it is indexed."""
+
+    rows: Rows
+    begin: int
+    end: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, T) or (N, T, width)."""
+        return self.end - self.begin, *self.rows.shape[1:]
+
+    @property
+    def dtype(self) -> Any:
+        """A NumPy dtype."""
+        return self.rows.dtype
+
+    def __getitem__(self, rows: Any) -> Any:
+        """Reads a slice, or a sorted array of ids, which count from `begin`."""
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(self.end - self.begin)
+            return self.rows[self.begin + start : self.begin + stop]
+        return self.rows[self.begin + rows]
 
 
 def knn_distances(
@@ -137,7 +164,7 @@ def _on_cpu(rows: Rows, probes: np.ndarray, own: np.ndarray, k: int, begin: int,
     """Scores a range of rows with "numba", reading a chunk while the one before is at work."""
     out = np.empty(end - begin, probes.dtype)
     with ThreadPoolExecutor(1, "badloss-reading") as reader:
-        parts = list(_parts(begin, end, _chunk_rows(rows)))
+        parts = list(row_chunks(rows, begin, end))
         ahead = [reader.submit(_read, rows, *part, probes.dtype) for part in parts[:1]]
         for (start, stop), following in zip(parts, [*parts[1:], None], strict=True):
             chunk = ahead.pop().result()
@@ -191,6 +218,11 @@ def _repaired(out: np.ndarray, rows: Rows, probes: np.ndarray, own: np.ndarray, 
         with np.errstate(over="ignore"):
             out[ids] = on_cpu(chunk[finite], probes.astype(np.float64), owners, k)
     return out
+
+
+def row_chunks(rows: Rows, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yields (start, stop) of consecutive chunks of rows, each small enough to be held in memory."""
+    return _parts(begin, end, _chunk_rows(rows))
 
 
 def _chunk_rows(rows: Rows) -> int:

@@ -1,9 +1,10 @@
 """Which examples to remove: the paper's share of the highest ranks, or calibrated p-values from the probes."""
 
 import math
+from collections.abc import Callable, Iterable
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from badloss_jax.errors import UsageError
 
@@ -38,6 +39,69 @@ def benjamini_hochberg(p_values: Float[np.ndarray, "N"], q: float) -> Bool[np.nd
     ordered = np.sort(p_values)
     passing = np.flatnonzero(ordered <= q * np.arange(1, len(ordered) + 1) / max(1, len(ordered)))
     return p_values <= ordered[passing[-1]] if len(passing) else np.zeros(len(p_values), bool)
+
+
+def benjamini_hochberg_threshold(counts: Int[np.ndarray, "C"], q: float) -> int:
+    """Applies Benjamini and Hochberg to p-values that are only counted, whatever their number.
+
+    Args:
+      counts: [P + 1], how many examples have the p-value (1 + c) / (P + 1), as `conformal_p_values` gives them.
+      q: the false discovery rate, in 0 to 1.
+
+    Returns:
+      How many of the p-values, from the smallest, are rejected: all those below (1 + this) / (P + 1).
+    """
+    ranks = np.cumsum(counts)
+    p_values = np.arange(1, len(counts) + 1) / len(counts)
+    passing = np.flatnonzero((p_values <= q * ranks / max(1, int(ranks[-1]))) & (ranks > 0))
+    return int(passing[-1]) + 1 if len(passing) else 0
+
+
+def largest_threshold(chunks: Callable[[], Iterable[Float[np.ndarray, "M"]]], count: int) -> tuple[float, int]:
+    """Finds the `count` largest of values that do not fit into memory, exactly and without sorting them.
+
+    Selects by 16 bits at a time: the chunks are walked over twice in float32, four times in float64.
+
+    Args:
+      chunks: begins a new walk over all values, none of them NaN, all of one dtype.
+      count: 0 to their number.
+
+    Returns:
+      threshold, ties: the values above the threshold are among the largest, and so are the first `ties` that equal it.
+    """
+    if not count:
+        return math.inf, 0
+    prefix, left, bits = 0, count, 64
+    done = 0
+    while done < bits:
+        histogram = np.zeros(2**16, np.int64)
+        for values in chunks():
+            keys = _ordered(values)
+            bits = 8 * keys.itemsize
+            if done:
+                keys = keys[keys >> keys.dtype.type(bits - done) == prefix]
+            digits = keys >> keys.dtype.type(bits - done - 16) & keys.dtype.type(0xFFFF)
+            histogram += np.bincount(digits.astype(np.int64), minlength=2**16)
+        reached = np.cumsum(histogram[::-1])
+        above = int(np.searchsorted(reached, left))  # digits that lie wholly above
+        left -= int(reached[above - 1]) if above else 0
+        prefix, done = prefix << 16 | (2**16 - 1 - above), done + 16
+    key = np.array(prefix, np.uint32 if bits == 32 else np.uint64)
+    return float(_from_ordered(key)), left
+
+
+def _ordered(values: np.ndarray) -> np.ndarray:
+    """Returns unsigned integers in the order of the values."""
+    values = np.ascontiguousarray(values + 0)  # -0.0 becomes 0.0
+    bits: np.ndarray = values.view(np.uint32 if values.dtype == np.float32 else np.uint64)
+    sign = bits.dtype.type(1 << (8 * bits.itemsize - 1))
+    return np.where(values < 0, ~bits, bits | sign)
+
+
+def _from_ordered(key: np.ndarray) -> np.ndarray:
+    sign = key.dtype.type(1 << (8 * key.itemsize - 1))
+    bits = key ^ sign if key & sign else ~key
+    return np.asarray(bits, key.dtype).view(np.float32 if key.itemsize == 4 else np.float64)
 
 
 def reject(

@@ -2,25 +2,51 @@
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from badloss_jax.errors import UsageError
+from badloss_jax.scoring.distances import Rows, row_chunks
+from badloss_jax.training.mesh import process_blocks
 
 
-def filter_epochs(losses: Float[np.ndarray, "N T"]) -> Int[np.ndarray, "E"]:
+def filter_epochs(
+    losses: Float[np.ndarray, "N T"] | Rows, mesh: Mesh | None = None, *, exclude_non_finite: bool = False
+) -> Int[np.ndarray, "E"]:
     """Chooses the epochs to score: those at which the network had not just jumped away.
 
     Keeps epochs 0, 1, 2, and a later one if its mean loss over all examples is below twice the mean of the last three
     kept epochs' mean losses. Always computed on the losses, whatever kind of trajectory is scored.
 
+    Args:
+      losses: [N, T], in memory or on disk, where they are read chunk by chunk.
+      mesh: whose processes each read their own rows; by default this process reads all.
+      exclude_non_finite: leave out examples with a loss that is NaN or infinite, in place of the error.
+
     Raises:
       UsageError: fewer than three epochs, or losses that are not finite.
     """
-    losses = np.asarray(losses)
-    if losses.ndim != 2 or losses.shape[1] < 3 or not len(losses):
+    count, width = (*losses.shape, 0)[:2]
+    if len(losses.shape) != 2 or width < 3 or not count:
         raise UsageError(f"losses are {losses.shape}: expected [N, T] with at least 3 epochs")
-    means = losses.mean(axis=0, dtype=np.float64)
+    sums, ranges = np.zeros(1 + width), [(0, count)]  # the first is how many examples count
+    if mesh is not None and mesh.is_multi_process:
+        ranges = [run[:2] for run in process_blocks(count, mesh) if run[2] == jax.process_index()]
+    for begin, end in ranges:
+        for start, stop in row_chunks(losses, begin, end):
+            chunk = np.asarray(losses[start:stop])
+            if exclude_non_finite:
+                chunk = chunk[np.isfinite(chunk).all(1)]
+            sums += [len(chunk), *chunk.sum(axis=0, dtype=np.float64)]
+    if mesh is not None and mesh.is_multi_process:
+        bits = multihost_utils.process_allgather(sums.view(np.uint32))  # float64 itself needs x64
+        sums = np.ascontiguousarray(bits).view(np.float64).sum(axis=0)
+    if not sums[0]:
+        raise UsageError("no example has finite losses in all epochs")
+    means = sums[1:] / sums[0]
     if not np.isfinite(means).all():
         raise UsageError(f"the losses of epoch {np.flatnonzero(~np.isfinite(means))[0]} are not all finite")
     kept = [0, 1, 2]
@@ -31,21 +57,25 @@ def filter_epochs(losses: Float[np.ndarray, "N T"]) -> Int[np.ndarray, "E"]:
 
 
 def anomaly_scores(
-    distances: Float[np.ndarray, "N"], eps: float = 0.01, transform: str = "log"
+    distances: Float[np.ndarray, "N"],
+    eps: float = 0.01,
+    transform: str = "log",
+    between: tuple[float, float] | None = None,
 ) -> Float[np.ndarray, "N"]:
     """Turns distances into scores in [0, 1] for display: log(eps + distance), shifted and scaled ("linear": no log).
 
     Ranks are those of the distances. Thresholds are made from distances, never from scores that were scaled set by set.
+    `between` are the smallest and the largest distance, where these are but a part of all.
     """
     if transform not in ("log", "linear"):
         raise UsageError(f"unknown transform {transform!r}: expected log or linear")
     values = np.asarray(distances, np.float64)
+    low, high = between or (values.min(), values.max())
     if transform == "log":
-        if values.min() + eps <= 0:
-            raise UsageError(f"distances go down to {values.min()}: expected more than -eps = {-eps}")
-        values = np.log(eps + values)
-    span = np.ptp(values)
-    return (values - values.min()) / (span or 1.0)
+        if low + eps <= 0:
+            raise UsageError(f"distances go down to {low}: expected more than -eps = {-eps}")
+        values, low, high = np.log(eps + values), np.log(eps + low), np.log(eps + high)
+    return (values - low) / ((high - low) or 1.0)
 
 
 def mean_standardised(

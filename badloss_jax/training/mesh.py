@@ -59,11 +59,34 @@ def to_host(array: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
+def local_rows(array: jax.Array, start: int, stop: int) -> np.ndarray:
+    """Copies rows to the host that devices of this process hold."""
+    shards = sorted((shard.index[0].indices(len(array))[0], shard.data) for shard in array.addressable_shards)
+    parts = [np.asarray(data)[max(start - begin, 0) : max(stop - begin, 0)] for begin, data in shards]
+    return np.concatenate(parts)
+
+
 def local_blocks(count: int, mesh: Mesh) -> list[slice]:
     """Returns the rows that each device of this process holds of an array that is sharded by rows, in order."""
     held = by_rows(mesh).addressable_devices_indices_map((count,)).values()
     bounds = sorted(index[0].indices(count)[:2] for index in held if index)
     return [slice(start, stop) for start, stop in bounds]
+
+
+def process_blocks(count: int, mesh: Mesh) -> list[tuple[int, int, int]]:
+    """Returns (start, stop, process) of each run of rows that one process holds of an array sharded by rows, in order.
+
+    The array has `count` rows, rounded up to a multiple of the devices; the rows past `count` are in no run.
+    """
+    share = round_up(count, mesh) // mesh.size
+    blocks: list[tuple[int, int, int]] = []
+    for number, device in enumerate(mesh.devices.flat):
+        start, stop = min(number * share, count), min((number + 1) * share, count)
+        if blocks and blocks[-1][2] == device.process_index:
+            blocks[-1] = blocks[-1][0], stop, device.process_index
+        elif start < stop:
+            blocks.append((start, stop, device.process_index))
+    return blocks
 
 
 def round_up(count: int, mesh: Mesh) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from badloss_jax.training.mesh import by_rows, round_up, to_host
+from badloss_jax.training.mesh import by_rows, local_rows, process_blocks, round_up
 from badloss_jax.trajectories.kinds import Kinds
 
 Buffer = dict[str, jax.Array]
@@ -41,10 +41,16 @@ def write(buffer: Buffer, ids: Int[Array, "B"], epoch: Int[Array, ""], values: d
     }
 
 
-def read_column(buffer: Buffer, epoch: int, num_examples: int) -> dict[str, np.ndarray]:
-    """Copies column `epoch` of every kind to every host, [N, ...], without the padding rows."""
-    columns = _column(buffer, np.int32(epoch))
-    return {name: to_host(column)[:num_examples] for name, column in columns.items()}
+def read_column(buffer: Buffer, epoch: int, num_examples: int) -> dict[str, list[np.ndarray]]:
+    """Copies column `epoch` of every kind to the hosts, each its own rows and none of the padding.
+
+    Returns:
+      kind -> the runs of rows that this process holds (`mesh.process_blocks`), in order.
+    """
+    columns, here = _column(buffer, np.int32(epoch)), jax.process_index()
+    mesh = buffer["loss"].sharding.mesh  # type: ignore[attr-defined]
+    runs = [block[:2] for block in process_blocks(num_examples, mesh) if block[2] == here]
+    return {name: [local_rows(column, *run) for run in runs] for name, column in columns.items()}
 
 
 @jax.jit

@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass, field
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from badloss_jax.data.order import cut_batches
 from badloss_jax.errors import NonFiniteLossError
 from badloss_jax.models import ModelSpec
-from badloss_jax.processes import on_first
+from badloss_jax.processes import all_of, on_all
 from badloss_jax.training.batch import Examples
+from badloss_jax.training.mesh import process_blocks
 from badloss_jax.training.state import TrainState
 from badloss_jax.training.step import make_sweep_step
 from badloss_jax.trajectories.buffer import Buffer, create_buffer, padding_id, read_column
@@ -61,17 +63,27 @@ class Recorder:
             order = cut_batches(np.arange(len(data)), self.batch_size, padding_id(len(data), self.mesh))
             for batch in data.batches(order):
                 self.buffer = step(state, self.buffer, batch, np.int32(epoch))
-        columns = self.flush(epoch)
-        for kind, column in columns.items():
-            if not np.isfinite(column).all():
+        self.flush(epoch, check=True)
+
+    def flush(self, epoch: int, *, check: bool = False) -> None:
+        """Stores what is recorded of the epoch, each process its own rows; cells that are not recorded are NaN.
+
+        Raises:
+          NonFiniteLossError: in every process, if it is to be checked and some value is not finite.
+        """
+        columns = read_column(self.buffer, epoch, self.store.num_examples)
+        blocks, here = process_blocks(self.store.num_examples, self.mesh), jax.process_index()
+        ours = [number for number, block in enumerate(blocks) if block[2] == here]
+
+        def write() -> None:
+            for run, number in enumerate(ours):
+                self.store.write_epoch(epoch, {kind: runs[run] for kind, runs in columns.items()}, number, len(blocks))
+
+        on_all(write)
+        for kind, runs in columns.items() if check else ():
+            if not all_of(all(np.isfinite(run).all() for run in runs)):
                 raise NonFiniteLossError(
                     f"after epoch {epoch} the network's {kind} is NaN or infinite for some examples; what was recorded"
                     f" is kept in {self.store.folder}. A smaller --config.optimizer.learning_rate usually helps, in"
                     " another --workdir"
                 )
-
-    def flush(self, epoch: int) -> dict[str, np.ndarray]:
-        """Stores and returns what is recorded of the epoch, kind -> [N, ...]; cells that are not are NaN."""
-        columns = read_column(self.buffer, epoch, self.store.num_examples)
-        on_first(lambda: self.store.write_epoch(epoch, columns))
-        return columns

@@ -1,18 +1,21 @@
-"""The trajectory store on disk: time-major, one column file a kind and epoch, written once the epoch is over.
+"""The trajectory store on disk: time-major, a sharded column a kind and epoch, written once the epoch is over.
 
 In its folder lie:
 
-    DIR/about.json             format, hash of the recording, shapes and dtypes
-    DIR/examples.npz           labels int32 [N] as trained on, is_probe bool [N]
-    DIR/loss/epoch_0000.npy    float32 [N]
-    DIR/logits/epoch_0000.npy  float16 [N, K]; likewise prob, ranked, features
+    DIR/about.json                              format, hash of the recording, shapes and dtypes
+    DIR/labels.npy                              int32 [N], as trained on
+    DIR/probes.npy                              int64 [P], the probes' ids, ascending
+    DIR/loss/epoch_0000-00000-of-00002.npy      float32 [N'], the first of two shards, which hold the rows in order
+    DIR/logits/epoch_0000-00000-of-00002.npy    float16 [N', K]; likewise prob, ranked, features
+
+Every process writes the rows of its own devices. Readers map the files, and take any range of rows from any sharding.
 """
 
 import json
+import re
 import shutil
-import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,8 @@ from jaxtyping import Bool, Float, Int
 from badloss_jax.errors import DataError
 from badloss_jax.files import read_json, write_atomically, write_text
 
-_FORMAT = "badloss_jax.trajectories/1"
+_FORMAT = "badloss_jax.trajectories/2"
+_BLOCK = 2**12  # rows
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,11 @@ class TrajectoryStore:
             "num_epochs": num_epochs,
             "layout": plain,
         }
-        write_atomically(folder / "examples.npz", lambda aside: np.savez(aside, labels=labels, is_probe=is_probe))
+        ours: dict[str, np.ndarray] = {
+            "labels": np.asarray(labels, np.int32), "probes": np.flatnonzero(is_probe).astype(np.int64)
+        }  # fmt: skip
+        for name, array in ours.items():
+            write_atomically(folder / f"{name}.npy", partial(np.save, arr=array, allow_pickle=False))
         write_text(folder / "about.json", json.dumps(about, indent=2))
         return store
 
@@ -89,56 +97,152 @@ class TrajectoryStore:
 
     @property
     def complete(self) -> bool:
-        """Whether all epochs of all kinds are there."""
-        return all(self._path(kind, t).is_file() for kind in self.layout for t in range(self.num_epochs))
+        """Whether all shards of all epochs of all kinds are there."""
+        return all(self._shards(kind, epoch) for kind in self.layout for epoch in range(self.num_epochs))
 
-    def write_epoch(self, epoch: int, columns: Mapping[str, np.ndarray]) -> None:
-        """Writes one epoch's column of every kind, [N, ...]."""
+    def write_epoch(self, epoch: int, columns: Mapping[str, np.ndarray], shard: int = 0, shards: int = 1) -> None:
+        """Writes one epoch's column of every kind, [N, ...], or one shard of it."""
         for kind, column in columns.items():
-            write_atomically(self._path(kind, epoch), partial(np.save, arr=column, allow_pickle=False))
+            path = self.folder / kind / f"epoch_{epoch:04d}-{shard:05d}-of-{shards:05d}.npy"
+            write_atomically(path, partial(np.save, arr=column, allow_pickle=False))
+
+    def rows(self, kind: str, epochs: Int[np.ndarray, "E"] | None = None, *, check: bool = True) -> "StoredRows":
+        """Maps the chosen epochs of a kind, by default all; nothing is read before it is indexed.
+
+        Args:
+          kind: of `layout`.
+          epochs: in the order wanted.
+          check: raise DataError on reading what was not recorded (NaN), or is not finite.
+
+        Raises:
+          DataError: the kind was not recorded, or a shard is missing, damaged or of another shape.
+        """
+        if kind not in self.layout:
+            raise DataError(f"{self.folder} has no trajectories of kind {kind!r}, only {', '.join(self.layout)}")
+        chosen = range(self.num_epochs) if epochs is None else [int(epoch) for epoch in epochs]
+        return StoredRows(self.num_examples, *self.layout[kind], [self._column(kind, epoch) for epoch in chosen], check)
 
     def read(self, kind: str, epochs: Int[np.ndarray, "E"] | None = None) -> Float[np.ndarray, "N E ..."]:
         """Reads the chosen epochs of a kind, by default all, as [N, E] or [N, E, width].
 
         Raises:
-          DataError: the kind was not recorded, or a column is missing, damaged, of another shape, or not finite (a
-            cell that was never recorded is NaN).
+          DataError: as `rows`, or a value is not finite.
         """
-        if kind not in self.layout:
-            raise DataError(f"{self.folder} has no trajectories of kind {kind!r}, only {', '.join(self.layout)}")
-        shape, dtype = self.layout[kind]
-        epochs = np.arange(self.num_epochs) if epochs is None else epochs
-        out = np.empty((self.num_examples, len(epochs), *shape), dtype)
-        for position, epoch in enumerate(epochs):
-            path = self._path(kind, int(epoch))
-            try:
-                column = np.load(path, mmap_mode="r", allow_pickle=False)  # its header may claim anything
-            except (OSError, ValueError, EOFError) as error:
-                raise DataError(f"{path} is missing or damaged: {error}") from error
-            expected = (self.num_examples, *shape)
-            if column.shape != expected or column.dtype != dtype:
-                raise DataError(f"{path} is {column.dtype} {column.shape}, expected {dtype} {expected}")
-            bad = np.flatnonzero(~np.isfinite(column.reshape(self.num_examples, -1)).all(1))
-            if len(bad):
-                raise DataError(f"{path}: {len(bad)} examples were not recorded or are not finite, first id {bad[0]}")
-            out[:, position] = column
-        return out
+        return self.rows(kind, epochs)[:]
 
-    def read_examples(self) -> tuple[Int[np.ndarray, "N"], Bool[np.ndarray, "N"]]:
-        """Returns the labels that were trained on, and which examples are probes.
+    def labels(self) -> Int[np.ndarray, "N"]:
+        """Maps the labels that were trained on, int32.
 
         Raises:
           DataError: the file is missing or damaged.
         """
-        path = self.folder / "examples.npz"
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                labels, is_probe = arrays["labels"], arrays["is_probe"]
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path} is missing or damaged: {error}") from error
-        if labels.shape != (self.num_examples,) or is_probe.shape != labels.shape or is_probe.dtype != bool:
-            raise DataError(f"{path} does not hold {self.num_examples} labels and probe marks")
-        return labels, is_probe
+        path = self.folder / "labels.npy"
+        labels = _mapped(path)
+        if labels.shape != (self.num_examples,) or labels.dtype != np.int32:
+            raise DataError(f"{path} does not hold {self.num_examples} labels")
+        return labels
 
-    def _path(self, kind: str, epoch: int) -> Path:
-        return self.folder / kind / f"epoch_{epoch:04d}.npy"
+    def probe_ids(self) -> Int[np.ndarray, "P"]:
+        """Reads the ids of the probes, ascending.
+
+        Raises:
+          DataError: the file is missing or damaged.
+        """
+        path = self.folder / "probes.npy"
+        ids = np.array(_mapped(path))
+        if ids.ndim != 1 or ids.dtype != np.int64 or (np.diff(ids, prepend=-1, append=self.num_examples) <= 0).any():
+            raise DataError(f"{path} does not hold ids, ascending, of {self.num_examples} examples")
+        return ids
+
+    def _column(self, kind: str, epoch: int) -> list[np.ndarray]:
+        """Maps the shards of one column."""
+        paths = self._shards(kind, epoch)
+        if not paths:
+            raise DataError(f"{self.folder / kind}/epoch_{epoch:04d}-*.npy is missing, or not all of its shards are"
+                            " there")  # fmt: skip
+        width, dtype = self.layout[kind]
+        shards = [_mapped(path) for path in paths]
+        for path, shard in zip(paths, shards, strict=True):
+            if shard.shape[1:] != width or shard.ndim != 1 + len(width) or shard.dtype != dtype:
+                raise DataError(f"{path} is {shard.dtype} {shard.shape}, expected {dtype} {('N', *width)}")
+        found = sum(map(len, shards))
+        if found != self.num_examples:
+            raise DataError(f"{paths[0]}, with all shards, has {found} rows, expected {self.num_examples}")
+        return shards
+
+    def _shards(self, kind: str, epoch: int) -> list[Path]:
+        """Returns the files of a column in order, or none if one is missing."""
+        found: dict[int, dict[int, Path]] = {}
+        for path in (self.folder / kind).glob(f"epoch_{epoch:04d}-*.npy"):
+            named = re.fullmatch(r"epoch_\d+-(\d+)-of-(\d+)", path.stem)
+            if named:
+                found.setdefault(int(named[2]), {})[int(named[1])] = path
+        for count, shards in found.items():
+            if sorted(shards) == list(range(count)):
+                return [shards[number] for number in range(count)]
+        return []
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Trajectories [N, E] or [N, E, width] on disk that are read where they are indexed.
+
+    `rows[3:9]` is a range of examples, `rows[ids]` takes an array of ids.
+    """
+
+    num_examples: int
+    width: tuple[int, ...]
+    dtype_name: str
+    columns: list[list[np.ndarray]] = field(repr=False)
+    check: bool = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, E) or (N, E, width)."""
+        return self.num_examples, len(self.columns), *self.width
+
+    @property
+    def dtype(self) -> np.dtype:
+        """As stored."""
+        return np.dtype(self.dtype_name)
+
+    def __getitem__(self, rows: slice | Int[np.ndarray, "M"]) -> Float[np.ndarray, "M E ..."]:
+        """Reads rows.
+
+        Raises:
+          DataError: a value is not finite, if that is to be checked; the file and the first id are named.
+        """
+        ids = np.arange(*rows.indices(self.num_examples)) if isinstance(rows, slice) else np.asarray(rows)
+        out = np.empty((len(ids), *self.shape[1:]), self.dtype)
+        for start in range(0, len(ids), _BLOCK):
+            self._read(ids[start : start + _BLOCK], out[start : start + _BLOCK])
+        return out
+
+    def _read(self, ids: np.ndarray, out: np.ndarray) -> None:
+        """Fills a block, small enough to stay in a cache while one column after the other is put into it."""
+        run = len(ids) and int(ids[-1]) - int(ids[0]) == len(ids) - 1 and (np.diff(ids) == 1).all()
+        for number, shards in enumerate(self.columns):
+            begin = 0
+            for shard in shards:
+                if run:
+                    start, stop = max(int(ids[0]) - begin, 0), min(int(ids[-1]) + 1 - begin, len(shard))
+                    if start < stop:
+                        first = begin + start - int(ids[0])
+                        out[first : first + stop - start, number] = shard[start:stop]
+                else:
+                    here = (ids >= begin) & (ids < begin + len(shard))
+                    out[here, number] = shard[ids[here] - begin]
+                begin += len(shard)
+        if self.check and not np.isfinite(out).all():
+            finite = np.isfinite(out.reshape(*out.shape[:2], -1)).all(2)
+            number = int(np.argmin(finite.all(0)))
+            name = getattr(self.columns[number][0], "filename", "the trajectories")
+            raise DataError(f"{name}: some examples were not recorded or are not finite, first id"
+                            f" {ids[np.argmin(finite[:, number])]}")  # fmt: skip
+
+
+def _mapped(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)  # its header may claim anything
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} is missing or damaged: {error}") from error

@@ -56,7 +56,7 @@ def test_the_first_steps_are_those_of_the_cpu(gpu, cpu):
             step = make_train_step(SPEC, AdamW(), 100.0, "none", KINDS, mesh)
             for batch in data.batches(np.arange(96, dtype=np.int32).reshape(3, 32)):
                 state, buffer, _ = step(state, buffer, batch, np.int32(0), np.float32(1e-3), np.uint32(0))
-            seen.append(read_column(buffer, 0, 96))
+            seen.append({kind: run for kind, (run,) in read_column(buffer, 0, 96).items()})
     for kind in KINDS.layout():
         np.testing.assert_allclose(seen[0][kind], seen[1][kind], rtol=0, atol=1e-2, err_msg=kind)
         assert np.isfinite(seen[0][kind]).all()
@@ -80,7 +80,7 @@ def test_a_step_writes_into_the_buffer_where_it_is(gpu, dtype):
         assert array.is_deleted()
         assert buffer[kind].unsafe_buffer_pointer() == address
     assert np.isfinite(float(loss))
-    losses = read_column(buffer, 1, len(data))["loss"]
+    (losses,) = read_column(buffer, 1, len(data))["loss"]
     assert losses.dtype == np.float32
     assert np.isfinite(losses[:32]).all()
     assert np.isnan(losses[32:]).all()

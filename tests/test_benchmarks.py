@@ -13,6 +13,7 @@ from badloss_jax.benchmarks.timing import overhead, summary
 from badloss_jax.cli import main
 from badloss_jax.errors import NonFiniteLossError
 from badloss_jax.experiment import run_experiment
+from badloss_jax.report.results import read_results
 from badloss_jax.training import loop
 from badloss_jax.training.mesh import make_mesh
 from badloss_jax.trajectories.kinds import Kinds
@@ -222,5 +223,24 @@ def test_detectors(tmp_path, tiny, capsys):
     figures = json.loads((tmp_path / "out.json").read_text("utf-8"))["figures"]
     assert [(figure["detector"], figure["examples"]) for figure in figures] == [("badloss loss", 300),
                                                                                ("badloss combined", 300)]  # fmt: skip
+    results = read_results(tmp_path / "run" / "results.json")
+    for figure, variant in zip(figures, ("loss/fraction", "combined/fraction"), strict=True):
+        assert figure["auroc"] == results["variants"][variant]["detection"]["auroc"]["overall"]
+    assert 0.999 < figures[0]["float16"]["rank_correlation"] < 1
+    assert abs(figures[0]["float16"]["auroc"] - figures[0]["auroc"]) < 0.01
+    assert figures[1]["float16"] is None  # its trajectories are stored as float16 already
     assert "badloss combined" in capsys.readouterr().out
     assert main(["bench", "detectors", "--workdir", str(tmp_path / "none")]) == 2
+
+
+def test_store(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    given = ["--sizes", "600,1200", "--epochs", "4", "--probes", "60", "--dtypes", "float16"]
+    assert main(["bench", "store", *given, "--out", str(out)]) == 0
+    figures = json.loads(out.read_text("utf-8"))["figures"]
+    assert [figure["stored_bytes"] for figure in figures] == [600 * 4 * 2, 1200 * 4 * 2]
+    for figure in figures:
+        assert figure["anonymous_bytes"] > 2**20
+        assert figure["examples_per_second"] == pytest.approx(figure["examples"] / figure["seconds"]["all"])
+        assert figure["seconds"]["distances"] < figure["seconds"]["all"]
+    assert "anonymous memory" in capsys.readouterr().out

@@ -128,14 +128,22 @@ def add_bench(commands: Any) -> None:
     for name, default, about in (("epochs", 30, "T"), ("probes", 250, "P"), ("k", 50, "nearest probes")):
         scorer.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{about} (default {default})")
     detectors = benchmarks.add_parser("detectors", help="every detector, on the files of a finished run",
-                                      description="Time every detector from a run's stored trajectories to its lists.",
+                                      description="Time every detector from a run's stored trajectories to its removal"
+                                      " lists, and say what float16 in place of float32 trajectories would change.",
                                       **plain)  # fmt: skip
     detectors.add_argument("--workdir", type=Path, required=True, metavar="OUT", help="folder of a finished run")
+    store = benchmarks.add_parser("store", help="scoring trajectories from the disk, and its memory", **plain,
+                                  description="Write stores of losses to the temporary folder, score each as `badloss"
+                                  " score --trajectories` does, and measure seconds and anonymous memory.")  # fmt: skip
+    store.add_argument("--sizes", default="1000000,10000000", metavar="N,N", help="(default 1000000,10000000)")
+    store.add_argument("--dtypes", default="float32", metavar="D", help="as stored: float32 or float16")
+    for name, default, about in (("epochs", 30, "T"), ("probes", 250, "P")):
+        store.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{about} (default {default})")
     for parser in (scorer, detectors):
         parser.add_argument(
             "--repeats", type=int, default=5, metavar="N", help="of which the median counts (default 5)"
         )
-    for parser in (train, buffer, feed, scorer, detectors):
+    for parser in (train, buffer, feed, scorer, detectors, store):
         parser.add_argument("--out", type=Path, metavar="FILE.json", help="keeps all figures")
 
 
@@ -157,6 +165,7 @@ def measure(arguments: argparse.Namespace, overrides: Sequence[str], command: Se
     work, table = {
         "train": (_train, training_table), "buffer": (_buffer, buffer_table), "input": (_input, input_table),
         "scorer": (_scorer, scorer_table), "detectors": (_detectors, detectors_table),
+        "store": (_store, store_table),
     }[arguments.benchmark]  # fmt: skip
     # The file need not say where it lies.
     plain = [text for at, text in enumerate(command) if "--out" not in (text.split("=")[0], command[max(0, at - 1)])]
@@ -236,11 +245,7 @@ def _buffer(arguments: argparse.Namespace, overrides: Sequence[str]) -> Iterator
     from badloss_jax.training.mesh import make_mesh
     from badloss_jax.trajectories.kinds import Kinds
 
-    names = tuple(name for name in arguments.kinds.split(",") if name)
-    unknown = [name for name in names if name not in RECORDED_KINDS]
-    if unknown:
-        raise UsageError(f"--kinds has {unknown[0]!r}: expected some of {', '.join(RECORDED_KINDS)}")
-    kinds = Kinds(names, 1000, 1, arguments.feature_dim)
+    kinds = Kinds(tuple(_names("kinds", arguments.kinds, RECORDED_KINDS)), 1000, 1, arguments.feature_dim)
     yield measure_buffer(kinds, arguments.examples, arguments.epochs, make_mesh(), batch_size=arguments.batch_size,
                          num_probes=arguments.probes, k=arguments.k)  # fmt: skip
 
@@ -259,22 +264,37 @@ def _input(arguments: argparse.Namespace, overrides: Sequence[str]) -> Iterator[
 def _scorer(arguments: argparse.Namespace, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
     from badloss_jax.benchmarks.scorer import KERNELS, PEERS, measure_scorer
 
+    sizes, dtypes = _sizes(arguments), _names("dtypes", arguments.dtypes, ("float32", "float16"))
+    if not 1 <= arguments.k <= arguments.probes:
+        raise UsageError(f"--k {arguments.k} with --probes {arguments.probes}: expected 1 <= k <= P")
+    methods = _names("methods", arguments.methods, (*KERNELS, *PEERS)) or [*KERNELS, *PEERS]
+    yield from measure_scorer(sizes, arguments.epochs, arguments.probes, arguments.k, dtypes, methods,
+                              arguments.repeats)  # fmt: skip
+
+
+def _store(arguments: argparse.Namespace, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
+    from badloss_jax.benchmarks.scorer import measure_store
+
+    for dtype in _names("dtypes", arguments.dtypes, ("float32", "float16")):
+        yield from measure_store(_sizes(arguments), arguments.epochs, arguments.probes, dtype)
+
+
+def _sizes(arguments: argparse.Namespace) -> list[int]:
     try:
         sizes = [int(size) for size in arguments.sizes.split(",")]
     except ValueError:
         sizes = [0]
     if min(sizes) < 1:
         raise UsageError(f"--sizes {arguments.sizes!r}: expected numbers of trajectories, such as 10000,50000")
-    if not 1 <= arguments.k <= arguments.probes:
-        raise UsageError(f"--k {arguments.k} with --probes {arguments.probes}: expected 1 <= k <= P")
-    methods = [name for name in arguments.methods.split(",") if name] or [*KERNELS, *PEERS]
-    for option, names, known in (("methods", methods, (*KERNELS, *PEERS)),
-                                 ("dtypes", arguments.dtypes.split(","), ("float32", "float16"))):  # fmt: skip
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise UsageError(f"--{option} has {unknown[0]!r}: expected some of {', '.join(known)}")
-    yield from measure_scorer(sizes, arguments.epochs, arguments.probes, arguments.k, arguments.dtypes.split(","),
-                              methods, arguments.repeats)  # fmt: skip
+    return sizes
+
+
+def _names(option: str, given: str, known: Sequence[str]) -> list[str]:
+    names = [name for name in given.split(",") if name]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UsageError(f"--{option} has {unknown[0]!r}: expected some of {', '.join(known)}")
+    return names
 
 
 def _detectors(arguments: argparse.Namespace, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -374,9 +394,24 @@ def scorer_table(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def detectors_table(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Returns header and rows: per detector seconds and examples a second."""
-    rows = [["detector", "examples", "seconds", "examples/s"]]
+    """Returns header and rows: per detector seconds, AUROC, and what storing float16 in place of float32 changes."""
+    rows = [["detector", "examples", "seconds", "examples/s", "AUROC", "as float16", "rank corr.", "removed, changed"]]
     for figure in figures:
+        half = figure["float16"]
+        auroc = ["" if found is None or found["auroc"] is None else f"{found['auroc']:.4f}" for found in (figure, half)]
+        changes = [f"{half['rank_correlation']:.7f}", f"{100 * half['removed_changed']:.3f} %"] if half else ["", ""]
         rows.append([figure["detector"], f"{figure['examples']:,}", f"{figure['seconds']['median']:.4f}",
-                     f"{figure['examples_per_second']:,.0f}"])  # fmt: skip
+                     f"{figure['examples_per_second']:,.0f}", *auroc, *changes])  # fmt: skip
+    return rows
+
+
+def store_table(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Returns header and rows: per store its size, seconds per phase, and the peak of anonymous memory."""
+    rows = [["N", "T", "dtype", "stored", "distances", "all", "examples/s", "anonymous memory"]]
+    for figure in figures:
+        seconds = figure["seconds"]
+        rows.append([f"{figure['examples']:,}", str(figure["epochs"]), figure["dtype"],
+                     f"{figure['stored_bytes'] / 1e9:.2f} GB", f"{seconds['distances']:.2f} s",
+                     f"{seconds['all']:.2f} s", f"{figure['examples_per_second']:,.0f}",
+                     f"{figure['anonymous_bytes'] / 2**20:,.0f} MiB"])  # fmt: skip
     return rows

@@ -181,7 +181,11 @@ def _on_devices(rows: Rows, probes: np.ndarray, own: np.ndarray, k: int, mesh: M
     if mesh.devices.flat[0].platform == "cpu":
         share = min(share, max(1, _XLA_DISTANCES // len(probes)))
     size = mesh.size * min(share, max(1, -(-count // mesh.size)))
-    out, on_mesh, kernel = np.empty(count, probes.dtype), place(probes, replicated(mesh)), on_devices(k, mesh)
+    out, on_mesh, kernel = (
+        np.empty(count, probes.dtype),
+        place(probes, replicated(mesh)),
+        on_devices(k, mesh, bool((own >= 0).any())),
+    )
 
     def padded(real: np.ndarray, length: int) -> np.ndarray:
         return np.concatenate([real, np.zeros((length - len(real), *real.shape[1:]), real.dtype)])

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -137,25 +137,28 @@ def _compiled() -> Callable[..., None]:
 
 
 @lru_cache(maxsize=64)
-def on_devices(k: int, mesh: Mesh) -> Callable[[Array, Array, Array], Array]:
+def on_devices(k: int, mesh: Mesh, leave_out: bool) -> Callable[[Array, Array, Array], Array]:
     """Compiles (rows [R, D], probes [P, D], own [R]) -> [R], as `on_cpu`, for the devices of a mesh.
 
-    Every device works on its own rows, and nothing is exchanged.
+    Every device works on its own rows, and nothing is exchanged. `own` counts only with `leave_out`.
     """
     row, whole = PartitionSpec(AXIS), PartitionSpec()
-    kernel = partial(_mean_of_nearest, k=k)
+    kernel = partial(_mean_of_nearest, k=k, leave_out=leave_out)
     return jax.jit(jax.shard_map(kernel, mesh=mesh, in_specs=(row, whole, row), out_specs=row))
 
 
 def _mean_of_nearest(
-    rows: Float[Array, "R D"], probes: Float[Array, "P D"], own: Int[Array, "R"], k: int
+    rows: Float[Array, "R D"], probes: Float[Array, "P D"], own: Int[Array, "R"], k: int, leave_out: bool
 ) -> Float[Array, "R"]:
     integer = jnp.int32 if rows.dtype == jnp.float32 else jnp.int64
-    squares = _squares(rows, probes)
-    valid = jnp.isfinite(squares).all(1)
-    squares = jnp.where(own[:, None] == jnp.arange(len(probes)), jnp.inf, squares)
-    squares = jnp.where(valid[:, None], squares, 0)
+    squares = jax.lax.optimization_barrier(_squares(rows, probes))  # or XLA computes them once for each use
+    if leave_out:
+        finite = jnp.isfinite(squares).all(1)
+        squares = jnp.where(own[:, None] == jnp.arange(len(probes)), jnp.inf, squares)
     bits = jax.lax.bitcast_convert_type(squares, integer)
+    smallest, largest = bits.min(1), bits.max(1)
+    infinite = jax.lax.bitcast_convert_type(jnp.array(jnp.inf, rows.dtype), integer)
+    valid = finite if leave_out else (smallest >= 0) & (largest < infinite)
 
     def open_rows(bounds: tuple[Array, Array]) -> Array:
         low, high = bounds
@@ -168,7 +171,7 @@ def _mean_of_nearest(
         high = jnp.where(count >= k, middle, high)
         return jnp.where(count == k, high - 1, jnp.where(count < k, middle, low)), high
 
-    _, high = jax.lax.while_loop(open_rows, halve, (bits.min(1) - 1, bits.max(1)))
+    _, high = jax.lax.while_loop(open_rows, halve, (smallest - 1, largest))
     near = bits <= high[:, None]
     excess = (near.sum(1, dtype=jnp.int32) - k).astype(rows.dtype)
     furthest = jnp.sqrt(jnp.where(near, squares, 0).max(1))
@@ -180,19 +183,14 @@ def _mean_of_nearest(
 
 def _squares(rows: Float[Array, "R D"], probes: Float[Array, "P D"]) -> Float[Array, "R P"]:
     """Adds up squared differences over blocks of columns, each unrolled, so that XLA fuses it into one loop."""
-    zero = jnp.zeros((len(rows), len(probes)), rows.dtype)
-    zero = zero + 0 * rows[:, :1]  # sharded as the rows are
 
-    def add(total: Array, block: tuple[Array, ...]) -> tuple[Array, None]:
-        ours, theirs = block
-        return total + sum(((ours[:, d, None] - theirs[None, :, d]) ** 2 for d in range(ours.shape[1])), zero), None
+    def block(ours: Array, theirs: Array) -> Array:
+        squares = ((ours[:, d, None] - theirs[None, :, d]) ** 2 for d in range(ours.shape[1]))
+        return reduce(jnp.add, squares)
 
-    width = rows.shape[1]
-    whole = width // _UNROLLED * _UNROLLED
-    total = zero
-    if whole:
-        blocks = [array[:, :whole].reshape(len(array), -1, _UNROLLED).swapaxes(0, 1) for array in (rows, probes)]
-        total, _ = jax.lax.scan(add, total, tuple(blocks))
-    if width > whole:
-        total, _ = add(total, (rows[:, whole:], probes[:, whole:]))
+    first = rows.shape[1] % _UNROLLED or _UNROLLED
+    total = block(rows[:, :first], probes[:, :first])
+    if rows.shape[1] > first:
+        others = [array[:, first:].reshape(len(array), -1, _UNROLLED).swapaxes(0, 1) for array in (rows, probes)]
+        total, _ = jax.lax.scan(lambda total, pair: (total + block(*pair), None), total, tuple(others))
     return total

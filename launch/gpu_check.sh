@@ -50,25 +50,27 @@ train() { # NAME LIMIT ARGUMENTS...
 }
 
 bf16=--config.model.dtype=bfloat16
-part tests 130 env BADLOSS_TEST_GPU=1 python3 -m pytest -q tests/gpu
+part tests 110 env BADLOSS_TEST_GPU=1 python3 -m pytest -q -o addopts=--strict-markers tests/gpu
 if ((quick)); then
   # No --scan: on a CPU that takes minutes.
   tiny=("--config.model.stages=(8,)" --config.recording.batch_size=32 --config.evaluation.batch_size=32)
   train small 200 --models resnet_small --image_size 8 --examples 64 --seconds 0.1 "${tiny[@]}" "$bf16"
   part buffer 100 badloss bench buffer --out "$folder/buffer.json" --examples 2000 --epochs 3 --probes 20 --k 5
+  part scorer 100 badloss bench scorer --out "$folder/scorer.json" --sizes 2000 --epochs 3 --probes 20 --k 5 --repeats 1
 else
   # The recording at the size at which it is to cost less than 1 % of a step: the steps are short, so many are needed.
-  train small 50 --models resnet_small --seconds 20
+  train small 45 --models resnet_small --seconds 20
   train resnet18-64 60 --models resnet18 --image_size 64 --classes 200 --seconds 15 "$bf16"
-  train resnet50-224 120 --models resnet50 --image_size 224 --classes 1000 --examples 5120 --seconds 20 "$bf16"
+  train resnet50-224 115 --models resnet50 --image_size 224 --classes 1000 --examples 5120 --seconds 20 "$bf16"
   if [[ -n ${BADLOSS_CIFAR10:-} ]]; then
     images=(--config configs/cifar10.py "--config.data.dir=$BADLOSS_CIFAR10")
   else
     echo "BADLOSS_CIFAR10 is not set: synthetic images in CIFAR-10's place"
     images=(--image_size 32 --examples 50000)
   fi
-  train cifar10 145 --models resnet18,resnet50 --scan --seconds 15 "${images[@]}"
+  train cifar10 130 --models resnet18,resnet50 --scan --seconds 15 "${images[@]}"
   part buffer 45 badloss bench buffer --out "$folder/buffer.json"
+  part scorer 40 badloss bench scorer --out "$folder/scorer.json" --sizes 50000,1281167 --methods "xla,jax top_k" --repeats 3
 fi
 
 python3 - "$folder" "$out" "$quick" "$backend" <<'PYTHON' || failed=1

@@ -2,6 +2,8 @@
 
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -23,10 +25,9 @@ from sklearn.neighbors import NearestNeighbors
 from badloss_jax.attacks.manifest import read_manifest
 from badloss_jax.benchmarks.timing import seconds_of, summary
 from badloss_jax.defenses.badloss import detect
-from badloss_jax.defenses.streaming import score_stored
+from badloss_jax.errors import DataError
 from badloss_jax.evaluation.detection import detection_metrics
-from badloss_jax.files import write_atomically
-from badloss_jax.progress import Progress
+from badloss_jax.files import read_json, write_atomically
 from badloss_jax.scoring import knn_distances, reject
 from badloss_jax.seeding import generator
 from badloss_jax.training.mesh import make_mesh
@@ -143,11 +144,14 @@ def measure_detectors(workdir: Path, repeats: int) -> Iterator[dict[str, Any]]:
 
 
 def measure_store(sizes: Sequence[int], num_epochs: int, num_probes: int, dtype: str) -> Iterator[dict[str, Any]]:
-    """Writes stores of losses to the disk and scores each as `badloss score --trajectories` does.
+    """Writes stores of losses to the disk and scores each by `badloss score --trajectories`, in a process of its own.
 
     Yields:
-      examples, epochs, probes, dtype, stored_bytes, seconds (per phase and "all"), examples_per_second,
-      anonymous_bytes: the process's peak of anonymous memory while it scores, all that Python and JAX hold included.
+      examples, epochs, probes, dtype, stored_bytes, seconds (per phase; "all" with the start of Python and JAX),
+      examples_per_second, anonymous_bytes: the process's peak of anonymous memory.
+
+    Raises:
+      DataError: the scoring failed; what it said is on the screen.
     """
     for size in sizes:
         with tempfile.TemporaryDirectory(prefix="badloss-bench-") as name:
@@ -160,15 +164,22 @@ def measure_store(sizes: Sequence[int], num_epochs: int, num_probes: int, dtype:
                 falling = np.exp(np.float32(-3 * epoch / num_epochs))
                 store.write_epoch(epoch, {"loss": (level * noise * falling).astype(dtype)})
             del level, noise
-            started = time.perf_counter()
-            with _peak_memory() as peak:
-                results = score_stored(store.folder, None, folder / "scores", [], Progress(), make_mesh())
+            out = folder / "scores"
+            command = ["-m", "badloss_jax", "score", "--trajectories", str(store.folder), "--workdir", str(out)]
+            started, peak = time.perf_counter(), 0
+            with subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL) as process:
+                while process.poll() is None:
+                    peak = max(peak, _anonymous(process.pid))
+                    time.sleep(0.005)
+            if process.returncode:
+                raise DataError(f"badloss score ended with exit code {process.returncode}; its message is above")
             spent = time.perf_counter() - started
             yield {
                 "examples": size, "epochs": num_epochs, "probes": num_probes, "dtype": dtype,
                 "stored_bytes": size * num_epochs * np.dtype(dtype).itemsize,
-                "seconds": results["seconds"] | {"all": spent}, "examples_per_second": size / spent,
-                "anonymous_bytes": peak[0] + peak[1],
+                "seconds": read_json(out / "scoring.json")["seconds"] | {"all": spent},
+                "examples_per_second": size / spent,
+                "anonymous_bytes": peak,
             }  # fmt: skip
 
 
@@ -300,12 +311,8 @@ def _limits() -> dict[str, float]:
 
 @contextmanager
 def _peak_memory() -> Iterator[list[int]]:
-    """Samples this process's anonymous memory.
-
-    The list that it yields holds, at the end, its peak beyond the beginning, and the beginning, in bytes.
-    """
-    begun, done = _anonymous(), threading.Event()
-    peak = [0, begun]
+    """Samples this process's anonymous memory; at the end the list holds its peak beyond the beginning, in bytes."""
+    begun, peak, done = _anonymous(), [0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.002):
@@ -320,6 +327,10 @@ def _peak_memory() -> Iterator[list[int]]:
         watcher.join()
 
 
-def _anonymous() -> int:
-    with open("/proc/self/status") as status:
-        return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+def _anonymous(process: int | str = "self") -> int:
+    """Returns a process's anonymous memory in bytes, 0 if it is over."""
+    try:
+        with open(f"/proc/{process}/status") as status:
+            return next((1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon")), 0)
+    except OSError:
+        return 0

@@ -66,6 +66,7 @@ def threshold_table(scoring: Mapping[str, Any]) -> list[list[str]]:
     for kind, found in scoring["kinds"].items():
         for rule, cut in found["rules"].items():
             threshold = f"distance {cut['distance']:.6g}" if cut["p_value"] is None else f"p <= {cut['p_value']:.4g}"
+            threshold = "none: no p-value is small enough" if cut["p_value"] == 0 else threshold
             removed = f"{cut['removed']:,}", _percent(cut["removed"] / scoring["num_examples"])
             rows.append(
                 [f"{kind}/{rule}", ",".join(map(str, found["k"])), f"{found['excluded']:,}", *removed, threshold]

@@ -42,7 +42,7 @@ def test_a_check_stays_below_ten_minutes():
     whole, quick = text[text.index("\nelse\n") :], text[: text.index("\nelse\n")]
     tests = int(re.findall(r"^part tests (\d+)", text, re.MULTILINE)[0])
     limits = [int(limit) for limit in re.findall(r"^  (?:part|train) \S+ (\d+) ", whole, re.MULTILINE)]
-    assert len(limits) == 5
+    assert len(limits) == 6
     assert tests + sum(limits) + 5 * (1 + len(limits)) <= 585
     assert "--quick" in quick
 
@@ -78,6 +78,7 @@ def test_a_quick_check_runs_everything(environment, tmp_path):
     parts = json.loads(out.read_text("utf-8"))["parts"]
     assert parts["small"]["figures"][0]["model"]["dtype"] == "bfloat16"
     assert parts["buffer"]["figures"][0]["examples"] == 2000
+    assert {figure["method"] for figure in parts["scorer"]["figures"]} > {"numba", "xla", "sklearn brute"}
 
 
 @pytest.mark.parametrize("script", ["gpu_check.sh", "gpu_paper.sh"])

@@ -220,7 +220,9 @@ def test_detectors(tmp_path, tiny, capsys):
     run_experiment(tiny(scoring__kinds=kinds, controls="()", retraining__variants="()"), tmp_path / "run")
     assert main(["bench", "detectors", "--workdir", str(tmp_path / "run"), "--repeats", "2",
                  "--out", str(tmp_path / "out.json")]) == 0  # fmt: skip
-    figures = json.loads((tmp_path / "out.json").read_text("utf-8"))["figures"]
+    written = json.loads((tmp_path / "out.json").read_text("utf-8"))
+    figures = written["figures"]
+    assert written["command"] == "badloss bench detectors --workdir OUT --repeats 2"
     assert [(figure["detector"], figure["examples"]) for figure in figures] == [("badloss loss", 300),
                                                                                ("badloss combined", 300)]  # fmt: skip
     results = read_results(tmp_path / "run" / "results.json")

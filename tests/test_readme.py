@@ -34,6 +34,27 @@ def test_every_table_is_what_was_measured(folder):
         assert "dirty" not in (run["environment"]["git_commit"] or "dirty")
 
 
+def test_the_scorers_are_as_fast_as_was_measured():
+    figures = json.loads(Path("configs/results/benchmarks/scorer1.json").read_text("utf-8"))["figures"]
+    taken = {(figure["method"], figure["examples"]): figure for figure in figures if figure["dtype"] == "float32"}
+    ours = taken["numba", 1_281_167]["seconds"]["median"]
+    for method in {method for method, _ in taken}:
+        small, large = taken[method, 50_000], taken[method, 1_281_167]
+        seconds = large["seconds"]["median"]
+        told = [
+            f"{1000 * small['seconds']['median']:.0f} ms",
+            f"{seconds:.2f} s",
+            f"{seconds / ours:.1f} x",
+            f"{large['memory_bytes'] / 2**20:.0f} MiB",
+            f"{large['error']:.0e}",
+            f"{large['offset_error']:.0e}",
+        ]
+        assert f"| {' | '.join(told)} |" in README, method  # fmt: skip
+    best = min(taken[f"sklearn {way}", 1_281_167]["seconds"]["median"] for way in ("brute", "kd_tree", "ball_tree"))
+    assert best > 5 * ours
+    assert taken["jax top_k", 1_281_167]["seconds"]["median"] > 5 * ours
+
+
 def test_narcissus_does_what_noise_of_its_size_does_not():
     measured = runs(Path("configs/results/cifar10-quick"))
     assert measured

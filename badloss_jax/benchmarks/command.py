@@ -167,9 +167,7 @@ def measure(arguments: argparse.Namespace, overrides: Sequence[str], command: Se
         "scorer": (_scorer, scorer_table), "detectors": (_detectors, detectors_table),
         "store": (_store, store_table),
     }[arguments.benchmark]  # fmt: skip
-    # The file need not say where it lies.
-    plain = [text for at, text in enumerate(command) if "--out" not in (text.split("=")[0], command[max(0, at - 1)])]
-    about, figures = header(arguments.benchmark, plain), []
+    about, figures = header(arguments.benchmark, _without_paths(command)), []
     for figure in work(arguments, overrides):
         figures.append(figure)
         if arguments.out:
@@ -185,6 +183,22 @@ def measure(arguments: argparse.Namespace, overrides: Sequence[str], command: Se
         save_slopes(arguments.out.with_suffix(".png"), figures)
         print(f"Picture: {arguments.out.with_suffix('.png')}")
     return 0
+
+
+def _without_paths(command: Sequence[str]) -> list[str]:
+    """Leaves out where the file lies, and names other folders by what they are: they mean nothing elsewhere."""
+    shown = {"--out": None, "--workdir": "OUT", "--from": "DIR"}
+    plain, before = [], ""
+    for text in command:
+        option, equals, _ = text.partition("=")
+        if before in shown or option in shown:
+            name = before if before in shown else option
+            if shown[name] and (equals or before in shown):
+                plain += [name, str(shown[name])]
+        else:
+            plain.append(text)
+        before = "" if equals or before in shown else text
+    return plain
 
 
 def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:

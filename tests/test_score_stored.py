@@ -1,6 +1,9 @@
 """`badloss score --trajectories`: the same answers as in memory, in parts, interrupted, from files of any origin."""
 
 import json
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -121,6 +124,26 @@ def test_a_killed_scoring_goes_on(tmp_path, store, monkeypatch):
     done = len(calls)
     assert main([*command, str(tmp_path / "broken")]) == 0
     assert len(calls) == done
+
+
+def test_a_scoring_killed_by_the_system_goes_on(tmp_path, rng):
+    np.save(tmp_path / "rows.npy", rng.random((3_000_000, 3), np.float32).astype(np.float16))
+    (tmp_path / "probes.txt").write_text("\n".join(map(str, range(250))))
+    command = [sys.executable, "-m", "badloss_jax", "score", "--trajectories", str(tmp_path / "rows.npy"), "--probes",
+               str(tmp_path / "probes.txt"), "--workdir"]  # fmt: skip
+    first = tmp_path / "killed" / "distances" / "loss-50" / "part-00000.npy"
+    with subprocess.Popen([*command, str(tmp_path / "killed")]) as process:
+        while process.poll() is None and not first.is_file():
+            time.sleep(0.001)
+        process.kill()
+    assert first.is_file()
+    assert not (tmp_path / "killed" / "scores").exists()
+    for folder in ("killed", "whole"):
+        done = subprocess.run([*command, str(tmp_path / folder)], check=True, text=True, stderr=subprocess.PIPE)
+        assert ("3,000,000 examples" in done.stderr) == (folder == "whole")
+    ours, theirs = (pq.read_table(tmp_path / folder / "scores") for folder in ("killed", "whole"))
+    assert ours.num_rows == 3_000_000
+    assert ours.equals(theirs)
 
 
 def test_not_finite_rows(tmp_path, rng, capsys):

@@ -141,6 +141,41 @@ def test_leave_one_out_ignores_only_itself(rng):
         np.testing.assert_allclose(leave_one_out_distances(probes, 4, kernel=kernel), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("shape", [(6,), (5, 40)])
+def test_reference_sets_of_the_same_label(rng, kernel, shape):
+    rows, probes = (rng.random((count, *shape)).astype(np.float32) for count in (200, 40))
+    labels, probe_labels = rng.choice([-3, 0, 8], 200), rng.permutation(np.repeat([8, 0, 5, -3], [9, 6, 12, 13]))
+    expected = [
+        reference(row[None], probes[probe_labels == label], 5)[0] for row, label in zip(rows, labels, strict=True)
+    ]
+    given = {"kernel": kernel, "labels": labels, "probe_labels": probe_labels}
+    np.testing.assert_allclose(knn_distances(rows, probes, 5, **given), expected, rtol=1e-5)
+    mesh = make_mesh(jax.devices()[:8])
+    np.testing.assert_allclose(knn_distances(rows, probes, 5, mesh, **given), expected, rtol=1e-5)
+    rows[3] *= 1e25  # its squares overflow
+    expected[3] = reference(rows[3:4], probes[probe_labels == labels[3]], 5)[0]
+    np.testing.assert_allclose(knn_distances(rows, probes, 5, **given), expected, rtol=1e-5)
+    others = [np.flatnonzero((probe_labels == label) & (np.arange(40) != i)) for i, label in enumerate(probe_labels)]
+    expected = [reference(probes[[i]], probes[other], 5)[0] for i, other in enumerate(others)]
+    left_out = leave_one_out_distances(probes, 5, kernel=kernel, labels=probe_labels)
+    np.testing.assert_allclose(left_out, expected, rtol=1e-5)
+
+
+def test_labels_with_too_few_probes(rng):
+    rows, probes = rng.random((4, 3)), rng.random((5, 3))
+    with pytest.raises(UsageError, match="label 1 has 2 probes, and k = 3"):
+        knn_distances(rows, probes, 3, labels=np.array([0, 0, 1, 0]), probe_labels=np.array([0, 0, 0, 1, 1]))
+    with pytest.raises(UsageError, match="label 7 has 0 probes, and k = 1"):
+        knn_distances(rows, probes, 1, labels=np.array([0, 0, 7, 0]), probe_labels=np.array([0, 0, 0, 1, 9]))
+    with pytest.raises(UsageError, match="label 1 has 2 probes, and k = 2 others are needed"):
+        leave_one_out_distances(probes, 2, labels=np.array([0, 0, 0, 1, 1]))
+    with pytest.raises(UsageError, match="go together"):
+        knn_distances(rows, probes, 1, labels=np.zeros(4, int))
+    with pytest.raises(UsageError, match=r"labels are \(3,\) and probe_labels \(5,\): expected \(4,\) and \(5,\)"):
+        knn_distances(rows, probes, 1, labels=np.zeros(3, int), probe_labels=np.zeros(5, int))
+
+
 @pytest.mark.parametrize(
     ("trajectories", "probes", "k", "message"),
     [

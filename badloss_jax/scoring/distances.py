@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from badloss_jax.errors import UsageError
 from badloss_jax.scoring.kernels import on_cpu, on_devices
@@ -74,6 +74,8 @@ def knn_distances(
     k: int,
     mesh: Mesh | None = None,
     *,
+    labels: Int[np.ndarray, "N"] | None = None,
+    probe_labels: Int[np.ndarray, "P"] | None = None,
     kernel: str = "auto",
     exclude_non_finite: bool = False,
 ) -> Float[np.ndarray, "N"]:
@@ -83,8 +85,9 @@ def knn_distances(
       trajectories: [N, T] or [N, T, width], finite; computed in float32, or float64 if they are and x64 is on. What is
         not in memory is read chunk by chunk.
       probes: [P, T] or [P, T, width], finite.
-      k: 1 to P.
+      k: 1 to P; with labels, to the number of probes of each label.
       mesh: the devices that share the rows, by default one. Its processes each read and score their own rows.
+      labels, probe_labels: compare a trajectory with the probes of its own label alone.
       kernel: "numba", "xla", or "auto".
       exclude_non_finite: give rows with NaN or infinity the distance NaN, in place of the error.
 
@@ -92,13 +95,16 @@ def knn_distances(
       float32 [N] (or float64), at least 0. Within 1e-5 relative of exact arithmetic, 1e-6 absolute near zero.
 
     Raises:
-      UsageError: shapes that do not fit (both are named), k outside 1..P, an unknown kernel, NaN or infinite rows (ids
-        are named), or a distance that its dtype cannot hold.
+      UsageError: shapes that do not fit (both are named), k outside 1..P, a label with fewer than k probes, an unknown
+        kernel, NaN or infinite rows (ids are named), or a distance that its dtype cannot hold.
     """
     rows, flat = _check(trajectories, probes)
     if not 1 <= k <= len(flat):
         raise UsageError(f"k = {k} with {len(flat)} probes: expected 1 <= k <= {len(flat)}")
-    out = _distances(rows, flat, None, k, mesh, kernel)
+    if (labels is None) != (probe_labels is None):
+        raise UsageError("labels and probe_labels go together: one of them is None")
+    flat, choice = _choose(flat, rows.shape[0], k, labels, probe_labels, leave_out=False)
+    out = _distances(rows, flat, choice, k, mesh, kernel)
     bad = np.flatnonzero(~np.isfinite(out))
     if len(bad) and not exclude_non_finite:
         raise UsageError(f"{len(bad)} trajectories are NaN or infinite, {_named(bad)}")
@@ -106,19 +112,69 @@ def knn_distances(
 
 
 def leave_one_out_distances(
-    probes: Float[Array | np.ndarray, "P *T"], k: int, *, kernel: str = "auto"
+    probes: Float[Array | np.ndarray, "P *T"],
+    k: int,
+    *,
+    labels: Int[np.ndarray, "P"] | None = None,
+    kernel: str = "auto",
 ) -> Float[np.ndarray, "P"]:
-    """Computes each probe's mean distance to the k nearest of the other probes.
+    """Computes each probe's mean distance to the k nearest of the other probes, with labels of those of its own label.
 
     Raises:
-      UsageError: k outside 1..P-1, NaN or infinite rows, or an unknown kernel.
+      UsageError: k outside 1..P-1, a label with no more than k probes, NaN or infinite rows, or an unknown kernel.
     """
     rows, flat = _check(probes, probes)
     if not 1 <= k < len(flat):
         raise UsageError(
             f"k = {k} with {len(flat)} probes: expected 1 <= k < {len(flat)}, as a probe leaves itself out"
         )
-    return _distances(rows, flat, np.arange(len(flat), dtype=np.int32), k, None, kernel)
+    flat, choice = _choose(flat, len(flat), k, labels, labels, leave_out=True)
+    return _distances(rows, flat, choice, k, None, kernel)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """With which probes a row is compared: those from `begin` to `end`, but for its own."""
+
+    num_probes: int
+    own: np.ndarray | None = None  # [N]
+    group: np.ndarray | None = None  # [N], which of `bounds` counts
+    bounds: np.ndarray | None = None  # [G, 2]
+
+    @property
+    def whole(self) -> bool:
+        """Whether every row is compared with every probe."""
+        return self.own is None and self.group is None
+
+    def __getitem__(self, rows: Any) -> Int[np.ndarray, "M 3"]:
+        """Returns (own or -1, begin, end) of a slice with start and stop, or of an array of ids."""
+        count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        out = np.empty((count, 3), np.int32)
+        out[:, 0] = -1 if self.own is None else self.own[rows]
+        out[:, 1:] = (0, self.num_probes) if self.bounds is None else self.bounds[self.group[rows]]  # type: ignore[index]
+        return out
+
+
+def _choose(
+    probes: np.ndarray, count: int, k: int, labels: Any, probe_labels: Any, *, leave_out: bool
+) -> tuple[np.ndarray, _Choice]:
+    """Sorts the probes by their labels, if there are any, and says with which of them each row is compared."""
+    if labels is None:
+        return probes, _Choice(len(probes), np.arange(count) if leave_out else None)
+    ours, theirs = np.asarray(labels), np.asarray(probe_labels)
+    if ours.shape != (count,) or theirs.shape != (len(probes),):
+        raise UsageError(f"labels are {ours.shape} and probe_labels {theirs.shape}: expected {(count,)} and"
+                         f" {(len(probes),)}")  # fmt: skip
+    known, sizes = np.unique(theirs, return_counts=True)
+    group = np.minimum(np.searchsorted(known, ours), len(known) - 1)
+    found = np.where(known[group] == ours, sizes[group], 0)
+    few = np.flatnonzero(found < k + leave_out)
+    if len(few):
+        raise UsageError(f"label {ours[few[0]]} has {found[few[0]]} probes, and k = {k}"
+                         + " others are needed" * leave_out)  # fmt: skip
+    order, ends = np.argsort(theirs, kind="stable"), np.cumsum(sizes)
+    own = np.argsort(order) if leave_out else None
+    return probes[order], _Choice(len(probes), own, group, np.stack([ends - sizes, ends], axis=1))
 
 
 def _check(trajectories: Any, probes: Any) -> tuple[Rows, np.ndarray]:
@@ -135,32 +191,27 @@ def _check(trajectories: Any, probes: Any) -> tuple[Rows, np.ndarray]:
     return rows, flat
 
 
-def _distances(
-    rows: Rows, probes: np.ndarray, own: np.ndarray | None, k: int, mesh: Mesh | None, kernel: str
-) -> np.ndarray:
+def _distances(rows: Rows, probes: np.ndarray, choice: _Choice, k: int, mesh: Mesh | None, kernel: str) -> np.ndarray:
     """Returns the distances of all rows; those without one are NaN."""
     if kernel not in KERNELS:
         raise UsageError(f"unknown kernel {kernel!r}: expected {', '.join(KERNELS)}")
-    mesh = mesh or make_mesh(jax.local_devices()[:1])
+    mesh, count = mesh or make_mesh(jax.local_devices()[:1]), rows.shape[0]
     if kernel == "auto":
         kernel = "numba" if mesh.devices.flat[0].platform == "cpu" else "xla"
-    own = np.full(min(rows.shape[0], _chunk_rows(rows)), -1, np.int32) if own is None else own
     if kernel == "xla":
-        out = _on_devices(rows, probes, own, k, mesh)
+        out = _on_devices(rows, probes, choice, k, mesh)
     elif mesh.is_multi_process:
-        count = rows.shape[0]
 
         def part(begin: int, end: int) -> np.ndarray:
-            real = _on_cpu(rows, probes, own, k, min(begin, count), min(end, count))
-            return np.append(real, np.zeros(end - begin - len(real), probes.dtype))
+            return _padded(_on_cpu(rows, probes, choice, k, min(begin, count), min(end, count)), end - begin)
 
-        out = to_host(place_rows((round_up(count, mesh),), mesh, part))[:count]
+        out = np.array(to_host(place_rows((round_up(count, mesh),), mesh, part))[:count])
     else:
-        out = _on_cpu(rows, probes, own, k, 0, rows.shape[0])
-    return _repaired(out, rows, probes, own, k)
+        out = _on_cpu(rows, probes, choice, k, 0, count)
+    return _repaired(out, rows, probes, choice, k)
 
 
-def _on_cpu(rows: Rows, probes: np.ndarray, own: np.ndarray, k: int, begin: int, end: int) -> np.ndarray:
+def _on_cpu(rows: Rows, probes: np.ndarray, choice: _Choice, k: int, begin: int, end: int) -> np.ndarray:
     """Scores a range of rows with "numba", reading a chunk while the one before is at work."""
     out = np.empty(end - begin, probes.dtype)
     with ThreadPoolExecutor(1, "badloss-reading") as reader:
@@ -170,34 +221,28 @@ def _on_cpu(rows: Rows, probes: np.ndarray, own: np.ndarray, k: int, begin: int,
             chunk = ahead.pop().result()
             if following:
                 ahead.append(reader.submit(_read, rows, *following, probes.dtype))
-            out[start - begin : stop - begin] = on_cpu(chunk, probes, _owners(own, start, stop), k)
+            out[start - begin : stop - begin] = on_cpu(chunk, probes, choice[start:stop], k)
     return out
 
 
-def _on_devices(rows: Rows, probes: np.ndarray, own: np.ndarray, k: int, mesh: Mesh) -> np.ndarray:
+def _on_devices(rows: Rows, probes: np.ndarray, choice: _Choice, k: int, mesh: Mesh) -> np.ndarray:
     """Scores all rows with "xla"; fixed-size chunks, so that one compiled kernel serves any N."""
     count, width = rows.shape[0], probes.shape[1]
     share = max(1, _chunk_rows(rows) // mesh.size)
     if mesh.devices.flat[0].platform == "cpu":
         share = min(share, max(1, _XLA_DISTANCES // len(probes)))
     size = mesh.size * min(share, max(1, -(-count // mesh.size)))
-    out, on_mesh, kernel = (
-        np.empty(count, probes.dtype),
-        place(probes, replicated(mesh)),
-        on_devices(k, mesh, bool((own >= 0).any())),
-    )
-
-    def padded(real: np.ndarray, length: int) -> np.ndarray:
-        return np.concatenate([real, np.zeros((length - len(real), *real.shape[1:]), real.dtype)])
+    out, on_mesh, kernel = np.empty(count, probes.dtype), place(probes, replicated(mesh)), on_devices(k, mesh)
 
     def score(start: int) -> jax.Array:
         def read(begin: int, end: int) -> np.ndarray:
-            return padded(_read(rows, *_clipped(start, begin, end, count), probes.dtype), end - begin)
+            return _padded(_read(rows, *_clipped(start, begin, end, count), probes.dtype), end - begin)
 
-        def owners(begin: int, end: int) -> np.ndarray:
-            return padded(_owners(own, *_clipped(start, begin, end, count)), end - begin)
+        def choose(begin: int, end: int) -> np.ndarray:
+            return _padded(choice[slice(*_clipped(start, begin, end, count))], end - begin)
 
-        return kernel(place_rows((size, width), mesh, read), on_mesh, place_rows((size,), mesh, owners))
+        chosen = None if choice.whole else place_rows((size, 3), mesh, choose)
+        return kernel(place_rows((size, width), mesh, read), on_mesh, chosen)
 
     before: tuple[int, jax.Array] | None = None
     for start, _ in _parts(0, count, size):
@@ -210,7 +255,7 @@ def _on_devices(rows: Rows, probes: np.ndarray, own: np.ndarray, k: int, mesh: M
     return out
 
 
-def _repaired(out: np.ndarray, rows: Rows, probes: np.ndarray, own: np.ndarray, k: int) -> np.ndarray:
+def _repaired(out: np.ndarray, rows: Rows, probes: np.ndarray, choice: _Choice, k: int) -> np.ndarray:
     """Computes finite rows whose squares overflowed once more, in float64."""
     missing = np.flatnonzero(np.isnan(out))
     for start, stop in _parts(0, len(missing), _chunk_rows(rows)):
@@ -218,9 +263,8 @@ def _repaired(out: np.ndarray, rows: Rows, probes: np.ndarray, own: np.ndarray, 
         chunk = _flat(np.asarray(rows[ids]), np.float64)
         finite = np.isfinite(chunk).all(1)
         ids = ids[finite]
-        owners = own[ids] if len(own) == len(out) else np.full(len(ids), -1, np.int32)
         with np.errstate(over="ignore"):
-            out[ids] = on_cpu(chunk[finite], probes.astype(np.float64), owners, k)
+            out[ids] = on_cpu(chunk[finite], probes.astype(np.float64), choice[ids], k)
     return out
 
 
@@ -242,9 +286,8 @@ def _clipped(start: int, begin: int, end: int, count: int) -> tuple[int, int]:
     return min(start + begin, count), min(start + end, count)
 
 
-def _owners(own: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Returns the probes that these rows leave out; where no row has one, `own` serves every chunk."""
-    return own[start:stop] if stop <= len(own) else own[: stop - start]
+def _padded(real: np.ndarray, length: int) -> np.ndarray:
+    return np.concatenate([real, np.zeros((length - len(real), *real.shape[1:]), real.dtype)])
 
 
 def _read(rows: Rows, start: int, stop: int, dtype: Any) -> np.ndarray:

@@ -26,14 +26,14 @@ _A_THREAD = 2048  # rows that a thread takes at a time
 
 
 def on_cpu(
-    rows: Float[np.ndarray, "R D"], probes: Float[np.ndarray, "P D"], own: Int[np.ndarray, "R"], k: int
+    rows: Float[np.ndarray, "R D"], probes: Float[np.ndarray, "P D"], choice: Int[np.ndarray, "R 3"], k: int
 ) -> Float[np.ndarray, "R"]:
     """Computes the mean distances in threads, one for each core that this process may use.
 
     Args:
       rows, probes: both float32, or both float64.
-      own: the probe that a row leaves out, or -1.
-      k: 1 to P, or to P - 1 where a probe is left out.
+      choice: int32, for each row the probe that it leaves out, or -1, and the first and the last + 1 that it takes.
+      k: 1 to the number of probes that each row is left with.
 
     Returns:
       [R], NaN for rows that hold NaN or infinity, or whose squares overflow.
@@ -48,7 +48,7 @@ def on_cpu(
             scratch.squares = np.empty(len(probes), rows.dtype)
             scratch.totals = np.empty((_ROWS, len(probes)), np.float64)
         squares, part = scratch.squares, slice(start, start + _A_THREAD)
-        kernel(rows[part], columns, own[part], k, squares, squares.view(bits), infinite, scratch.totals, out[part])
+        kernel(rows[part], columns, choice[part], k, squares, squares.view(bits), infinite, scratch.totals, out[part])
 
     for _ in _threads().map(work, range(0, len(rows), _A_THREAD)):
         pass
@@ -69,16 +69,16 @@ def _compiled() -> Callable[..., None]:
     compiled = partial(njit, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
 
     @compiled()
-    def add_squares(row, columns, squares):
+    def add_squares(row, columns, squares, begin, end):
         for d in range(len(row)):
-            for p in range(columns.shape[1]):
+            for p in range(begin, end):
                 difference = row[d] - columns[d, p]
                 squares[p] += difference * difference
 
     @compiled()
-    def mean_of_smallest(squares, bits, infinite, leave_out, k):
-        low, high = bits[0], bits[0]
-        for p in range(len(bits)):
+    def mean_of_smallest(squares, bits, infinite, leave_out, begin, end, k):
+        low, high = bits[begin], bits[begin]
+        for p in range(begin, end):
             low, high = min(low, bits[p]), max(high, bits[p])
         if low < 0 or high >= infinite:
             return squares.dtype.type(np.nan)
@@ -89,7 +89,7 @@ def _compiled() -> Callable[..., None]:
         while high - low > 1:  # at most `low` are fewer than k squares, at most `high` at least k
             middle = bits.dtype.type(low + ((high - low) >> 1))
             count = np.int32(0)
-            for p in range(len(bits)):
+            for p in range(begin, end):
                 count += np.int32(bits[p] <= middle)
             if count >= k:
                 high = middle
@@ -98,67 +98,71 @@ def _compiled() -> Callable[..., None]:
             else:
                 low = middle
         total, taken = squares.dtype.type(0), np.int32(0)
-        for p in range(len(bits)):
+        for p in range(begin, end):
             near = bits[p] <= high
             taken += np.int32(near)
             total += np.sqrt(squares[p]) if near else squares.dtype.type(0)
         if taken > k:  # `high` is the k-th smallest itself, and there are ties
-            for p in range(len(bits)):
+            for p in range(begin, end):
                 if bits[p] == high:
                     total -= (taken - k) * np.sqrt(squares[p])
                     break
         return total / k
 
     @compiled()
-    def kernel(rows, columns, own, k, squares, bits, infinite, totals, out):
+    def kernel(rows, columns, choice, k, squares, bits, infinite, totals, out):
         count, width = rows.shape
         if width <= _TOGETHER:
             for i in range(count):
-                squares[:] = 0
-                add_squares(rows[i], columns, squares)
-                out[i] = mean_of_smallest(squares, bits, infinite, own[i], k)
+                own, begin, end = choice[i, 0], choice[i, 1], choice[i, 2]
+                squares[begin:end] = 0
+                add_squares(rows[i], columns, squares, begin, end)
+                out[i] = mean_of_smallest(squares, bits, infinite, own, begin, end, k)
             return
         for first in range(0, count, _ROWS):
             last = min(count, first + _ROWS)
             totals[:] = 0
-            for begin in range(0, width, _TOGETHER):
-                end = min(width, begin + _TOGETHER)
+            for left in range(0, width, _TOGETHER):
+                right = min(width, left + _TOGETHER)
                 for i in range(first, last):
-                    squares[:] = 0
-                    add_squares(rows[i, begin:end], columns[begin:end], squares)
-                    for p in range(len(squares)):
+                    begin, end = choice[i, 1], choice[i, 2]
+                    squares[begin:end] = 0
+                    add_squares(rows[i, left:right], columns[left:right], squares, begin, end)
+                    for p in range(begin, end):
                         totals[i - first, p] += squares[p]
             for i in range(first, last):
-                for p in range(len(squares)):
+                own, begin, end = choice[i, 0], choice[i, 1], choice[i, 2]
+                for p in range(begin, end):
                     squares[p] = totals[i - first, p]
-                out[i] = mean_of_smallest(squares, bits, infinite, own[i], k)
+                out[i] = mean_of_smallest(squares, bits, infinite, own, begin, end, k)
 
     return kernel
 
 
 @lru_cache(maxsize=64)
-def on_devices(k: int, mesh: Mesh, leave_out: bool) -> Callable[[Array, Array, Array], Array]:
-    """Compiles (rows [R, D], probes [P, D], own [R]) -> [R], as `on_cpu`, for the devices of a mesh.
+def on_devices(k: int, mesh: Mesh) -> Callable[[Array, Array, Array | None], Array]:
+    """Compiles (rows [R, D], probes [P, D], choice [R, 3] or None) -> [R], as `on_cpu`, for the devices of a mesh.
 
-    Every device works on its own rows, and nothing is exchanged. `own` counts only with `leave_out`.
+    Every device works on its own rows, and nothing is exchanged. Without `choice` rows take all probes.
     """
     row, whole = PartitionSpec(AXIS), PartitionSpec()
-    kernel = partial(_mean_of_nearest, k=k, leave_out=leave_out)
+    kernel = partial(_mean_of_nearest, k=k)
     return jax.jit(jax.shard_map(kernel, mesh=mesh, in_specs=(row, whole, row), out_specs=row))
 
 
 def _mean_of_nearest(
-    rows: Float[Array, "R D"], probes: Float[Array, "P D"], own: Int[Array, "R"], k: int, leave_out: bool
+    rows: Float[Array, "R D"], probes: Float[Array, "P D"], choice: Int[Array, "R 3"] | None, k: int
 ) -> Float[Array, "R"]:
     integer = jnp.int32 if rows.dtype == jnp.float32 else jnp.int64
     squares = jax.lax.optimization_barrier(_squares(rows, probes))  # or XLA computes them once for each use
-    if leave_out:
-        finite = jnp.isfinite(squares).all(1)
-        squares = jnp.where(own[:, None] == jnp.arange(len(probes)), jnp.inf, squares)
+    if choice is not None:
+        finite, number = jnp.isfinite(squares).all(1), jnp.arange(len(probes))
+        own, begin, end = (choice[:, i, None] for i in range(3))
+        squares = jnp.where((number == own) | (number < begin) | (number >= end), jnp.inf, squares)
     bits = jax.lax.bitcast_convert_type(squares, integer)
     smallest, largest = bits.min(1), bits.max(1)
     infinite = jax.lax.bitcast_convert_type(jnp.array(jnp.inf, rows.dtype), integer)
-    valid = finite if leave_out else (smallest >= 0) & (largest < infinite)
+    valid = finite if choice is not None else (smallest >= 0) & (largest < infinite)
 
     def open_rows(bounds: tuple[Array, Array]) -> Array:
         low, high = bounds

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from badloss_jax.errors import DataError, UsageError
 
 # What NumPy and zipfile raise on a damaged or hostile .npz file.
@@ -65,6 +67,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path} is damaged: it holds no JSON object")
     return content
+
+
+def map_array(path: Path) -> np.ndarray:
+    """Maps a .npy file that may hold anything into memory, read-only; nothing in it is run.
+
+    Raises:
+      DataError: it is missing, or no such file, or one of Python objects; it is named.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # its header may claim anything
+    except NPZ_ERRORS as error:
+        raise DataError(f"{path} is missing or damaged: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{path} is damaged: it is an archive, not one array")
+    return array
 
 
 def sha256_of(path: Path) -> str:

@@ -205,6 +205,7 @@ def test_probes_that_do_not_fit(tmp_path, rng, capsys, probes, message):
         (np.array([{}]), "missing or damaged"),
         (b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (10**15, 3)}\n", "damaged"),
         (b"", "missing or damaged"),
+        ("archive", "it is an archive, not one array"),
         (np.zeros((5, 2)), "expected [N, T] with at least 3 epochs"),
     ],
 )
@@ -212,6 +213,9 @@ def test_trajectories_that_are_none(tmp_path, capsys, content, message):
     path = tmp_path / "rows.npy"
     if isinstance(content, bytes):
         path.write_bytes(content)
+    elif isinstance(content, str):
+        with open(path, "wb") as file:
+            np.savez(file, a=np.zeros(5))
     else:
         np.save(path, content, allow_pickle=True)
     (tmp_path / "probes.txt").write_text("0 1 2")

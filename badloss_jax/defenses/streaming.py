@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from badloss_jax.config import KINDS, default_config, digest, override, parse_rule, to_dict
 from badloss_jax.errors import DataError, UsageError
-from badloss_jax.files import locked, read_json, sha256_of, write_atomically, write_text
+from badloss_jax.files import locked, map_array, read_json, sha256_of, write_atomically, write_text
 from badloss_jax.progress import Progress
 from badloss_jax.report.results import environment
 from badloss_jax.scoring import (
@@ -145,13 +145,13 @@ class _Probes:
 
     @classmethod
     def read(cls, path: Path, source: _Source) -> "_Probes":
-        try:
-            if path.suffix == ".txt":
-                values = np.array([int(line) for line in path.read_text("utf-8").split()], np.int64)
-            else:
-                values = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError, OverflowError) as error:
-            raise DataError(f"--probes {path} is missing or damaged: {error}") from error
+        if path.suffix == ".txt":
+            try:
+                values = np.array([int(word) for word in path.read_text("utf-8").split()], np.int64)
+            except (OSError, ValueError, OverflowError) as error:
+                raise DataError(f"--probes {path} is missing or damaged: {error}") from error
+        else:
+            values = map_array(path)
         if values.dtype.kind == "f":
             if len(source.kinds) > 1:
                 raise UsageError(f"--probes {path} has trajectories of one kind, and {len(source.kinds)} kinds are"
@@ -225,8 +225,8 @@ class _Scoring:
         """Maps a part's distances, NaN where they are left out; None if they are not there."""
         path, (start, stop) = self._path(kind, k, number), self.parts[number]
         try:
-            values = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            values = map_array(path)
+        except DataError:
             return None
         return values if values.shape == (stop - start,) and values.dtype.kind == "f" else None
 
@@ -425,10 +425,7 @@ def _open(path: Path) -> _Source:
         return _Source(store.num_examples, tuple(store.layout), identity, store=store)
     if path.suffix != ".npy":
         raise UsageError(f"--trajectories {path}: expected a folder of recorded trajectories, or a .npy file")
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, OverflowError) as error:
-        raise DataError(f"--trajectories {path} is missing or damaged: {error}") from error
+    array = map_array(path)
     if array.dtype.kind != "f" or array.ndim not in (2, 3) or not array.size:
         raise DataError(
             f"--trajectories {path} is {array.dtype} {array.shape}: expected floats [N, T] or [N, T, width]"

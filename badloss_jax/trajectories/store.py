@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from badloss_jax.errors import DataError
-from badloss_jax.files import read_json, write_atomically, write_text
+from badloss_jax.files import map_array, read_json, write_atomically, write_text
 
 _FORMAT = "badloss_jax.trajectories/2"
 _BLOCK = 2**12  # rows
@@ -137,7 +137,7 @@ class TrajectoryStore:
           DataError: the file is missing or damaged.
         """
         path = self.folder / "labels.npy"
-        labels = _mapped(path)
+        labels = map_array(path)
         if labels.shape != (self.num_examples,) or labels.dtype != np.int32:
             raise DataError(f"{path} does not hold {self.num_examples} labels")
         return labels
@@ -149,7 +149,7 @@ class TrajectoryStore:
           DataError: the file is missing or damaged.
         """
         path = self.folder / "probes.npy"
-        ids = np.array(_mapped(path))
+        ids = np.array(map_array(path))
         if ids.ndim != 1 or ids.dtype != np.int64 or (np.diff(ids, prepend=-1, append=self.num_examples) <= 0).any():
             raise DataError(f"{path} does not hold ids, ascending, of {self.num_examples} examples")
         return ids
@@ -161,7 +161,7 @@ class TrajectoryStore:
             raise DataError(f"{self.folder / kind}/epoch_{epoch:04d}-*.npy is missing, or not all of its shards are"
                             " there")  # fmt: skip
         width, dtype = self.layout[kind]
-        shards = [_mapped(path) for path in paths]
+        shards = [map_array(path) for path in paths]
         for path, shard in zip(paths, shards, strict=True):
             if shard.shape[1:] != width or shard.ndim != 1 + len(width) or shard.dtype != dtype:
                 raise DataError(f"{path} is {shard.dtype} {shard.shape}, expected {dtype} {('N', *width)}")
@@ -239,10 +239,3 @@ class StoredRows:
             name = getattr(self.columns[number][0], "filename", "the trajectories")
             raise DataError(f"{name}: some examples were not recorded or are not finite, first id"
                             f" {ids[np.argmin(finite[:, number])]}")  # fmt: skip
-
-
-def _mapped(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)  # its header may claim anything
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is missing or damaged: {error}") from error

@@ -2,7 +2,7 @@
 
 Rows are taken in chunks, the next one being read while one is computed, so memory does not depend on N. Two kernels do
 the work (see `kernels`): "numba" on the CPU, "xla" on any device of JAX. "auto" takes "xla" on GPUs and TPUs, and
-"numba" where JAX runs on the CPU: two to six times as fast from 10,000 rows on (configs/results/README.md).
+"numba" where JAX runs on the CPU: two to seven times as fast from 10,000 rows on (configs/results/README.md).
 """
 
 import math

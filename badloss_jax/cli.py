@@ -18,6 +18,7 @@ Finds poisoned training examples by how a network learns them (BaDLoss, ICLR 202
 
   badloss run --config configs/digits.py --workdir OUT    poison, record, score, remove, retrain, report
   badloss score --workdir OUT --config.scoring.loss.k=5   score the same recording again, without training
+  badloss score --trajectories FILE.npy ...               score any number of trajectories of your own
   badloss summary OUT0 OUT1 OUT2                          mean and spread over the runs of several seeds
   badloss report --workdir OUT                            render the report again, from the files of the run
   badloss attacks --config configs/digits.py --out A.png  show every attack's trigger as a picture
@@ -182,8 +183,11 @@ def _guarded(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(f"badloss: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        place = "shard" if arguments.command == "prepare" else "checkpoint"
-        told = "" if arguments.command == "bench" else f"; the same command goes on from the last {place}"
+        places = {"run": "checkpoint", "prepare": "shard"} | (
+            {"score": "part"} if getattr(arguments, "trajectories", None) else {}
+        )
+        place = places.get(arguments.command)
+        told = f"; the same command goes on from the last {place}" if place else ""
         print(f"badloss: interrupted{told}", file=sys.stderr)
         return 130
 

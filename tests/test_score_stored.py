@@ -154,7 +154,11 @@ def test_not_finite_rows(tmp_path, rng, capsys):
     command = ["score", "--trajectories", str(tmp_path / "rows.npy"), "--probes", str(tmp_path / "probes.txt"),
                "--config.scoring.loss.k=2", "--workdir"]  # fmt: skip
     assert main([*command, str(tmp_path / "out")]) == 2
-    assert "the losses of epoch 0 are not all finite" in capsys.readouterr().err
+    assert ("the losses of epoch 0 are not all finite: 3 examples, rows 2, 700, 701; exclude_non_finite leaves such"
+            " examples out") in capsys.readouterr().err  # fmt: skip
+    assert main([*command, str(tmp_path / "out"), "--exclude_non_finite"]) == 0  # nothing was computed there before
+    assert main([*command, str(tmp_path / "out")]) == 2
+    assert "holds scores with other exclude_non_finite" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "left"), "--exclude_non_finite"]) == 0
     said = table(tmp_path / "left")
     assert np.flatnonzero(np.isnan(said["distance_loss"])).tolist() == [2, 700, 701]
@@ -162,10 +166,15 @@ def test_not_finite_rows(tmp_path, rng, capsys):
     assert said["removed_loss_fraction"].sum() == int(0.4 * 997)
     assert not said["removed_loss_fraction"][[2, 700, 701]].any()
     assert json.loads((tmp_path / "left" / "scoring.json").read_text())["kinds"]["loss"]["excluded"] == 3
+    rows[2] = 1  # the first part has none now
     np.save(tmp_path / "rows.npy", rows[:, :, None])
     command[-2:-2] = ["--config.scoring.features.k=2"]
     assert main([*command, str(tmp_path / "wide")]) == 1
-    assert "are NaN or infinite, ids 2: mend them, or leave them out" in capsys.readouterr().err
+    assert "are NaN or infinite, ids 700, 701: mend them, or leave them out" in capsys.readouterr().err
+    assert len(list((tmp_path / "wide" / "distances").rglob("part-*"))) == 2
+    assert main([*command, str(tmp_path / "wide"), "--config.scoring.features.k=3", "--exclude_non_finite"]) == 2
+    assert main([*command, str(tmp_path / "wide"), "--exclude_non_finite"]) == 0  # goes on
+    assert np.flatnonzero(np.isnan(table(tmp_path / "wide")["distance_features"])).tolist() == [700, 701]
 
 
 @pytest.mark.parametrize(

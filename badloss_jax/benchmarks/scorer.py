@@ -1,4 +1,4 @@
-"""How fast the kernels score, beside what others would use, on equal terms and beside the machine's own limits."""
+"""How fast scoring is: kernels beside their peers and the machine's limits, whole detectors, stores on the disk."""
 
 import os
 import statistics

@@ -451,6 +451,11 @@ def _claim(workdir: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     before = read_json(path)
     plain = json.loads(json.dumps(about))
     other = [name for name, value in plain.items() if before.get(name) != value]
-    if other:
+    begun = (workdir / "distances").is_dir()
+    # What was computed when no example was to be left out, holds none that would be.
+    mended = other == ["exclude_non_finite"] and plain["exclude_non_finite"]
+    if other and "kinds" not in before and (mended or not begun):
+        write_text(path, json.dumps(about, indent=2) + "\n")
+    elif other:
         raise UsageError(f"--workdir {workdir} holds scores with other {', '.join(other)}: choose another folder")
     return before if "kinds" in before else None

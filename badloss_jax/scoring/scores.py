@@ -27,12 +27,13 @@ def filter_epochs(
       exclude_non_finite: leave out examples with a loss that is NaN or infinite, in place of the error.
 
     Raises:
-      UsageError: fewer than three epochs, or losses that are not finite.
+      UsageError: fewer than three epochs, or losses that are not finite (ids are named).
     """
     count, width = (*losses.shape, 0)[:2]
     if len(losses.shape) != 2 or width < 3 or not count:
         raise UsageError(f"losses are {losses.shape}: expected [N, T] with at least 3 epochs")
     sums, ranges = np.zeros(1 + width), [(0, count)]  # the first is how many examples count
+    bad: list[int] = []
     if mesh is not None and mesh.is_multi_process:
         ranges = [run[:2] for run in process_blocks(count, mesh) if run[2] == jax.process_index()]
     for begin, end in ranges:
@@ -40,7 +41,10 @@ def filter_epochs(
             chunk = np.asarray(losses[start:stop])
             if exclude_non_finite:
                 chunk = chunk[np.isfinite(chunk).all(1)]
-            sums += [len(chunk), *chunk.sum(axis=0, dtype=np.float64)]
+            seen = chunk.sum(axis=0, dtype=np.float64)
+            if not np.isfinite(seen).all():
+                bad += (start + np.flatnonzero(~np.isfinite(chunk).all(1))).tolist()
+            sums += [len(chunk), *seen]
     if mesh is not None and mesh.is_multi_process:
         bits = multihost_utils.process_allgather(sums.view(np.uint32))  # float64 itself needs x64
         sums = np.ascontiguousarray(bits).view(np.float64).sum(axis=0)
@@ -48,7 +52,9 @@ def filter_epochs(
         raise UsageError("no example has finite losses in all epochs")
     means = sums[1:] / sums[0]
     if not np.isfinite(means).all():
-        raise UsageError(f"the losses of epoch {np.flatnonzero(~np.isfinite(means))[0]} are not all finite")
+        named = f": {len(bad)} examples, rows {', '.join(map(str, bad[:10]))}" if bad else ""
+        raise UsageError(f"the losses of epoch {np.flatnonzero(~np.isfinite(means))[0]} are not all finite{named};"
+                         " exclude_non_finite leaves such examples out")  # fmt: skip
     kept = [0, 1, 2]
     for epoch in range(3, len(means)):
         if means[epoch] < 2 * means[kept[-3:]].mean():

@@ -188,6 +188,13 @@ class StoredRows:
     """Trajectories [N, E] or [N, E, width] on disk that are read where they are indexed.
 
     `rows[3:9]` is a range of examples, `rows[ids]` takes an array of ids.
+
+    Attributes:
+      num_examples: N.
+      width: of each value, () or (width,).
+      dtype_name: as stored.
+      columns: for each epoch its shards, mapped, which hold the rows in order.
+      check: raise DataError on reading a value that is not finite.
     """
 
     num_examples: int

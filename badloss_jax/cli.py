@@ -293,7 +293,7 @@ def _report(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _attacks(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from badloss_jax.config import load_config
-    from badloss_jax.experiment import picture_attacks
+    from badloss_jax.poison import picture_attacks
     from badloss_jax.progress import Progress
     from badloss_jax.report.tables import as_text, attack_table
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from badloss_jax.errors import UsageError
 
-RECORDED_KINDS = ("prob", "logits", "ranked", "features")  # beside the loss, which always is
+RECORDED_KINDS = ("step", "prob", "logits", "ranked", "features")  # beside the loss, which always is
 KINDS = ("loss", *RECORDED_KINDS, "combined")
 RULES = ("fraction", "alpha", "fdr")
 WRITERS = ("tensorboard", "wandb")
@@ -28,6 +28,8 @@ CONTROLS = ("random", "oracle")
 _PLACES = ("data.dir", "data.cache_dir", "data.input", "data.workers", "data.threads", "attacks.manifest",
            "report.gallery", "report.writers", "checkpoint.every_steps", "checkpoint.every_minutes",
            "checkpoint.stall_minutes")  # fmt: skip
+# Settings of defences that are shares: above 0 and below 1.
+_SHARES = ("fraction", "quantile", "eps", "share", "silhouette", "threshold")
 
 
 def default_config() -> ConfigDict:
@@ -55,6 +57,7 @@ def default_config() -> ConfigDict:
     config.attacks = {
         "names": ("patch", "single_pix", "blend_r", "blend_p", "sinusoid", "frequency"),
         "manifest": "",  # a manifest.json to take the poison from, instead of drawing it
+        "overlap": 0.0,  # share of each attack's images that carry the trigger of another attack, too, below its own
         # ratio: share of the training set (sinusoid: of its target class); target: a class, or -1 to draw it
         "patch": {"ratio": 0.01, "target": -1},
         "single_pix": {"ratio": 0.01, "target": -1},
@@ -79,7 +82,10 @@ def default_config() -> ConfigDict:
             "steps": 300,  # of projected gradient descent
         },
     }
-    config.probes = {"count": 250}  # P, known-clean training examples
+    config.probes = {
+        "count": 250,  # P, known-clean training examples
+        "contaminated": 0.0,  # share of them that are in truth poisoned, an ablation
+    }
     config.model = {
         "name": "resnet18",  # resnet_small | resnet18 | resnet34 | resnet50 | vgg16_bn | mobilenet_v2
         "stages": (16, 32, 64),  # resnet_small: channels of each stage, one block a stage
@@ -98,13 +104,16 @@ def default_config() -> ConfigDict:
         "schedule_epochs": 100,  # length of the cosine that the T epochs are the start of
         "batch_size": 128,
         "capture": "sweep",  # sweep: one evaluation pass after each epoch | step: the training step's own losses
-        "kinds": ("prob", "logits", "ranked", "features"),  # beside the loss, which is always recorded
+        # beside the loss, which is always recorded; "step" is the training step's own loss in a recording that sweeps
+        "kinds": ("prob", "logits", "ranked", "features"),
         "feature_dim": 64,  # d of the Gaussian projection of the penultimate features
         "ranked_others": 5,  # m, how many of the other classes' log-probabilities
     }
     config.scoring = {
         "kinds": ("loss", "logits", "ranked", "features", "combined"),
+        "epochs": 0,  # score the first so many of the recorded epochs; 0 = all
         "loss": {"k": 50},  # probes in the mean distance
+        "step": {"k": 50},
         "prob": {"k": 50},
         "logits": {"k": 5},
         "ranked": {"k": 5},
@@ -120,12 +129,45 @@ def default_config() -> ConfigDict:
         "alpha": 0.1,
         "fdr": 0.1,  # Benjamini-Hochberg at this false discovery rate
     }
+    config.defenses = {  # their papers' settings, as in the authors' program
+        "names": (),  # beside what `scoring.kinds` says: of `badloss_jax.defenses.DEFENSES`
+        "neural_cleanse": {
+            "epochs": 15,  # of optimising each class's mask and pattern
+        },
+        "activation_clustering": {
+            "components": 10,  # of the independent component analysis
+            "silhouette": 0.15,  # a class above it is attacked
+        },
+        "spectral_signatures": {
+            "eps": 0.1,  # the share of each class that is thought to be poisoned
+        },
+        "frequency_analysis": {
+            "epochs": 10,  # of the detector's training
+        },
+        "abl": {
+            "epochs": 10,  # of training with flooding
+            "flooding": 0.5,  # the level that the loss is held at
+            "fraction": 0.15,  # remove this share, of the lowest losses
+        },
+        "cognitive_distillation": {
+            "steps": 100,  # of optimising each image's mask
+        },
+        "cbd": {
+            "backdoor_epochs": 5,  # of the network that is to learn the triggers
+        },
+        "pss": {
+            "clean_quantile": 0.8,  # of the feature inconsistency: below it, examples are called clean
+            "poisoned_quantile": 0.95,  # and above it poisoned
+        },
+    }
     config.retraining = {
+        "enabled": True,  # False: detect only, train nothing that shows what a removal does
         "epochs": 100,
         "batch_size": 128,
         # none | crop_flip (reflect-pad 4, random crop, random flip) | resized_crop_flip (of 8 to 100 % of the area)
         "augment": "none",
-        "variants": ("loss/fraction", "logits/fraction", "combined/fraction"),  # kind/rule of each model to retrain
+        # of each model to retrain: kind/rule, or defence/rule ("own" is the rule that a defence brings along)
+        "variants": ("loss/fraction", "logits/fraction", "combined/fraction"),
     }
     config.evaluation = {
         "batch_size": 500,
@@ -267,6 +309,7 @@ def check_config(config: ConfigDict) -> None:
     # The registries know their names; they are imported here, as what they hold builds on this module.
     from badloss_jax.attacks import ATTACKS
     from badloss_jax.data import AUGMENTATIONS, SOURCES
+    from badloss_jax.defenses import DEFENSES
     from badloss_jax.models import MODELS
 
     for key, value in _leaves(to_dict(default_config())):
@@ -291,6 +334,7 @@ def check_config(config: ConfigDict) -> None:
         "controls": CONTROLS,
         "recording.kinds": RECORDED_KINDS,
         "scoring.kinds": KINDS,
+        "defenses.names": tuple(DEFENSES),
         "report.writers": WRITERS,
     }
     for key, choices in several.items():
@@ -306,12 +350,13 @@ def check_config(config: ConfigDict) -> None:
         _in_range(config, key, 1)
     _in_range(config, "seed", 0, 2**63 - 1)
     for key in ("data.train_examples", "data.test_examples", "data.pad", "data.image_size",
-                "scoring.combined.k", "optimizer.weight_decay", "report.gallery", "data.workers",
+                "scoring.combined.k", "scoring.epochs", "optimizer.weight_decay", "report.gallery", "data.workers",
                 "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.stall_minutes"):  # fmt: skip
         _in_range(config, key, 0)
     for key in ("optimizer.learning_rate", "optimizer.loss_clamp", "evaluation.boost"):
         _in_range(config, key, 0, open_low=True)
-    for key in ("optimizer.b1", "optimizer.b2", "rejection.fraction", "rejection.alpha", "rejection.fdr"):
+    for key in ("optimizer.b1", "optimizer.b2", "rejection.fraction", "rejection.alpha", "rejection.fdr",
+                "probes.contaminated", "attacks.overlap"):  # fmt: skip
         _in_range(config, key, 0, 1, open_high=True)
     _in_range(config, "recording.epochs", 3, why="the epoch filter starts from three epochs")
     _in_range(config, "recording.schedule_epochs", config.recording.epochs, why="recording.epochs are its start")
@@ -332,14 +377,28 @@ def check_config(config: ConfigDict) -> None:
                 _one_of(path, value, tuple(MODELS))
             elif not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{path} = {value}: expected a positive number")
+    for name in DEFENSES:
+        for key in config.defenses.get(name, {}):
+            share = key.endswith(_SHARES)
+            _in_range(config, f"defenses.{name}.{key}", 0, 1 if share else math.inf, open_low=True, open_high=share)
     _check_kinds(config)
 
 
 def _check_kinds(config: ConfigDict) -> None:
-    if not config.scoring.kinds:
-        raise UsageError(f"scoring.kinds is empty: expected some of {_listed(KINDS)}")
+    from badloss_jax.defenses import DEFENSES
+
+    if not config.scoring.kinds and not config.defenses.names:
+        raise UsageError(f"scoring.kinds and defenses.names are empty: expected some of {_listed(KINDS)} or of"
+                         f" {_listed(tuple(DEFENSES))}")  # fmt: skip
     recorded = {"loss", *config.recording.kinds}
-    for kind in config.scoring.kinds:
+    if config.recording.capture == "step" and "step" in recorded:
+        raise UsageError("recording.kinds has 'step', which is what recording.capture = 'step' records as the loss")
+    if 0 < config.scoring.epochs < 3 or config.scoring.epochs > config.recording.epochs:
+        raise UsageError(f"scoring.epochs = {config.scoring.epochs}: expected 0, or 3 to recording.epochs ="
+                         f" {config.recording.epochs}")  # fmt: skip
+    scored = [name.removeprefix("badloss_").replace("badloss", "loss") for name in config.defenses.names
+              if name.startswith("badloss")]  # fmt: skip
+    for kind in dict.fromkeys((*config.scoring.kinds, *scored)):
         for part in ("features", "ranked") if kind == "combined" else (kind,):
             if part not in recorded:
                 raise UsageError(
@@ -356,10 +415,12 @@ def _check_kinds(config: ConfigDict) -> None:
         parse_rule(rule)
     if not rules or len(set(rules)) != len(rules):
         raise UsageError(f"rejection.rules = {rules}: expected some of {_listed(RULES)}, each once")
+    known = [f"{kind}/{rule}" for kind in config.scoring.kinds for rule in rules]
+    for name in config.defenses.names:
+        own = ("own",) if DEFENSES[name].own_rule else ()
+        known += [f"{name}/{rule}" for rule in (*own, *rules) if not DEFENSES[name].cleanses]
     for variant in config.retraining.variants:
-        kind, _, rule = variant.partition("/")
-        if kind not in config.scoring.kinds or rule not in rules:
-            known = [f"{kind}/{rule}" for kind in config.scoring.kinds for rule in rules]
+        if variant not in known:
             raise UsageError(f"retraining.variants has {variant!r}: expected KIND/RULE{_nearest(variant, known)}")
 
 

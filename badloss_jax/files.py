@@ -91,8 +91,12 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait: Callable[[str], object] | None = None) -> Iterator[None]:
     """Makes the folder and holds its lock, which goes with the process, however that ends.
+
+    Args:
+      folder: to lock.
+      wait: wait for another process that holds it, and tell this function which that is; by default it is an error.
 
     Raises:
       UsageError: another process holds it.
@@ -109,7 +113,10 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise UsageError(f"another run (process {holder}) is at work in {folder}: wait for it") from error
+            if wait is None:
+                raise UsageError(f"another run (process {holder}) is at work in {folder}: wait for it") from error
+            wait(holder)
+            fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

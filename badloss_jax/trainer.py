@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from badloss_jax.artefacts import Artefacts
 from badloss_jax.attacks.poisoning import Poisoning
 from badloss_jax.data import Dataset, is_streamed
-from badloss_jax.errors import NonFiniteLossError
+from badloss_jax.errors import NonFiniteLossError, UsageError
 from badloss_jax.models import ModelSpec
 from badloss_jax.processes import first
 from badloss_jax.progress import Progress
@@ -20,6 +22,8 @@ from badloss_jax.report.writers import Writer
 from badloss_jax.training.batch import Examples
 from badloss_jax.training.checkpoint import Checkpoints, Position
 from badloss_jax.training.loop import Recipe, train
+from badloss_jax.training.mesh import check_batch_size
+from badloss_jax.training.objective import MeanLoss
 from badloss_jax.training.preemption import Preemption
 from badloss_jax.training.resident import ResidentData
 from badloss_jax.training.state import AdamW, TrainState
@@ -35,6 +39,7 @@ class Trainer:
 
     config: ConfigDict
     workdir: Path
+    artefacts: Artefacts
     mesh: Mesh
     progress: Progress
     writers: Sequence[Writer]
@@ -44,38 +49,35 @@ class Trainer:
 
     def train(
         self, name: str, identity: str, phase: str, seed: int, spec: ModelSpec, recipe: Recipe, data: Examples,
-        ids: np.ndarray, recorder: Recorder | None = None,
+        ids: np.ndarray, recorder: Recorder | None = None, initial: TrainState | None = None, given: Any = None,
     ) -> TrainState:  # fmt: skip
         """Trains `name`, whose checkpoints are kept as long as `finish` is not called."""
         settings, self._name = self.config.checkpoint, name
         checkpoints = Checkpoints(
-            self._folder(name), identity, len(data), every_steps=settings.every_steps,
+            self.artefacts.place("checkpoints", name, identity), identity, len(data), every_steps=settings.every_steps,
             every_minutes=settings.every_minutes, preemption=self.preemption,
         )  # fmt: skip
         with checkpoints, Watchdog(settings.stall_minutes) as watchdog:
             try:
                 return train(
-                    spec, recipe, data, ids, seed=seed, phase=phase, mesh=self.mesh, recorder=recorder,
-                    checkpoints=checkpoints, watchdog=watchdog, progress=self.progress, on_begin=self._begin,
-                    on_epoch=self._after_epoch,
+                    spec, recipe, data, ids, seed=seed, phase=phase, mesh=self.mesh, initial=initial, given=given,
+                    recorder=recorder, checkpoints=checkpoints, watchdog=watchdog, progress=self.progress,
+                    on_begin=self._begin, on_epoch=self._after_epoch,
                 )  # fmt: skip
             except NonFiniteLossError as error:
                 if first():
                     append_metrics(self.workdir, {"model": name, "error": str(error)})
                 raise
 
-    def finish(self, name: str) -> None:
+    def finish(self, name: str, identity: str) -> None:
         """Drops the checkpoints of a training whose outcome is saved."""
         if first():
-            shutil.rmtree(self._folder(name), ignore_errors=True)
+            shutil.rmtree(self.artefacts.place("checkpoints", name, identity), ignore_errors=True)
 
     def write(self, name: str, values: dict[str, float], epoch: int) -> None:
         """Hands scalars to the writers."""
         for writer in self.writers:
             writer.write(name, values, epoch)
-
-    def _folder(self, name: str) -> Path:
-        return self.workdir / "checkpoints" / name.replace("/", "-")
 
     def _begin(self, begun: Position, steps_done: int) -> None:
         self.seconds_before = begun.seconds
@@ -93,6 +95,14 @@ class Trainer:
             append_metrics(self.workdir, {"model": self._name} | record)
             epoch = record.pop("epoch")
             self.write(self._name, record, epoch)
+
+
+def check_devices(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UsageError if the devices cannot share the batches, or cannot compute in the precision asked for."""
+    check_batch_size("recording.batch_size", config.recording.batch_size, mesh)
+    check_batch_size("retraining.batch_size", config.retraining.batch_size, mesh)
+    if config.model.dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        raise UsageError("model.dtype = 'float64' needs the environment variable JAX_ENABLE_X64=1")
 
 
 def place_examples(config: ConfigDict, dataset: Dataset, poisoning: Poisoning, mesh: Mesh) -> Examples:
@@ -115,4 +125,5 @@ def recipe_of(config: ConfigDict, epochs: int, schedule_epochs: int, batch_size:
     """Returns how to train, with the optimiser of the config."""
     settings = config.optimizer
     adamw = AdamW(settings.weight_decay, settings.b1, settings.b2)
-    return Recipe(epochs, schedule_epochs, batch_size, settings.learning_rate, adamw, settings.loss_clamp, augment)
+    return Recipe(epochs, schedule_epochs, batch_size, settings.learning_rate, adamw,
+                  MeanLoss(settings.loss_clamp), augment)  # fmt: skip

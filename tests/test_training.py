@@ -17,6 +17,7 @@ from badloss_jax.models import ModelSpec
 from badloss_jax.seeding import derived_seed
 from badloss_jax.training.loop import Recipe, train
 from badloss_jax.training.mesh import check_batch_size, make_mesh
+from badloss_jax.training.objective import MeanLoss
 from badloss_jax.training.resident import ResidentData
 from badloss_jax.training.saved_model import load_model, save_model
 from badloss_jax.training.state import AdamW, create_state, graph_of
@@ -95,9 +96,9 @@ def test_compiled_step_gathers_only_ids_and_losses_and_aliases_the_buffer():
     rows = buffer["loss"].shape[0]
     assert rows == 800
     state = create_state(SPEC, AdamW(), 0, mesh)
-    step = make_train_step(SPEC, AdamW(), 100.0, "none", KINDS, mesh)
+    step = make_train_step(SPEC, AdamW(), MeanLoss(), "none", KINDS, mesh)
     (batch,) = data.batches(np.arange(32, dtype=np.int32)[None])
-    arguments = (state, buffer, batch, np.int32(0), np.float32(1e-3), np.uint32(0))
+    arguments = (state, buffer, batch, np.int32(0), np.float32(1e-3), np.uint32(0), None)
     text = step.lower(*arguments).compile().as_text()
     collectives = re.findall(r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute)\S*\(", text)
     gathered = {re.sub(r"\{.*?\}", "", shape) for shape, operation in collectives if operation == "all-gather"}
@@ -181,18 +182,18 @@ def test_bfloat16_records_float32_losses(tmp_path):
 def test_update_is_optax_adamw():
     mesh = make_mesh(jax.devices()[:1])
     data, state = resident(mesh), create_state(SPEC, AdamW(), 0, mesh)
-    step = make_train_step(SPEC, AdamW(), 100.0, "none", None, mesh)
+    step = make_train_step(SPEC, AdamW(), MeanLoss(), "none", None, mesh)
     before = jax.tree.map(np.asarray, state.params)
 
     class Spy(AdamW):  # the gradient as the step sees it
         def transform(self):
             return optax.stateless(lambda g, p: g)
 
-    plain = make_train_step(SPEC, Spy(), 100.0, "none", None, mesh)
+    plain = make_train_step(SPEC, Spy(), MeanLoss(), "none", None, mesh)
     (batch,) = data.batches(np.arange(32, dtype=np.int32)[None])
-    moved, _, _ = plain(create_state(SPEC, Spy(), 0, mesh), {}, batch, np.int32(0), np.float32(1), np.uint32(0))
+    moved, _, _ = plain(create_state(SPEC, Spy(), 0, mesh), {}, batch, np.int32(0), np.float32(1), np.uint32(0), None)
     gradients = jax.tree.map(lambda b, a: b - a, before, moved.params)
-    after, _, _ = step(state, {}, batch, np.int32(0), np.float32(1e-3), np.uint32(0))
+    after, _, _ = step(state, {}, batch, np.int32(0), np.float32(1e-3), np.uint32(0), None)
     adamw = optax.adamw(1e-3, b1=0.9, b2=0.999, weight_decay=1e-4)
     updates, _ = adamw.update(gradients, adamw.init(before), before)
     expected = optax.apply_updates(before, updates)

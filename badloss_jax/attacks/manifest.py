@@ -27,7 +27,8 @@ _FORMAT = "badloss_jax.manifest/1"
 class AttackPlan:
     """What one attacker does: the trigger (seed and parameters), the target class and the poisoned example ids.
 
-    An optimised trigger's `perturbation` is in 1/255, flattened from [H, W, C]; the others have none.
+    An optimised trigger's `perturbation` is in 1/255, flattened from [H, W, C]; the others have none. `below_ids` are
+    examples of other attacks that carry this trigger, too, below their own: where triggers overlap.
     """
 
     target: int
@@ -35,6 +36,7 @@ class AttackPlan:
     example_ids: tuple[int, ...]
     parameters: dict[str, float] = field(default_factory=dict)
     perturbation: tuple[int, ...] = ()
+    below_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,18 @@ def draw_manifest(
         free[chosen] = False
         parameters = {key: float(settings[name][key]) for key in ATTACKS[name].parameters}
         plans[name] = AttackPlan(target, attack_seed, tuple(int(i) for i in np.sort(chosen)), parameters)
+    plans = _overlap(plans, settings["overlap"], seed)
     return Manifest(len(labels), num_classes, image_shape, {name: plans[name] for name in names})
+
+
+def _overlap(plans: dict[str, AttackPlan], share: float, seed: int) -> dict[str, AttackPlan]:
+    """Puts the trigger of another attack, drawn for each image, below that of so many of each attack's images."""
+    below: dict[str, list[int]] = {name: [] for name in plans}
+    for name, plan in plans.items() if len(plans) > 1 else ():
+        draw, others = generator(seed, "overlap", name), [other for other in plans if other != name]
+        for example_id in np.sort(draw.choice(plan.example_ids, round(share * len(plan.example_ids)), replace=False)):
+            below[others[draw.integers(len(others))]].append(int(example_id))
+    return {name: replace(plan, below_ids=tuple(sorted(below[name]))) for name, plan in plans.items()}
 
 
 def _draw_targets(
@@ -159,8 +172,10 @@ def _draw_targets(
     return targets
 
 
-def choose_probes(manifest: Manifest, count: int, seed: int) -> Int[np.ndarray, "P"]:
+def choose_probes(manifest: Manifest, count: int, seed: int, contaminated: float = 0.0) -> Int[np.ndarray, "P"]:
     """Draws P clean example ids, sorted. Fewer probes of the same seed are a subset of more.
+
+    Of these, the share `contaminated` is drawn from the poison instead: probes that a careless defender trusts.
 
     Raises:
       UsageError: no clean example would be left beside the probes, naming both numbers.
@@ -175,7 +190,8 @@ def choose_probes(manifest: Manifest, count: int, seed: int) -> Int[np.ndarray, 
             f"probes.count = {count} of {len(clean)} clean examples: little is left to measure on", stacklevel=2
         )
     order = generator(seed, "probes").permutation(clean)
-    return np.sort(order[:count])
+    wrong = generator(seed, "contaminated probes").permutation(manifest.poisoned_ids)[: round(contaminated * count)]
+    return np.sort(np.concatenate([order[: count - len(wrong)], wrong]))
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -228,7 +244,8 @@ def _plan(raw: Mapping[str, Any]) -> AttackPlan:
     perturbation = tuple(raw.get("perturbation", ()))
     if not all(type(value) is int and -127 <= value <= 127 for value in perturbation):
         raise DataError("a perturbation holds something else than integers from -127 to 127")
-    return AttackPlan(_integer(raw["target"]), _integer(raw["seed"]), ids, parameters, perturbation)
+    below = tuple(_integer(i) for i in raw.get("below_ids", ()))
+    return AttackPlan(_integer(raw["target"]), _integer(raw["seed"]), ids, parameters, perturbation, below)
 
 
 def _check(manifest: Manifest) -> None:
@@ -255,6 +272,11 @@ def _check(manifest: Manifest) -> None:
     unique, counts = np.unique(ids, return_counts=True)
     if len(unique) < len(ids):
         raise DataError(f"example id {unique[counts > 1][0]} is poisoned twice")
+    below = [i for plan in manifest.attacks.values() for i in plan.below_ids]
+    for plan in manifest.attacks.values():
+        strangers = set(plan.below_ids) - (set(unique.tolist()) - set(plan.example_ids))
+        if strangers or len(set(below)) < len(below):
+            raise DataError(f"below_ids name {min(strangers, default='an id')} that no other attack poisons, or twice")
 
 
 def _integer(value: Any) -> int:

@@ -23,6 +23,7 @@ class Poisoning:
       ids: int64 [M], the poisoned examples.
       attack_of: int8 [N], the number of the attack that poisons an example, or -1.
       triggers: of the attacks.
+      below: int8 [N], the number of another attack whose trigger lies below the example's own, or -1.
     """
 
     images: UInt8[np.ndarray, "N H W C"]
@@ -30,32 +31,38 @@ class Poisoning:
     ids: Int[np.ndarray, "M"]
     attack_of: Int[np.ndarray, "N"]
     triggers: tuple[Trigger, ...]
+    below: Int[np.ndarray, "N"]
 
     def triggered(self, ids: Int[np.ndarray, "m"]) -> Float[np.ndarray, "m H W C"]:
         """Returns the triggered images of poisoned examples, float32 in [0, 1]."""
         ids = np.asarray(ids, np.int64)
         out = np.zeros((len(ids), *self.images.shape[1:]), np.float32)
-        for number, trigger in enumerate(self.triggers):
-            rows = np.flatnonzero(self.attack_of[ids] == number)
-            if len(rows):
-                out[rows] = trigger(self.images[ids[rows]].astype(np.float32) / 255)
+        poisoned = np.flatnonzero(self.attack_of[ids] >= 0)
+        out[poisoned] = self.images[ids[poisoned]].astype(np.float32) / 255
+        for layer in (self.below, self.attack_of):
+            for number, trigger in enumerate(self.triggers):
+                rows = np.flatnonzero(layer[ids] == number)
+                if len(rows):
+                    out[rows] = trigger(out[rows])
         return out
 
 
 def apply_manifest(manifest: Manifest, images: UInt8[np.ndarray, "N H W C"], labels: Int[np.ndarray, "N"]) -> Poisoning:
     """Applies every attack of the manifest to its ids; the arrays given stay as they are."""
-    new_labels, attack_of = labels.astype(np.int32), np.full(len(labels), -1, np.int8)
+    new_labels, attack_of, below = labels.astype(np.int32), *np.full((2, len(labels)), -1, np.int8)
     for number, plan in enumerate(manifest.attacks.values()):
         ids = list(plan.example_ids)
         new_labels[ids] = plan.target
         attack_of[ids] = number
+        below[list(plan.below_ids)] = number
     triggers = tuple(plan_trigger(name, manifest) for name in manifest.attacks)
-    return Poisoning(images, new_labels, manifest.poisoned_ids, attack_of, triggers)
+    return Poisoning(images, new_labels, manifest.poisoned_ids, attack_of, triggers, below)
 
 
 def unpoisoned(images: UInt8[np.ndarray, "N H W C"], labels: Int[np.ndarray, "N"]) -> Poisoning:
     """Returns a training set that nobody touched."""
-    return Poisoning(images, labels.astype(np.int32), np.zeros(0, np.int64), np.full(len(labels), -1, np.int8), ())
+    nobody = np.full(len(labels), -1, np.int8)
+    return Poisoning(images, labels.astype(np.int32), np.zeros(0, np.int64), nobody, (), nobody)
 
 
 def evaluation_triggers(manifest: Manifest, boost: float) -> Iterator[tuple[str, AttackPlan, str, Trigger]]:

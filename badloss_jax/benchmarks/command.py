@@ -207,6 +207,7 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Iterator[
     from badloss_jax.models import ModelSpec
     from badloss_jax.training.loop import Recipe
     from badloss_jax.training.mesh import check_batch_size, make_mesh, round_up
+    from badloss_jax.training.objective import MeanLoss
     from badloss_jax.training.state import AdamW
     from badloss_jax.trajectories.kinds import Kinds
 
@@ -226,7 +227,7 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> Iterator[
     recording, given = config.recording, config.optimizer
     adamw = AdamW(given.weight_decay, given.b1, given.b2)
     recipe = Recipe(recording.epochs, recording.schedule_epochs, recording.batch_size, given.learning_rate, adamw,
-                    given.loss_clamp)  # fmt: skip
+                    MeanLoss(given.loss_clamp))  # fmt: skip
     for name in names:
         height, width, channels = data.images.shape[1:]
         spec = ModelSpec(name, (height, width, channels), classes, tuple(config.model.stages), config.model.stem_stride,

@@ -200,7 +200,7 @@ class _Training:
         """Trains on some batches, waiting for each loss while the next step runs, as the trainer does."""
         before = None
         for batch in batches:
-            self.state, buffer, loss = step(self.state, buffer, batch, np.int32(0), self._rate(), np.uint32(0))
+            self.state, buffer, loss = step(self.state, buffer, batch, np.int32(0), self._rate(), np.uint32(0), None)
             if before is not None:
                 self.loss = float(before)
             before = loss
@@ -221,7 +221,7 @@ class _Training:
 
     def _make_step(self, kinds: Kinds | None) -> Callable:
         recipe = self.recipe
-        return make_train_step(self.spec, recipe.optimizer, recipe.loss_clamp, recipe.augment, kinds, self.mesh)
+        return make_train_step(self.spec, recipe.optimizer, recipe.objective, recipe.augment, kinds, self.mesh)
 
     def _make_recorder(self, mode: str) -> Recorder:
         labels = np.asarray(self.data.labels)

@@ -10,20 +10,20 @@ def detection_metrics(
 ) -> dict[str, dict[str, float | None]]:
     """Measures AUROC, average precision and the true positive rate at 1 % false positives, overall and per attack.
 
-    Probes are known to be clean and are left out. An attack is measured against the clean examples alone. Without any
-    poison "overall" is None.
+    Probes are taken for clean, whatever they are, and left out. An attack is measured against the clean examples alone.
+    Without any poison "overall" is None.
 
     Args:
       scores: [N], higher is more suspicious.
       attack_of: str [N], the example's attack or "".
       is_probe: [N].
     """
-    clean = (attack_of == "") & ~is_probe
+    clean, poison = (attack_of == "") & ~is_probe, (attack_of != "") & ~is_probe
     metrics: dict[str, dict[str, float | None]] = {"auroc": {}, "average_precision": {}, "tpr_at_1_fpr": {}}
-    if not (attack_of != "").any():
+    if not poison.any():
         return {metric: {"overall": None} for metric in metrics}
-    for name in ("overall", *attack_names(attack_of)):
-        poisoned = attack_of != "" if name == "overall" else attack_of == name
+    for name in ("overall", *attack_names(attack_of[poison])):
+        poisoned = poison if name == "overall" else poison & (attack_of == name)
         chosen = clean | poisoned
         truth, values = poisoned[chosen], scores[chosen]
         metrics["auroc"][name] = float(roc_auc_score(truth, values))

@@ -19,9 +19,10 @@ from ml_collections import ConfigDict
 import badloss_jax
 from badloss_jax.attacks import ATTACKS
 from badloss_jax.attacks.manifest import Manifest
-from badloss_jax.config import config_hash, to_dict
-from badloss_jax.defenses.badloss import Detection
+from badloss_jax.config import KINDS, config_hash, to_dict
+from badloss_jax.defenses.context import Detection
 from badloss_jax.errors import DataError, UsageError
+from badloss_jax.evaluation.classifier import defense_effectiveness
 from badloss_jax.evaluation.detection import detection_metrics, removal_metrics
 from badloss_jax.files import read_json, write_atomically, write_text
 from badloss_jax.scoring import anomaly_scores
@@ -35,16 +36,45 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "num
 
 def variant_entry(
     removed: np.ndarray, attack_of: np.ndarray, is_probe: np.ndarray, detection: Detection | None = None,
-    retrained: Mapping[str, Any] | None = None,
+    retrained: Mapping[str, Any] | None = None, undefended: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Builds one V of `variants`: detection (of a defence), shares removed, recall, the retrained model's figures."""
     entry: dict[str, Any] = {}
     if detection is not None:
         entry["detection"] = detection_metrics(detection.distances, attack_of, is_probe)
+        entry |= {"details": dict(detection.details)} if detection.details else {}
     entry |= removal_metrics(removed, attack_of)
     if retrained is not None:
-        entry["retrained"] = dict(retrained)
+        entry["retrained"] = _compared(retrained, undefended)
     return entry
+
+
+def cleansed_entry(model: Mapping[str, Any], undefended: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Builds one V of `variants` for a defence that trains a network itself and removes nothing."""
+    plain = {key: value for key, value in model.items() if key != "details"}
+    entry = {"removed_share": 0.0, "clean_removed_share": 0.0, "retrained": _compared(plain, undefended)}
+    return entry | ({"details": dict(model["details"])} if model["details"] else {})
+
+
+def _compared(model: Mapping[str, Any], undefended: Mapping[str, Any] | None) -> dict[str, Any]:
+    if undefended is None:
+        return dict(model)
+    return dict(model) | {"defense_effectiveness": defense_effectiveness(undefended, model)}
+
+
+def cost_entry(
+    seconds_of: Mapping[str, float] | None, phases: Mapping[str, float], config: ConfigDict
+) -> dict[str, Any]:
+    """Builds the `cost` of a defence, up to its decision: what it took, without the retraining that follows.
+
+    "seconds" counts the artefacts that it stands on (`seconds_of` has them one by one), by whomever they were made;
+    "epochs" is that in units of one epoch of the undefended network's training on the same machine.
+    """
+    if seconds_of is None:
+        return {}
+    seconds = sum(seconds_of.values())
+    epoch = phases["undefended"] / config.retraining.epochs if "undefended" in phases else 0.0
+    return {"cost": {"seconds": seconds, "seconds_of": dict(seconds_of), "epochs": seconds / epoch if epoch else None}}
 
 
 def header(config: ConfigDict, manifest: Manifest, class_names: Sequence[str]) -> dict[str, Any]:
@@ -99,7 +129,8 @@ def read_results(path: Path, to_render: bool = False) -> dict[str, Any]:
         results = read_json(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"{path} does not exist: is {path.parent} the folder of a finished run?") from error
-    whole = "undefended" in results or (to_render and "rescored_from" in results)
+    detected = not results.get("config", {}).get("retraining", {}).get("enabled", True)
+    whole = "undefended" in results or (to_render and ("rescored_from" in results or detected))
     if results.get("schema_version") != SCHEMA_VERSION or not whole:
         raise DataError(f"{path} cannot be used: it is not of a whole run in schema {SCHEMA_VERSION}")
     missing = _RENDERED - results.keys()
@@ -176,8 +207,9 @@ def write_scores(
     }
     for kind, detection in detections.items():
         columns[f"distance_{kind}"] = detection.distances
-        already_log = kind == "combined"
-        columns[f"score_{kind}"] = anomaly_scores(detection.distances, transform="linear" if already_log else transform)
+        distances = kind in KINDS or kind.startswith("badloss")
+        logged = kind.endswith("combined") or not distances
+        columns[f"score_{kind}"] = anomaly_scores(detection.distances, transform="linear" if logged else transform)
         columns[f"p_value_{kind}"] = detection.p_values
         for rule, removed in detection.removed.items():
             columns[f"removed_{kind}_{rule}"] = removed

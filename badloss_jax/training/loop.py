@@ -23,7 +23,8 @@ from badloss_jax.progress import Progress
 from badloss_jax.seeding import derived_seed
 from badloss_jax.training.batch import Examples
 from badloss_jax.training.checkpoint import Checkpoints, Position
-from badloss_jax.training.state import AdamW, TrainState, create_state
+from badloss_jax.training.objective import MeanLoss
+from badloss_jax.training.state import AdamW, Optimizer, TrainState, create_state
 from badloss_jax.training.step import make_train_step
 from badloss_jax.training.streamed import StreamedData
 from badloss_jax.training.watchdog import Watchdog
@@ -39,8 +40,8 @@ class Recipe:
     schedule_epochs: int
     batch_size: int
     learning_rate: float = 1e-3
-    optimizer: AdamW = field(default_factory=AdamW)
-    loss_clamp: float = 100.0
+    optimizer: Optimizer = field(default_factory=AdamW)
+    objective: MeanLoss = field(default_factory=MeanLoss)
     augment: str = "none"
 
     def learning_rate_at(self, epoch: int) -> float:
@@ -57,6 +58,8 @@ def train(
     seed: int,
     phase: str,
     mesh: Mesh,
+    initial: TrainState | None = None,
+    given: Any = None,
     recorder: Recorder | None = None,
     checkpoints: Checkpoints | None = None,
     watchdog: Watchdog | None = None,
@@ -73,6 +76,8 @@ def train(
       example_ids: int [M], the examples to train on; each is seen once an epoch.
       seed, phase: determine weights, order and augmentation.
       mesh: the devices.
+      initial: where to begin in place of fresh weights; it is used up, for its arrays are donated.
+      given: what the recipe's objective asks for at every step.
       recorder: records trajectories of all N examples as it goes.
       checkpoints: open ones; the training goes on from them and is saved in them.
       watchdog: an open one; is told of every step.
@@ -85,9 +90,10 @@ def train(
       NonFiniteLossError: a loss became NaN or infinite; names the step. What was recorded is stored before.
       PreemptedError: the run is to stop; a checkpoint is saved.
     """
-    state = create_state(spec, recipe.optimizer, derived_seed(seed, phase, "weights"), mesh)
+    weights_seed = derived_seed(seed, phase, "weights")
+    state = initial or create_state(spec, recipe.optimizer, weights_seed, mesh, recipe.objective)
     kinds = recorder.step_kinds if recorder else None
-    step = make_train_step(spec, recipe.optimizer, recipe.loss_clamp, recipe.augment, kinds, mesh)
+    step = make_train_step(spec, recipe.optimizer, recipe.objective, recipe.augment, kinds, mesh)
     padding = padding_id(len(data), mesh)
     augmentation_seed = np.uint32(derived_seed(seed, phase, "augmentation"))
     buffer, begun, began = recorder.buffer if recorder else {}, Position(), time.monotonic()
@@ -111,7 +117,8 @@ def train(
             asked = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - asked
-            state, buffer, loss = step(state, buffer, batch, np.int32(epoch), learning_rate, augmentation_seed)
+            state, buffer, loss = step(state, buffer, batch, np.int32(epoch), learning_rate, augmentation_seed,
+                                       given)  # fmt: skip
             if recorder:
                 recorder.buffer = buffer
             losses.append(loss)

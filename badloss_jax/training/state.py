@@ -1,7 +1,7 @@
 """What training changes: parameters, batch statistics, optimiser state, step."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -14,17 +14,19 @@ from jaxtyping import Array, Int
 
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.mesh import replicated
+from badloss_jax.training.objective import MeanLoss
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """The whole state of one training."""
+    """The whole state of one training; `beside` are the objective's own parameters, mostly none."""
 
     step: Int[Array, ""]
     params: nnx.State
     batch_stats: nnx.State
     optimizer: Any
+    beside: Any = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,38 @@ class AdamW:
         return optax.chain(optax.scale_by_adam(self.b1, self.b2), optax.add_decayed_weights(self.weight_decay))
 
 
-def create_state(spec: ModelSpec, optimizer: AdamW, seed: int, mesh: Mesh) -> TrainState:
+@dataclass(frozen=True)
+class Adadelta:
+    """Adadelta (Zeiler 2012), its learning rate left to the caller, too."""
+
+    rho: float = 0.9
+    weight_decay: float = 0.0
+
+    def transform(self) -> optax.GradientTransformation:
+        """Returns the optax transformation, up to the factor -learning_rate."""
+        return optax.chain(optax.add_decayed_weights(self.weight_decay), optax.scale_by_adadelta(self.rho))
+
+
+Optimizer = AdamW | Adadelta
+
+
+def create_state(
+    spec: ModelSpec, optimizer: Optimizer, seed: int, mesh: Mesh, objective: MeanLoss | None = None
+) -> TrainState:
     """Returns a fresh state, created where it will live: replicated over the mesh."""
-    return _make_init(spec, optimizer, mesh)(jax.random.key(seed))
+    return _make_init(spec, optimizer, mesh, objective or MeanLoss())(jax.random.key(seed))
 
 
 @lru_cache(maxsize=32)
-def _make_init(spec: ModelSpec, optimizer: AdamW, mesh: Mesh) -> Callable[[jax.Array], TrainState]:
+def _make_init(
+    spec: ModelSpec, optimizer: Optimizer, mesh: Mesh, objective: MeanLoss
+) -> Callable[[jax.Array], TrainState]:
     def init(key: jax.Array) -> TrainState:
         model = spec.build(nnx.Rngs(key))
         params, batch_stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
-        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.transform().init(params))
+        beside = objective.init(jax.random.fold_in(key, 1), spec)
+        optimizer_state = optimizer.transform().init((params, beside))
+        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer_state, beside)
 
     return jax.jit(init, out_shardings=replicated(mesh))
 

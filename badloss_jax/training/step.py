@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +15,22 @@ from badloss_jax.data import AUGMENTATIONS
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.batch import Batch
 from badloss_jax.training.mesh import by_rows, replicated
-from badloss_jax.training.state import AdamW, TrainState, graph_of
+from badloss_jax.training.objective import Forward, MeanLoss
+from badloss_jax.training.state import Optimizer, TrainState, graph_of
 from badloss_jax.trajectories.buffer import Buffer, write
 from badloss_jax.trajectories.kinds import Kinds
 
 
 @lru_cache(maxsize=32)
 def make_train_step(
-    spec: ModelSpec, optimizer: AdamW, loss_clamp: float, augment: str, kinds: Kinds | None, mesh: Mesh
+    spec: ModelSpec, optimizer: Optimizer, objective: MeanLoss, augment: str, kinds: Kinds | None, mesh: Mesh
 ) -> Callable:
-    """Compiles (state, buffer, batch, epoch, learning_rate, seed) -> (state, buffer, mean loss).
+    """Compiles (state, buffer, batch, epoch, learning_rate, seed, given) -> (state, buffer, mean loss).
 
-    State and buffer are donated; `seed`, uint32, is that of the augmentation. With `kinds`, what the step's own forward
-    pass says of each example goes into the buffer ("step" capture); without, the buffer is passed through. The mean is
-    over the batch's examples; an example's loss is clamped for the mean (and its gradient), never for the buffer. The
-    mean loss returned is not finite if any example's loss is not.
+    State and buffer are donated; `seed`, uint32, is that of the augmentation; `given` is handed on to the objective.
+    With `kinds`, what the step's own forward pass says of each example goes into the buffer ("step" capture); without,
+    the buffer is passed through. The mean is over the batch's examples; an example's loss is clamped for the mean (and
+    its gradient), never for the buffer. The mean loss returned is not finite if any example's loss is not.
     """
     graph, augmentation = graph_of(spec), AUGMENTATIONS[augment]
 
@@ -39,33 +41,36 @@ def make_train_step(
         epoch: Int[Array, ""],
         learning_rate: Float[Array, ""],
         seed: Int[Array, ""],
+        given: Any,
     ) -> tuple[TrainState, Buffer, Float[Array, ""]]:
         images, labels = batch.examples(jnp.promote_types(spec.dtype, jnp.float32))
         ids, real, key = batch.ids, batch.real, jax.random.key(seed)
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, epoch), i))(ids)
         images = jax.vmap(augmentation)(images, keys)
 
-        def loss_of(params: nnx.State) -> tuple[Array, tuple[nnx.State, Array, Array, Array]]:
-            model = nnx.merge(graph, params, state.batch_stats, copy=True)
+        def loss_of(learned: tuple[nnx.State, Any]) -> tuple[Array, tuple[nnx.State, Forward]]:
+            model = nnx.merge(graph, learned[0], state.batch_stats, copy=True)
             logits, features = model(images, train=True, mask=real)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            mean = jnp.sum(jnp.where(real, jnp.minimum(losses, loss_clamp), 0)) / real.sum()
-            finite = jnp.all(jnp.isfinite(losses) | ~real)
-            return mean, (nnx.state(model, nnx.BatchStat), logits, features, finite)
+            forward = Forward(images, labels, real, losses, logits, features)
+            return objective(forward, learned[1], given), (nnx.state(model, nnx.BatchStat), forward)
 
-        (mean, (stats, logits, features, finite)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        updates, opt_state = optimizer.transform().update(gradients, state.optimizer, state.params)
-        params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state.params, updates)
+        learned = state.params, state.beside
+        (_, (stats, forward)), gradients = jax.value_and_grad(loss_of, has_aux=True)(learned)
+        updates, opt_state = optimizer.transform().update(gradients, state.optimizer, learned)
+        params, beside = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), learned, updates)
         if kinds is not None:
-            buffer = write(buffer, ids, epoch, kinds.observe(logits, features, labels))
-        state = TrainState(state.step + 1, params, stats, opt_state)
+            buffer = write(buffer, ids, epoch, kinds.observe(forward.logits, forward.features, labels))
+        mean = forward.mean(jnp.minimum(forward.losses, objective.clamp))
+        finite = jnp.all(jnp.isfinite(forward.losses) | ~real)
+        state = TrainState(state.step + 1, params, stats, opt_state, beside)
         return state, buffer, jnp.where(finite, mean, jnp.nan)
 
     everywhere, rows = replicated(mesh), by_rows(mesh)
     return jax.jit(
         step,
         donate_argnums=(0, 1),
-        in_shardings=(everywhere, rows, None, None, None, None),
+        in_shardings=(everywhere, rows, None, None, None, None, None),
         out_shardings=(everywhere, rows, everywhere),
     )
 
@@ -106,3 +111,15 @@ def make_predict_step(spec: ModelSpec, mesh: Mesh) -> Callable:
         return logits.argmax(-1)
 
     return jax.jit(step, in_shardings=(replicated(mesh), by_rows(mesh)), out_shardings=by_rows(mesh))
+
+
+@lru_cache(maxsize=32)
+def make_observe_step(spec: ModelSpec, mesh: Mesh) -> Callable:
+    """Compiles (batch, state) -> (logits float32 [B, K], features float32 [B, F]) in evaluation mode."""
+    graph = graph_of(spec)
+
+    def step(batch: Batch, state: TrainState) -> tuple[Float[Array, "B K"], Float[Array, "B F"]]:
+        images, _ = batch.examples(jnp.promote_types(spec.dtype, jnp.float32))
+        return nnx.merge(graph, state.params, state.batch_stats)(images, train=False)
+
+    return jax.jit(step, out_shardings=by_rows(mesh))

@@ -35,9 +35,13 @@ def padding_id(num_examples: int, mesh: Mesh) -> int:
 
 
 def write(buffer: Buffer, ids: Int[Array, "B"], epoch: Int[Array, ""], values: dict[str, Array]) -> Buffer:
-    """Writes a batch into column `epoch` of the rows `ids`, for use inside jit; ids past the end are dropped."""
-    return {
-        name: array.at[ids, epoch].set(values[name].astype(array.dtype), mode="drop") for name, array in buffer.items()
+    """Writes a batch into column `epoch` of the rows `ids`, for use inside jit; ids past the end are dropped.
+
+    Kinds that `values` lacks stay as they are.
+    """
+    return buffer | {
+        name: buffer[name].at[ids, epoch].set(value.astype(buffer[name].dtype), mode="drop")
+        for name, value in values.items()
     }
 
 

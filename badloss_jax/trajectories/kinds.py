@@ -15,12 +15,13 @@ class Kinds:
     """Which kinds are recorded beside the loss, and how wide they are (hashable, for compiled steps).
 
     Attributes:
-      names: of "prob", "logits", "ranked", "features".
+      names: of "step", "prob", "logits", "ranked", "features".
       num_classes: K.
       num_features: F, penultimate features of the network.
       feature_dim: d, columns of the Gaussian projection of the features.
       ranked_others: m, at most K - 1 are taken.
       seed: of the projection.
+      observed: which of all, the loss with them, `observe` computes; () are all.
     """
 
     names: tuple[str, ...]
@@ -29,12 +30,14 @@ class Kinds:
     feature_dim: int = 64
     ranked_others: int = 5
     seed: int = 0
+    observed: tuple[str, ...] = ()
 
     def layout(self) -> dict[str, tuple[tuple[int, ...], jnp.dtype]]:
         """Returns for each recorded kind its shape per example and epoch, and its dtype."""
         others = min(self.ranked_others, self.num_classes - 1)
         half, single = jnp.dtype(jnp.float16), jnp.dtype(jnp.float32)
         layouts = {
+            "step": ((), single),
             "prob": ((), single),
             "logits": ((self.num_classes,), half),
             "ranked": ((1 + others,), half),
@@ -45,15 +48,19 @@ class Kinds:
     def observe(
         self, logits: Float[Array, "B K"], features: Float[Array, "B F"], labels: Int[Array, "B"]
     ) -> dict[str, Array]:
-        """Computes every recorded kind: [B] or [B, width]; "loss" is the cross-entropy.
+        """Computes the kinds to observe: [B] or [B, width]; "loss" is the cross-entropy, and so is "step".
 
         "prob" is the labelled class's probability; "ranked" its log-probability followed by the m largest of the other
         classes', in descending order; "features" are multiplied by a seeded Gaussian matrix of variance 1/d.
         """
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        seen = {"loss": losses}
+        seen: dict[str, Array] = {}
         for name, (_, dtype) in self.layout().items():
-            if name == "prob":
+            if self.observed and name not in self.observed:
+                continue
+            if name in ("loss", "step"):
+                seen[name] = losses
+            elif name == "prob":
                 seen[name] = jnp.exp(-losses)
             elif name == "logits":
                 seen[name] = logits

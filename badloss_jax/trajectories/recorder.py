@@ -1,6 +1,6 @@
 """The recorder that the trainer carries along: after each epoch every example has one more entry in its trajectory."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
@@ -23,6 +23,8 @@ from badloss_jax.trajectories.store import TrajectoryStore
 class Recorder:
     """Fills the device buffer by "sweep" or "step" capture, and appends each finished epoch to the store.
 
+    The kind "step" is what the training step itself saw of the loss, in a recording that otherwise sweeps.
+
     Attributes:
       kinds: what is recorded.
       capture: "sweep", one evaluation pass after each epoch, or "step", the training step's own outputs.
@@ -44,7 +46,13 @@ class Recorder:
     @property
     def step_kinds(self) -> Kinds | None:
         """What the training step itself has to write, if anything."""
-        return self.kinds if self.capture == "step" else None
+        if self.capture == "step":
+            return self.kinds
+        return replace(self.kinds, observed=("step",)) if "step" in self.kinds.names else None
+
+    @property
+    def _sweep_kinds(self) -> Kinds:
+        return replace(self.kinds, observed=tuple(name for name in self.kinds.layout() if name != "step"))
 
     def resume(self, buffer: Buffer, epoch: int) -> None:
         """Goes on with a buffer in which the epochs before `epoch` are complete."""
@@ -59,7 +67,7 @@ class Recorder:
           NonFiniteLossError: some example's loss, or another value, is not finite; the epoch is stored all the same.
         """
         if self.capture == "sweep":
-            step = make_sweep_step(spec, self.kinds, self.mesh)
+            step = make_sweep_step(spec, self._sweep_kinds, self.mesh)
             order = cut_batches(np.arange(len(data)), self.batch_size, padding_id(len(data), self.mesh))
             for batch in data.batches(order):
                 self.buffer = step(state, self.buffer, batch, np.int32(epoch))

@@ -11,6 +11,7 @@ import pytest
 from badloss_jax.experiment import run_experiment
 from badloss_jax.scoring import knn_distances, leave_one_out_distances
 from badloss_jax.training.mesh import make_mesh
+from badloss_jax.training.objective import MeanLoss
 from badloss_jax.training.state import AdamW, create_state
 from badloss_jax.training.step import make_train_step
 from badloss_jax.trajectories.buffer import create_buffer, read_column
@@ -53,9 +54,9 @@ def test_the_first_steps_are_those_of_the_cpu(gpu, cpu):
         for mesh in (gpu, cpu):
             data, state = resident(mesh), create_state(SPEC, AdamW(), 0, mesh)
             buffer = create_buffer(KINDS, len(data), 1, mesh)
-            step = make_train_step(SPEC, AdamW(), 100.0, "none", KINDS, mesh)
+            step = make_train_step(SPEC, AdamW(), MeanLoss(), "none", KINDS, mesh)
             for batch in data.batches(np.arange(96, dtype=np.int32).reshape(3, 32)):
-                state, buffer, _ = step(state, buffer, batch, np.int32(0), np.float32(1e-3), np.uint32(0))
+                state, buffer, _ = step(state, buffer, batch, np.int32(0), np.float32(1e-3), np.uint32(0), None)
             seen.append({kind: run for kind, (run,) in read_column(buffer, 0, 96).items()})
     for kind in KINDS.layout():
         np.testing.assert_allclose(seen[0][kind], seen[1][kind], rtol=0, atol=1e-2, err_msg=kind)
@@ -67,9 +68,9 @@ def test_a_step_writes_into_the_buffer_where_it_is(gpu, dtype):
     spec = replace(SPEC, dtype=dtype)
     data, state = resident(gpu), create_state(spec, AdamW(), 0, gpu)
     buffer = create_buffer(KINDS, len(data), 3, gpu)
-    step = make_train_step(spec, AdamW(), 100.0, "crop_flip", KINDS, gpu)
+    step = make_train_step(spec, AdamW(), MeanLoss(), "crop_flip", KINDS, gpu)
     (batch,) = data.batches(np.arange(32, dtype=np.int32)[None])
-    rest = batch, np.int32(1), np.float32(1e-3), np.uint32(0)
+    rest = batch, np.int32(1), np.float32(1e-3), np.uint32(0), None
     text = step.lower(state, buffer, *rest).compile().as_text()
     aliases, given = text[: text.index("entry_computation_layout")], len(jax.tree.leaves(state))
     for position in range(given, given + len(buffer)):

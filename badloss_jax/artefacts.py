@@ -1,0 +1,43 @@
+"""Where the costly things of a run lie: trajectories, networks, what defences found, and the checkpoints on the way.
+
+In a run's own folder they have names: models/undefended. In a folder that the items of a sweep share, they are named
+by the hash of all that they depend on, models/0123456789abcdef, so that each is made once, by whoever needs it first,
+while the others wait.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from badloss_jax.files import locked
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    """The artefacts of one folder.
+
+    Attributes:
+      folder: where they lie.
+      shared: whether other processes make and use them, too.
+      say: is told if another process is waited for.
+    """
+
+    folder: Path
+    shared: bool = False
+    say: Callable[[str], None] = print
+
+    def place(self, kind: str, name: str, identity: str) -> Path:
+        """Returns where an artefact lies: `kind` is "models", "defenses", ...; `name` is "" if there is but one."""
+        plain = identity if self.shared else name.replace("/", "-")
+        return self.folder / kind / plain if plain else self.folder / kind
+
+    @contextmanager
+    def held(self, path: Path) -> Iterator[None]:
+        """Keeps an artefact to this process while it is looked for and, if it is not there, made."""
+        if not self.shared:
+            yield
+            return
+        lock = self.folder / "locks" / f"{path.parent.name}-{path.name}"
+        with locked(lock, lambda holder: self.say(f"waiting for process {holder}, which is making {path.name}")):
+            yield

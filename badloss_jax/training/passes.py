@@ -1,0 +1,50 @@
+"""Passes over a training set that do not train: a jitted function of each batch, its results gathered by example."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
+
+from badloss_jax.data.order import cut_batches
+from badloss_jax.progress import Progress
+from badloss_jax.training.batch import Examples
+from badloss_jax.training.mesh import round_up, to_host
+from badloss_jax.trajectories.buffer import padding_id
+
+
+def map_examples(
+    function: Callable[..., Any], data: Examples, ids: Int[np.ndarray, "M"], batch_size: int, mesh: Mesh,
+    *arguments: Any, progress: Progress | None = None, title: str = "",
+) -> Any:  # fmt: skip
+    """Applies a jitted function to batches of examples, in the order of the ids.
+
+    Args:
+      function: (batch, *arguments) -> a tree of arrays [B, ...], one row an example of the batch.
+      data: the training set.
+      ids: int [M], at least one.
+      batch_size: rounded up to a multiple of the devices.
+      mesh: the devices.
+      *arguments: handed on, such as a network's state.
+      progress, title: tell how far it is.
+
+    Returns:
+      The tree, of NumPy arrays [M, ...], in every process.
+    """
+    padding = padding_id(len(data), mesh)
+    order = cut_batches(ids, round_up(batch_size, mesh), padding)
+    progress = progress or Progress(None)
+    progress.phase(title)
+    progress.begin(len(ids))
+    parts: list[Any] = []
+    for number, batch in enumerate(data.batches(order)):
+        parts.append(function(batch, *arguments))
+        if number:  # while one batch is computed, the one before it is copied
+            parts[-2] = jax.tree.map(to_host, parts[-2])
+        progress.advance(int(np.count_nonzero(order[number] < padding)), f"batch {number + 1}/{len(order)}")
+        progress.say(f"batch {number + 1}/{len(order)}")
+    parts[-1] = jax.tree.map(to_host, parts[-1])
+    progress.end()
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(ids)], *parts)

@@ -20,6 +20,7 @@ Finds poisoned training examples by how a network learns them (BaDLoss, ICLR 202
   badloss score --workdir OUT --config.scoring.loss.k=5   score the same recording again, without training
   badloss score --trajectories FILE.npy ...               score any number of trajectories of your own
   badloss summary OUT0 OUT1 OUT2                          mean and spread over the runs of several seeds
+  badloss sweep --config configs/sweeps/k.py --workdir D  compare defences, or settings, over attacks and seeds
   badloss report --workdir OUT                            render the report again, from the files of the run
   badloss attacks --config configs/digits.py --out A.png  show every attack's trigger as a picture
   badloss prepare imagenet2012 --from TARS --to DIR       write a large data set once, for data.source=tfds
@@ -53,6 +54,20 @@ standard deviation of the sample, in percent (AUROC: 0 to 1).
 _REPORT = """\
 Render report.html, report.md and the plots again from the files of a finished run, or of one of its rescorings
 (OUT/rescored/HASH). Nothing is trained or scored, and the data set is not needed.
+
+With --sweep, tabulate and plot what is done of a sweep: DIR/report.html (look at this), report.md, results.csv, *.png.
+"""
+
+_SWEEP = """\
+Run a product of attacks, defences, settings and seeds, as a sweep file lists it, item by item. What items have in
+common, such as the attacked network or the recorded trajectories, is made once, and kept in DIR/shared.
+
+The same command goes on where it was stopped: what is done is skipped. An item that fails does not stop the others; it
+is listed at the end, with exit code 1, and tried again the next time. Several processes can work on one DIR at a time
+(start the command twice, or one item a task of a Slurm array: launch/slurm/sweep.sbatch); each item is taken by one.
+
+At the end DIR holds report.html (look at this), report.md, results.csv; `badloss report --sweep DIR` makes them anew,
+also of a sweep that is not done.
 """
 
 _ATTACKS = """\
@@ -132,7 +147,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     report = commands.add_parser("report", help="render the report of a run again", description=_REPORT,
                                  formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
-    report.add_argument("--workdir", required=True, type=Path, metavar="OUT", help="folder of a finished run")
+    what = report.add_mutually_exclusive_group(required=True)
+    what.add_argument("--workdir", type=Path, metavar="OUT", help="folder of a finished run")
+    what.add_argument("--sweep", type=Path, metavar="DIR", help="folder of a sweep, done or not")
+
+    sweep = _command(commands, "sweep", "compare defences or settings over attacks and seeds", _SWEEP, [
+        "badloss sweep --config configs/sweeps/paper_table.py:digits --attacks all --seeds 0,1 --workdir /tmp/table",
+        "badloss sweep --config configs/sweeps/k.py --workdir /tmp/k --config.data.train_examples=5000",
+        "badloss sweep --config configs/sweeps/k.py --workdir /tmp/k --list",
+    ])  # fmt: skip
+    sweep.add_argument("--config", required=True, metavar="FILE[:BASE]",
+                       help="sweep file, and the config that it is about: digits, cifar10, gtsrb; by default"
+                       " Fashion-MNIST")  # fmt: skip
+    sweep.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="folder of the sweep, new or its own")
+    sweep.add_argument("--seeds", type=_integers, default=(), metavar="S,S", help="in place of the file's")
+    sweep.add_argument("--attacks", type=_words, default=(), metavar="A,A", help="only these of the file's attacks")
+    sweep.add_argument("--defenses", type=_words, default=(), metavar="D,D", help="only these of the file's defences")
+    sweep.add_argument("--item", type=_integers, metavar="I,I", help="run these items alone, by their numbers")
+    sweep.add_argument("--list", action="store_true", help="print number, state and title of each item, and run none")
 
     attacks = _command(commands, "attacks", "show every attack's trigger", _ATTACKS, [
         "badloss attacks --config configs/digits.py --out /tmp/attacks.png",
@@ -161,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments, overrides = parser.parse_known_args(argv)
     arguments.argv = list(sys.argv[1:] if argv is None else argv)
-    configurable = arguments.command in ("run", "score", "attacks") or "configurable" in arguments
+    configurable = arguments.command in ("run", "score", "attacks", "sweep") or "configurable" in arguments
     strangers = [text for text in overrides if not (configurable and text.startswith("--config."))]
     if strangers:
         commands.choices[arguments.command].error(
@@ -175,7 +207,7 @@ def _guarded(arguments: argparse.Namespace, overrides: list[str]) -> int:
     warnings.showwarning = lambda message, *_, **__: print(f"badloss: warning: {message}", file=sys.stderr)
     try:
         work = {"run": _run, "score": _score, "summary": _summary, "report": _report, "attacks": _attacks,
-                "prepare": _prepare, "bench": _bench}  # fmt: skip
+                "prepare": _prepare, "bench": _bench, "sweep": _sweep}  # fmt: skip
         return work[arguments.command](arguments, overrides)
     except BadlossError as error:
         return _explain(error)
@@ -183,7 +215,7 @@ def _guarded(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(f"badloss: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        places = {"run": "checkpoint", "prepare": "shard"} | (
+        places = {"run": "checkpoint", "sweep": "checkpoint", "prepare": "shard"} | (
             {"score": "part"} if getattr(arguments, "trajectories", None) else {}
         )
         place = places.get(arguments.command)
@@ -280,7 +312,45 @@ def _summary(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from badloss_jax.progress import Progress
+    from badloss_jax.sweep import load_sweep, run_sweep, state_of
+
+    sweep = load_sweep(arguments.config, overrides, arguments.seeds, arguments.attacks, arguments.defenses)
+    if arguments.list:
+        for number, item in enumerate(sweep.items):
+            print(f"{number:4}  {state_of(arguments.workdir, item):6}  {item.title}")
+        return 0
+    _set_up_jax()
+    failed = run_sweep(sweep, arguments.workdir, arguments.item, Progress())
+    if arguments.item is None:
+        _report_sweep(arguments.workdir)
+    for name, error in failed.items():
+        print(f"badloss: failed: items/{name}: {error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _report_sweep(folder: Path) -> None:
+    from badloss_jax.report.sweep import write_sweep_report
+    from badloss_jax.report.tables import as_text
+
+    for title, table in write_sweep_report(folder):
+        print(f"\n{title}\n\n{as_text(table)}")
+    print(f"\nReport: {folder / 'report.html'}")
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
 def _report(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    if arguments.sweep:
+        _report_sweep(arguments.sweep)
+        return 0
     from badloss_jax.files import locked
     from badloss_jax.report.page import write_reports
 

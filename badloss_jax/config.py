@@ -22,7 +22,7 @@ RECORDED_KINDS = ("step", "prob", "logits", "ranked", "features")  # beside the 
 KINDS = ("loss", *RECORDED_KINDS, "combined")
 RULES = ("fraction", "alpha", "fdr")
 WRITERS = ("tensorboard", "wandb")
-CONTROLS = ("random", "oracle")
+CONTROLS = ("none", "random", "oracle")  # "none", the undefended network, is trained with every other
 # Where files lie cannot change a result: the data's and the manifest's own fingerprints are hashed in their stead.
 # Nor can the way that images take to the devices, what is shown of a run, or how often it is saved on its way.
 _PLACES = ("data.dir", "data.cache_dir", "data.input", "data.workers", "data.threads", "attacks.manifest",
@@ -36,7 +36,7 @@ def default_config() -> ConfigDict:
     """Returns every key at its default: the paper's settings where the paper has one."""
     config = ConfigDict()
     config.seed = 0  # poison, probes, initial weights, order of examples, augmentation
-    config.controls = CONTROLS  # models trained beside the defended ones: "random", "oracle"
+    config.controls = ("random", "oracle")  # models trained beside the undefended and the defended ones
     config.data = {
         "source": "digits",  # digits | idx | image_folder | gtsrb | arrays | tfds
         "dir": "",  # the folder where the source's files lie (arrays: the .npz file)
@@ -154,10 +154,13 @@ def default_config() -> ConfigDict:
         },
         "cbd": {
             "backdoor_epochs": 5,  # of the network that is to learn the triggers
+            "penalty": 0.01,  # weight of what the features tell about that network's
         },
         "pss": {
             "clean_quantile": 0.8,  # of the feature inconsistency: below it, examples are called clean
             "poisoned_quantile": 0.95,  # and above it poisoned
+            "epochs": 20,  # of unlearning the ones and relearning the others, in turns
+            "learning_rate": 1e-4,  # of both
         },
     }
     config.retraining = {
@@ -218,7 +221,12 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
       UsageError: no such file or variant, an unknown key (the nearest one is named), a wrong type, an impossible value.
     """
     path, _, variant = spec.partition(":")
-    return override(_run_config_file(Path(path), variant), overrides)
+    config = load_file(Path(path), variant)
+    try:
+        config = _rebuild(config.to_dict())
+    except (UsageError, TypeError) as error:
+        raise UsageError(f"config file {path}: {error}") from error
+    return override(config, overrides)
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
@@ -387,7 +395,7 @@ def check_config(config: ConfigDict) -> None:
 def _check_kinds(config: ConfigDict) -> None:
     from badloss_jax.defenses import DEFENSES
 
-    if not config.scoring.kinds and not config.defenses.names:
+    if not config.scoring.kinds and not config.defenses.names and "none" not in config.controls:
         raise UsageError(f"scoring.kinds and defenses.names are empty: expected some of {_listed(KINDS)} or of"
                          f" {_listed(tuple(DEFENSES))}")  # fmt: skip
     recorded = {"loss", *config.recording.kinds}
@@ -424,7 +432,12 @@ def _check_kinds(config: ConfigDict) -> None:
             raise UsageError(f"retraining.variants has {variant!r}: expected KIND/RULE{_nearest(variant, known)}")
 
 
-def _run_config_file(path: Path, variant: str) -> ConfigDict:
+def load_file(path: Path, variant: str) -> ConfigDict:
+    """Runs a config file, or a sweep file, and returns what its `get_config` does, unchecked.
+
+    Raises:
+      UsageError: no such file or variant, or it cannot be run.
+    """
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise UsageError(f"config file {path} does not exist{_nearest(str(path), siblings)}")
@@ -441,10 +454,7 @@ def _run_config_file(path: Path, variant: str) -> ConfigDict:
         raise UsageError(f"config file {path} cannot be used: {' '.join(str(error).split())}") from error
     if not isinstance(config, ConfigDict):
         raise UsageError(f"config file {path}: get_config() returned {type(config).__name__}, expected a ConfigDict")
-    try:
-        return _rebuild(config.to_dict())
-    except (UsageError, TypeError) as error:
-        raise UsageError(f"config file {path}: {error}") from error
+    return config
 
 
 def _check_key(config: ConfigDict, key: str) -> None:

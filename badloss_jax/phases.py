@@ -75,7 +75,8 @@ class Phases:
         self.recipe = recipe_of(config, settings.epochs, settings.epochs, settings.batch_size, settings.augment)
         defenses = [DEFENSES[name] for name in config.defenses.names]
         recording = bool(config.scoring.kinds) or any(defense.recorded for defense in defenses)
-        shown = (1 + len(settings.variants) + len(config.controls)) * settings.enabled
+        controls = sum(control != "none" for control in config.controls)
+        shown = (1 + len(settings.variants) + controls) * settings.enabled
         attacked = not settings.enabled and any(not defense.recorded for defense in defenses)
         self._trainings = recording + shown + attacked + sum(defense.trainings for defense in defenses)
         processes = jax.process_count()

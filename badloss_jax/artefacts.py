@@ -20,12 +20,12 @@ class Artefacts:
     Attributes:
       folder: where they lie.
       shared: whether other processes make and use them, too.
-      say: is told if another process is waited for.
+      wait: is told which other process is waited for; None does not wait, `held` then raises BusyError.
     """
 
     folder: Path
     shared: bool = False
-    say: Callable[[str], None] = print
+    wait: Callable[[str], object] | None = None
 
     def place(self, kind: str, name: str, identity: str) -> Path:
         """Returns where an artefact lies: `kind` is "models", "defenses", ...; `name` is "" if there is but one."""
@@ -34,10 +34,15 @@ class Artefacts:
 
     @contextmanager
     def held(self, path: Path) -> Iterator[None]:
-        """Keeps an artefact to this process while it is looked for and, if it is not there, made."""
+        """Keeps an artefact to this process while it is looked for and, if it is not there, made.
+
+        Raises:
+          BusyError: another process makes it, and is not to be waited for.
+        """
         if not self.shared:
             yield
             return
         lock = self.folder / "locks" / f"{path.parent.name}-{path.name}"
-        with locked(lock, lambda holder: self.say(f"waiting for process {holder}, which is making {path.name}")):
+        wait = self.wait
+        with locked(lock, wait and (lambda holder: wait(f"waiting for process {holder}, which makes {path.name}"))):
             yield

@@ -58,6 +58,7 @@ def default_config() -> ConfigDict:
         "names": ("patch", "single_pix", "blend_r", "blend_p", "sinusoid", "frequency"),
         "manifest": "",  # a manifest.json to take the poison from, instead of drawing it
         "overlap": 0.0,  # share of each attack's images that carry the trigger of another attack, too, below its own
+        "scale": 1.0,  # multiplies the ratio of every attack; 0 poisons nothing
         # ratio: share of the training set (sinusoid: of its target class); target: a class, or -1 to draw it
         "patch": {"ratio": 0.01, "target": -1},
         "single_pix": {"ratio": 0.01, "target": -1},
@@ -137,12 +138,19 @@ def default_config() -> ConfigDict:
         "activation_clustering": {
             "components": 10,  # of the independent component analysis
             "silhouette": 0.15,  # a class above it is attacked
+            "cluster_share": 0.5,  # if its smaller cluster is no larger than this share of it, too; 0.5 always is
+            "sample_size": 2500,  # examples of each cluster, at most, that the silhouette is of
         },
         "spectral_signatures": {
             "eps": 0.1,  # the share of each class that is thought to be poisoned
         },
         "frequency_analysis": {
             "epochs": 10,  # of the detector's training
+            "learning_rate": 0.05,  # of its Adadelta, constant
+            "weight_decay": 1e-4,
+            "batch_size": 32,
+            "copies": 1,  # altered ones of each probe, and as many clean ones
+            "threshold": 0.5,  # remove what is altered with this probability
         },
         "abl": {
             "epochs": 10,  # of training with flooding
@@ -157,6 +165,7 @@ def default_config() -> ConfigDict:
             "penalty": 0.01,  # weight of what the features tell about that network's
         },
         "pss": {
+            "early_epochs": 2,  # of the network whose features are compared
             "clean_quantile": 0.8,  # of the feature inconsistency: below it, examples are called clean
             "poisoned_quantile": 0.95,  # and above it poisoned
             "epochs": 20,  # of unlearning the ones and relearning the others, in turns
@@ -253,6 +262,20 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     return config
 
 
+def changed(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDict:
+    """Returns a checked copy of `config` with settings changed: key, such as "scoring.loss.k" -> value."""
+    config = ConfigDict(config).copy_and_resolve_references()
+    for key, value in settings.items():
+        _check_key(config, key)
+        group, _, leaf = key.rpartition(".")
+        try:
+            (_at(config, group) if group else config)[leaf] = value
+        except TypeError as error:
+            raise UsageError(f"{key} = {value!r}: expected {_kind_of(_at(config, key))}") from error
+    check_config(config)
+    return config.lock()
+
+
 def from_json(text: str) -> ConfigDict:
     """Rebuilds a config that `to_json` wrote, against today's keys and types."""
     try:
@@ -295,14 +318,15 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def config_hash(config: ConfigDict) -> str:
-    """Hashes everything that can change a result, so not where the files lie."""
+def config_hash(config: ConfigDict | Mapping[str, Any]) -> str:
+    """Hashes everything that can change a result, so not where the files lie; also of what `to_dict` returned."""
     return digest(settled(config))
 
 
-def settled(config: ConfigDict) -> dict[str, Any]:
+def settled(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """Returns key -> value of everything that can change a result."""
-    return {key: value for key, value in _leaves(to_dict(config)) if key not in _PLACES}
+    tree = to_dict(config) if isinstance(config, ConfigDict) else config
+    return {key: value for key, value in _leaves(tree) if key not in _PLACES}
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, str]:
@@ -358,8 +382,9 @@ def check_config(config: ConfigDict) -> None:
         _in_range(config, key, 1)
     _in_range(config, "seed", 0, 2**63 - 1)
     for key in ("data.train_examples", "data.test_examples", "data.pad", "data.image_size",
-                "scoring.combined.k", "scoring.epochs", "optimizer.weight_decay", "report.gallery", "data.workers",
-                "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.stall_minutes"):  # fmt: skip
+                "scoring.combined.k", "scoring.epochs", "attacks.scale", "optimizer.weight_decay", "report.gallery",
+                "data.workers", "checkpoint.every_steps", "checkpoint.every_minutes",
+                "checkpoint.stall_minutes"):  # fmt: skip
         _in_range(config, key, 0)
     for key in ("optimizer.learning_rate", "optimizer.loss_clamp", "evaluation.boost"):
         _in_range(config, key, 0, open_low=True)

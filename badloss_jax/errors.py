@@ -18,6 +18,10 @@ class UsageError(BadlossError, ValueError):
     exit_code = 2
 
 
+class BusyError(UsageError):
+    """Another process holds what this one needs. Exit code 2."""
+
+
 class DataError(BadlossError, ValueError):
     """A file or an array does not hold what it should. Exit code 1."""
 

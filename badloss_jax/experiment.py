@@ -43,7 +43,7 @@ from badloss_jax.workdir import claim, read_config, read_resumes
 
 def run_experiment(
     config: ConfigDict, workdir: Path, progress: Progress | None = None, mesh: Mesh | None = None,
-    shared: Path | None = None,
+    shared: Path | None = None, *, wait: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Runs the whole experiment in a folder, going on with what finished phases left there.
 
@@ -54,6 +54,7 @@ def run_experiment(
       mesh: of the devices to run on, all by default.
       shared: a folder of artefacts that many runs share (see `badloss_jax.artefacts`). The run then is an item of a
         sweep, which has its own report: none is written.
+      wait: for other processes that make shared artefacts; BusyError otherwise.
 
     Returns:
       What results.json holds.
@@ -65,7 +66,7 @@ def run_experiment(
     mesh = mesh or make_mesh()
     check_devices(config, mesh)
     started, progress = time.monotonic(), progress or Progress(None)
-    artefacts = Artefacts(shared or workdir, shared is not None, progress.note)
+    artefacts = Artefacts(shared or workdir, shared is not None, progress.note if wait else None)
     dataset = load_dataset(config.data, config.seed)
     planned = plan_poison(config, dataset)
     probe_ids = choose_probes(planned, config.probes.count, config.seed, config.probes.contaminated)

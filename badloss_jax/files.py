@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from badloss_jax.errors import DataError, UsageError
+from badloss_jax.errors import BusyError, DataError
 
 # What NumPy and zipfile raise on a damaged or hostile .npz file.
 NPZ_ERRORS = (OSError, EOFError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError,
@@ -99,7 +99,7 @@ def locked(folder: Path, wait: Callable[[str], object] | None = None) -> Iterato
       wait: wait for another process that holds it, and tell this function which that is; by default it is an error.
 
     Raises:
-      UsageError: another process holds it.
+      BusyError: another process holds it.
       DataError: the folder cannot be written.
     """
     try:
@@ -114,7 +114,7 @@ def locked(folder: Path, wait: Callable[[str], object] | None = None) -> Iterato
             file.seek(0)
             holder = file.read().strip() or "unknown"
             if wait is None:
-                raise UsageError(f"another run (process {holder}) is at work in {folder}: wait for it") from error
+                raise BusyError(f"another run (process {holder}) is at work in {folder}: wait for it") from error
             wait(holder)
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)

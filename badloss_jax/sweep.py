@@ -14,16 +14,26 @@ Any number of processes can work on one sweep at a time: each item is taken by o
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from badloss_jax.config import CONTROLS, check_variant, config_hash, load_config, load_file, override, to_dict
-from badloss_jax.errors import BadlossError, DataError, PreemptedError, UsageError
+from badloss_jax.config import (
+    CONTROLS,
+    changed,
+    check_variant,
+    config_hash,
+    from_json,
+    load_config,
+    load_file,
+    to_dict,
+)
+from badloss_jax.errors import BadlossError, BusyError, DataError, PreemptedError, UsageError
 from badloss_jax.experiment import run_experiment
 from badloss_jax.files import locked, read_json, write_text
 from badloss_jax.progress import Progress
@@ -75,10 +85,10 @@ class Item:
     seed: int
     config: dict[str, Any]
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Names its folder, uniquely."""
-        parts = [self.attacks, self.defense, self.setting, f"seed{self.seed}", config_hash(self.as_config())[:8]]
+        parts = [self.attacks, self.defense, self.setting, f"seed{self.seed}", config_hash(self.config)[:8]]
         return "-".join("".join(c if c.isalnum() or c in "_." else "_" for c in part) for part in parts if part)
 
     @property
@@ -94,7 +104,7 @@ class Item:
 
     def as_config(self) -> ConfigDict:
         """Returns its config."""
-        return ConfigDict(self.config)
+        return from_json(json.dumps(self.config))
 
 
 @dataclass(frozen=True)
@@ -126,21 +136,18 @@ def load_sweep(
     if set(given) != set(default_sweep()):
         raise UsageError(f"{path} is not a sweep file: start from badloss_jax.sweep.default_sweep()")
     base = load_config(str(Path(path).resolve().parents[1] / given.base), overrides)
-    items = tuple(_items(given, base, seeds or given.seeds))
-    for wanted, known in ((attacks, [i.attacks for i in items]), (defenses, [i.defense for i in items])):
-        if strangers := set(wanted) - set(known):
-            raise UsageError(f"{path} has no {min(strangers)!r}: expected some of {', '.join(dict.fromkeys(known))}")
-    items = tuple(item for item in items if (not attacks or item.attacks in attacks)
-                  and (not defenses or item.defense in defenses))  # fmt: skip
+    items = tuple(_items(given, base, seeds or given.seeds, attacks, defenses))
     if not items:
         raise UsageError(f"{path}: the sweep has no items")
     return Sweep(given.title, given.axis, items)
 
 
-def _items(sweep: ConfigDict, base: ConfigDict, seeds: Sequence[int]) -> Iterator[Item]:
+def _items(
+    sweep: ConfigDict, base: ConfigDict, seeds: Sequence[int], only_attacks: Sequence[str], only_defenses: Sequence[str]
+) -> Iterator[Item]:
     """Yields the items, seeds innermost: processes that work side by side then seldom wait for the same artefact."""
-    attacks = sweep.attacks or {"all": base.attacks.names}
     settings = sweep.settings or {"": {}}
+    attacks = _only(only_attacks, sweep.attacks or {"all": base.attacks.names})
     rules: dict[str, list[str]] = {}
     for variant in sweep.defenses:
         name, _, rule = variant.partition("/")
@@ -150,6 +157,7 @@ def _items(sweep: ConfigDict, base: ConfigDict, seeds: Sequence[int]) -> Iterato
 
         free = (name for name, defense in DEFENSES.items() if defense.recorded)
         rules = {name: [] for name in free if name not in rules} | rules
+    rules = _only(only_defenses, rules)
     for name, of_defense in rules.items():
         for attack_label, names in attacks.items():
             for label, chosen in settings.items():
@@ -157,6 +165,13 @@ def _items(sweep: ConfigDict, base: ConfigDict, seeds: Sequence[int]) -> Iterato
                     changes = sweep.shared_settings | {"attacks.names": tuple(names), "seed": seed} | chosen
                     config = _item_config(base, name, of_defense, changes, sweep.retrain)
                     yield Item(attack_label, name, tuple(of_defense), label, seed, to_dict(config))
+
+
+def _only(wanted: Sequence[str], known: dict[str, Any]) -> dict[str, Any]:
+    """Keeps what is wanted; without a wish, all."""
+    if strangers := set(wanted) - set(known):
+        raise UsageError(f"the sweep has no {min(strangers)!r}: expected some of {', '.join(known)}")
+    return {name: value for name, value in known.items() if name in wanted or not wanted}
 
 
 def _item_config(
@@ -173,7 +188,7 @@ def _item_config(
         "retraining.variants": tuple(f"{defense}/{rule}" for rule in rules) if retrain and not control else (),
         "retraining.enabled": bool(retrain and (control or rules or _cleanses(defense))),
     }
-    return override(base, [f"--config.{key}={value}" for key, value in (settings | changes).items()])
+    return changed(base, settings | changes)
 
 
 def _cleanses(defense: str) -> bool:
@@ -218,7 +233,7 @@ def state_of(folder: Path, item: Item) -> str:
     """Says how an item stands: "done", "failed" or "open"."""
     try:
         results = read_json(folder / "items" / item.name / "results.json")
-        if results.get("config_hash") == config_hash(item.as_config()):
+        if results.get("config_hash") == config_hash(item.config):
             return "done"
     except (FileNotFoundError, DataError):
         pass
@@ -254,24 +269,19 @@ def run_sweep(
         raise UsageError(f"--workdir {folder} holds other files and no sweep: choose an empty or a new folder")
     with locked(folder, lambda holder: None):
         write_sweep(folder, sweep)
-    items = [sweep.items[number] for number in numbers]
-    failed: dict[str, str] = {}
-    elsewhere: list[Item] = []
-    clock = _Clock(len(items), progress)
-    for item in items:
-        error = _run_item(item, folder, progress, mesh, clock, wait=None)
-        if error is _BUSY:
-            elsewhere.append(item)
-        elif error:
-            failed[item.name] = str(error)
-    for item in elsewhere:
-        error = _run_item(item, folder, progress, mesh, clock, wait=progress.note)
-        if error:
-            failed[item.name] = str(error)
+    left, failed = [sweep.items[number] for number in numbers], dict[str, str]()
+    clock, wait = _Clock(len(left), progress), False
+    while left:
+        busy = []
+        for item in left:
+            try:
+                error = _run_item(item, folder, progress, mesh, clock, wait)
+                failed |= {item.name: error} if error else {}
+            except BusyError:
+                busy.append(item)
+        wait = len(busy) == len(left)  # other items first, while another process makes what these need
+        left = busy
     return failed
-
-
-_BUSY = object()
 
 
 class _Clock:
@@ -294,35 +304,36 @@ class _Clock:
         self._run += ran
 
 
-def _run_item(
-    item: Item, folder: Path, progress: Progress, mesh: Mesh, clock: _Clock, wait: Callable[[str], object] | None
-) -> Any:
-    """Runs an item unless it is done; returns what went wrong, or `_BUSY` if another process has it."""
-    place = folder / "items" / item.name
+def _run_item(item: Item, folder: Path, progress: Progress, mesh: Mesh, clock: _Clock, wait: bool) -> str | None:
+    """Runs an item unless it is done; returns what went wrong.
+
+    Raises:
+      BusyError: another process is at work on it, or on what it needs, and is not to be waited for.
+    """
+
+    def told(holder: str) -> None:
+        progress.note(f"waiting for process {holder}, which is at work on: {item.title}")
+
     if state_of(folder, item) == "done":
         clock.end(ran=False)
         return None
-    try:
-        with locked(folder / "taken" / item.name, wait and (lambda holder: wait(f"waiting for {item.title}"))):
-            if state_of(folder, item) == "done":
-                clock.end(ran=False)
-                return None
-            clock.begin(item.title)
-            (place / "error.txt").unlink(missing_ok=True)
-            error = _attempt(item, place, folder, progress, mesh)
-            clock.end(ran=True)
-            return error
-    except UsageError:
-        if wait is None:
-            return _BUSY
-        raise
+    with locked(folder / "taken" / item.name, told if wait else None):
+        if state_of(folder, item) == "done":  # by the process that was waited for
+            clock.end(ran=False)
+            return None
+        clock.begin(item.title)
+        error = _attempt(item, folder, progress, mesh, wait)
+        clock.end(ran=True)
+        return error
 
 
-def _attempt(item: Item, place: Path, folder: Path, progress: Progress, mesh: Mesh) -> str | None:
+def _attempt(item: Item, folder: Path, progress: Progress, mesh: Mesh, wait: bool) -> str | None:
+    place = folder / "items" / item.name
+    (place / "error.txt").unlink(missing_ok=True)
     try:
-        run_experiment(item.as_config(), place, progress, mesh, shared=folder / "shared")
+        run_experiment(item.as_config(), place, progress, mesh, shared=folder / "shared", wait=wait)
         return None
-    except PreemptedError:
+    except (PreemptedError, BusyError):
         raise
     except Exception as error:  # whatever it is, the other items do not depend on it
         known = isinstance(error, (BadlossError, OSError))

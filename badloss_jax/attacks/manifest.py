@@ -103,7 +103,7 @@ def draw_manifest(
     Raises:
       UsageError: more poison asked for than there are images, naming both numbers; a target that is no class.
     """
-    names = tuple(settings["names"])
+    names = tuple(settings["names"]) if settings["scale"] else ()
     targets = {name: settings[name]["target"] for name in names}
     for name, target in targets.items():
         if target >= num_classes:
@@ -117,7 +117,7 @@ def draw_manifest(
         target, attack_seed = targets[name], derived_seed(seed, "attack", name)
         of_target = labels == target
         clean_label = ATTACKS[name].clean_label
-        ratio = settings[name]["ratio"]
+        ratio = settings["scale"] * settings[name]["ratio"]
         count = round(ratio * (of_target.sum() if clean_label else len(labels)))
         count = max(count, settings[name].get("min_images", 0))
         candidates = np.flatnonzero(free & (of_target if clean_label else ~of_target))

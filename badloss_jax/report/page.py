@@ -76,27 +76,36 @@ def render_page(
     config = results["config"]
     main = main_kind(list(scores.distances))
     figures = _figures(results, scores, losses, main)
+    return (
+        environment_of_templates()
+        .get_template("page.html.jinja")
+        .render(
+            results=results,
+            title=_title(config),
+            verdict=verdict(results),
+            models=_models(results),
+            attacks=results["attacks"],
+            attack_table=attack_table(results),
+            triggers=_triggers(gallery) if gallery else [],
+            figures=figures,
+            detection=detection_table(results),
+            removal=[[variant_title(row[0], config), *row[1:]] for row in removal_table(results)],
+            gallery=_gallery_of(results, scores, losses, gallery, main) if gallery and len(gallery.ids) else None,
+            seconds=results["seconds"],
+            settings=json.dumps(config, indent=2),
+            environment=results["environment"],
+        )
+    )
+
+
+def environment_of_templates() -> jinja2.Environment:
+    """Returns what renders the pages: every string is escaped, and what is missing is an error."""
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     templates.filters["unbroken"] = lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%")
-    return templates.get_template("page.html.jinja").render(
-        results=results,
-        title=_title(config),
-        verdict=verdict(results),
-        models=_models(results),
-        attacks=results["attacks"],
-        attack_table=attack_table(results),
-        triggers=_triggers(gallery) if gallery else [],
-        figures=figures,
-        detection=detection_table(results),
-        removal=[[variant_title(row[0], config), *row[1:]] for row in removal_table(results)],
-        gallery=_gallery_of(results, scores, losses, gallery, main) if gallery and len(gallery.ids) else None,
-        seconds=results["seconds"],
-        settings=json.dumps(config, indent=2),
-        environment=results["environment"],
-    )
+    return templates
 
 
 def main_kind(kinds: list[str]) -> str:

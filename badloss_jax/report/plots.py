@@ -25,7 +25,7 @@ _DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-")
 _POISON, _CLEAN = "#D55E00", "#888888"
 _SIZE = (4.4, 3.3)  # of a panel, inches
 LOW_LOSS = 1e-4  # below this a loss is drawn as this, on the logarithmic axis
-_CLEAN_LOSS = np.arange(1, 41) / 100
+CLEAN_LOSS = np.arange(1, 41) / 100
 _CURVE_POINTS = 300
 
 Draw = Callable[[Axes], None]
@@ -57,7 +57,7 @@ def roc_of(kind: str, distances: Float[np.ndarray, "N"], attack_of: np.ndarray, 
             chosen = clean | (attack_of == name)
             false_positives, true_positives, _ = roc_curve((attack_of == name)[chosen], distances[chosen])
             thin = np.unique(np.linspace(0, len(false_positives) - 1, _CURVE_POINTS).astype(int))
-            axis.plot(false_positives[thin], true_positives[thin], label=name, **_line(i))
+            axis.plot(false_positives[thin], true_positives[thin], label=name, **line_of(i))
         axis.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8)
         axis.set(xlim=(0, 1), ylim=(0, 1.01), title=kind, xlabel="clean examples flagged", ylabel="poison flagged")
         axis.legend(fontsize=7, loc="lower right")
@@ -94,9 +94,21 @@ def recall_by_kind(distances: Mapping[str, np.ndarray], attack_of: np.ndarray, i
 
     def draw(axis: Axes) -> None:
         for i, (kind, values) in enumerate(distances.items()):
-            recalls = recall_at_clean_loss(values, attack_of, is_probe, _CLEAN_LOSS)
+            recalls = recall_at_clean_loss(values, attack_of, is_probe, CLEAN_LOSS)
             _recall_line(axis, np.mean(list(recalls.values()), axis=0), kind, i)
         _recall_axis(axis, "all kinds, mean over attacks")
+
+    return draw
+
+
+def recall_curves(curves: Mapping[str, Float[np.ndarray, "L"]], label: str) -> Draw:
+    """Draws given recalls at `CLEAN_LOSS`, a line each, best first."""
+
+    def draw(axis: Axes) -> None:
+        for i, (name, recall) in enumerate(curves.items()):
+            _recall_line(axis, recall, name, i)
+        _recall_axis(axis, f"attacks: {label}, mean over attacks and seeds")
+        axis.legend(fontsize=5, loc="lower right", ncols=2)
 
     return draw
 
@@ -105,7 +117,7 @@ def recall_by_attack(kind: str, distances: np.ndarray, attack_of: np.ndarray, is
     """Draws for each attack its recall against the share of clean examples lost."""
 
     def draw(axis: Axes) -> None:
-        recalls = recall_at_clean_loss(distances, attack_of, is_probe, _CLEAN_LOSS)
+        recalls = recall_at_clean_loss(distances, attack_of, is_probe, CLEAN_LOSS)
         for i, (name, recall) in enumerate(recalls.items()):
             _recall_line(axis, recall, name, i)
         _recall_axis(axis, f"{kind}, per attack")
@@ -167,7 +179,7 @@ def _margins(rows: int, columns: int) -> dict[str, float]:
 
 
 def _recall_line(axis: Axes, recall: np.ndarray, label: str, i: int) -> None:
-    axis.plot(100 * _CLEAN_LOSS, 100 * recall, label=label, **_line(i))
+    axis.plot(100 * CLEAN_LOSS, 100 * recall, label=label, **line_of(i))
 
 
 def _recall_axis(axis: Axes, title: str) -> None:
@@ -175,5 +187,6 @@ def _recall_axis(axis: Axes, title: str) -> None:
     axis.legend(fontsize=7, loc="lower right")
 
 
-def _line(i: int) -> dict[str, Any]:
-    return {"color": _COLOURS[i % 7], "linestyle": _DASHES[i % 7]}
+def line_of(i: int) -> dict[str, Any]:
+    """Returns colour and dashes of the i-th line of a plot; the first 49 all differ."""
+    return {"color": _COLOURS[i % 7], "linestyle": _DASHES[(i + i // 7) % 7]}

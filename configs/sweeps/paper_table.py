@@ -19,8 +19,8 @@ def get_config(variant: str = "") -> ConfigDict:
     names += ["narcissus"] if variant == "cifar10" else []
     sweep.attacks = {"all": tuple(names)} | {name: (name,) for name in names} | {"none": ()}
     sweep.defenses = (
-        "none", "oracle", "random", "badloss/fraction", "badloss_combined/fraction@0.1", "badloss_features/fraction@0.1",
-        "badloss_logits/fraction@0.1", "badloss_step/fraction",
+        "none", "oracle", "random", "badloss/fraction", "badloss_combined/fraction@0.1",
+        "badloss_features/fraction@0.1", "badloss_logits/fraction@0.1", "badloss_step/fraction",
     )  # fmt: skip
     sweep.all_detectors = True
     sweep.shared_settings = {"recording.kinds": ("step", "prob", "logits", "ranked", "features")}

@@ -76,10 +76,10 @@ class Slurm:
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def submit(self, *arguments):
-        """Submits launch/slurm/run.sbatch as its first lines say, for nodes without a GPU."""
-        options = ("--gres=none", "--ntasks-per-node=1", "--cpus-per-task=2", f"--output={self.folder}/%j.log")
-        return self("sbatch", "--parsable", *options, "launch/slurm/run.sbatch", *map(str, arguments)).strip()
+    def submit(self, *arguments, file="run", options=("--ntasks-per-node=1",)):
+        """Submits one of launch/slurm as its first lines say, for nodes without a GPU."""
+        options = ("--gres=none", "--cpus-per-task=2", f"--output={self.folder}/%j.log", *options)
+        return self("sbatch", "--parsable", *options, f"launch/slurm/{file}.sbatch", *map(str, arguments)).strip()
 
     def show(self, job):
         return dict(word.partition("=")[::2] for word in self("scontrol", "show", "job", job).split())
@@ -285,3 +285,24 @@ def test_a_preempted_run_ends_as_if_it_had_not_been(how, slurm, unbroken):
     assert slurm.wait(job) == ("COMPLETED", "0:0", 1), slurm.log(job)
     assert len(epochs(workdir)) == len(epochs(unbroken[0])), "epochs were trained twice"
     assert (workdir / "scores.parquet").read_bytes() == (unbroken[0] / "scores.parquet").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_as_an_array(slurm):
+    folder = slurm.folder / "sweep"
+    arguments = ["--config", "configs/sweeps/paper_table.py:digits", "--attacks", "all", "--seeds", "0", "--defenses",
+                 "none,oracle,badloss", *overrides(), "--workdir", str(folder)]  # fmt: skip
+    items = slurm("badloss", "sweep", *arguments, "--list").splitlines()
+    assert len(items) == 3
+    job = slurm.submit(*arguments, file="sweep", options=("--array=0-2%2", "--mem=0"))
+
+    def states():
+        return slurm("squeue", "--noheader", f"--job={job}", "--states=all", "--array", "--format=%T").split()
+
+    wait_until(lambda: set(states()) <= {"COMPLETED", "FAILED", "CANCELLED"}, 300)
+    logs = "\n".join(file.read_text() for file in slurm.folder.glob("*.log"))
+    listed = slurm("badloss", "sweep", *arguments, "--list").splitlines()
+    assert [line.split()[1] for line in listed] == ["done"] * 3, logs
+    assert len(list((folder / "shared" / "models").iterdir())) == 4  # recording, undefended, oracle, badloss
+    slurm("badloss", "report", "--sweep", str(folder))
+    assert "3 of 3 runs are done" in (folder / "report.md").read_text()

@@ -6,11 +6,12 @@ while the others wait.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from badloss_jax.files import locked
+from badloss_jax.processes import on_first
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Artefacts:
 
     @contextmanager
     def held(self, path: Path) -> Iterator[None]:
-        """Keeps an artefact to this process while it is looked for and, if it is not there, made.
+        """Keeps an artefact to this run, all its processes, while it is looked for and, if it is not there, made.
 
         Raises:
           BusyError: another process makes it, and is not to be waited for.
@@ -44,5 +45,7 @@ class Artefacts:
             return
         lock = self.folder / "locks" / f"{path.parent.name}-{path.name}"
         wait = self.wait
-        with locked(lock, wait and (lambda holder: wait(f"waiting for process {holder}, which makes {path.name}"))):
+        told = wait and (lambda holder: wait(f"waiting for process {holder}, which makes {path.name}"))
+        with ExitStack() as stack:
+            on_first(lambda: stack.enter_context(locked(lock, told)))  # the others of this run would wait for the first
             yield

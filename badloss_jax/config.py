@@ -28,7 +28,7 @@ CONTROLS = ("none", "random", "oracle")  # "none", the undefended network, is tr
 _PLACES = ("data.dir", "data.cache_dir", "data.input", "data.workers", "data.threads", "attacks.manifest",
            "report.gallery", "report.writers", "checkpoint.every_steps", "checkpoint.every_minutes",
            "checkpoint.stall_minutes")  # fmt: skip
-# Settings of defences that are shares: above 0 and below 1.
+# Settings of defences that are shares, or end in such a word: above 0 and below 1.
 _SHARES = ("fraction", "quantile", "eps", "share", "silhouette", "threshold")
 
 
@@ -134,6 +134,14 @@ def default_config() -> ConfigDict:
         "names": (),  # beside what `scoring.kinds` says: of `badloss_jax.defenses.DEFENSES`
         "neural_cleanse": {
             "epochs": 15,  # of optimising each class's mask and pattern
+            "steps": 50,  # of an epoch, each on `batch_size` probes; after it the mask's penalty is adapted
+            "batch_size": 32,
+            "learning_rate": 0.1,  # of Adam
+            "penalty": 1e-3,  # weight of the mask's L1 norm, to begin with
+            "flipped_share": 0.99,  # of the probes that a mask and its pattern must flip
+            "anomaly": 2.0,  # classes of small masks are attacked from this index on
+            "unit_share": 0.01,  # of the penultimate units, those that the pattern raises most, at least one
+            "probe_share": 0.05,  # of the probes that the threshold would remove, shared by the attacked classes
         },
         "activation_clustering": {
             "components": 10,  # of the independent component analysis
@@ -149,7 +157,6 @@ def default_config() -> ConfigDict:
             "learning_rate": 0.05,  # of its Adadelta, constant
             "weight_decay": 1e-4,
             "batch_size": 32,
-            "copies": 1,  # altered ones of each probe, and as many clean ones
             "threshold": 0.5,  # remove what is altered with this probability
         },
         "abl": {
@@ -159,6 +166,10 @@ def default_config() -> ConfigDict:
         },
         "cognitive_distillation": {
             "steps": 100,  # of optimising each image's mask
+            "learning_rate": 0.1,  # of its Adam
+            "l1_weight": 0.01,  # of the sum of the mask
+            "variation_weight": 1.0,  # of its total variation
+            "fraction": 0.15,  # remove this share, of the smallest masks
         },
         "cbd": {
             "backdoor_epochs": 5,  # of the network that is to learn the triggers
@@ -412,7 +423,7 @@ def check_config(config: ConfigDict) -> None:
                 raise UsageError(f"{path} = {value}: expected a positive number")
     for name in DEFENSES:
         for key in config.defenses.get(name, {}):
-            share = key.endswith(_SHARES)
+            share = key.rpartition("_")[2] in _SHARES
             _in_range(config, f"defenses.{name}.{key}", 0, 1 if share else math.inf, open_low=True, open_high=share)
     _check_kinds(config)
 
@@ -429,13 +440,18 @@ def _check_kinds(config: ConfigDict) -> None:
     if 0 < config.scoring.epochs < 3 or config.scoring.epochs > config.recording.epochs:
         raise UsageError(f"scoring.epochs = {config.scoring.epochs}: expected 0, or 3 to recording.epochs ="
                          f" {config.recording.epochs}")  # fmt: skip
-    scored = [name.removeprefix("badloss_").replace("badloss", "loss") for name in config.defenses.names
-              if name.startswith("badloss")]  # fmt: skip
-    for kind in dict.fromkeys((*config.scoring.kinds, *scored)):
+    asked = {("scoring.kinds", kind): kind for kind in config.scoring.kinds}
+    for name in config.defenses.names:
+        if name.startswith("badloss"):
+            asked["defenses.names", name] = name.removeprefix("badloss_") if "_" in name else "loss"
+        if DEFENSES[name].margins and not {"ranked", "logits"} & recorded:
+            raise UsageError(f"defenses.names has {name!r}, which needs 'ranked' or 'logits' in recording.kinds ="
+                             f" {config.recording.kinds}")  # fmt: skip
+    for (key, name), kind in asked.items():
         for part in ("features", "ranked") if kind == "combined" else (kind,):
             if part not in recorded:
                 raise UsageError(
-                    f"scoring.kinds has {kind!r}, which needs {part!r} in recording.kinds = {config.recording.kinds}"
+                    f"{key} has {name!r}, which needs {part!r} in recording.kinds = {config.recording.kinds}"
                 )
             k = config.scoring[kind].k or config.scoring[part].k
             if not 1 <= k < config.probes.count:
@@ -454,7 +470,8 @@ def _check_kinds(config: ConfigDict) -> None:
         known += [f"{name}/{rule}" for rule in (*own, *rules) if not DEFENSES[name].cleanses]
     for variant in config.retraining.variants:
         if variant not in known:
-            raise UsageError(f"retraining.variants has {variant!r}: expected KIND/RULE{_nearest(variant, known)}")
+            told = "KIND/RULE or DEFENCE/RULE" if config.defenses.names else "KIND/RULE"
+            raise UsageError(f"retraining.variants has {variant!r}: expected {told}{_nearest(variant, known)}")
 
 
 def load_file(path: Path, variant: str) -> ConfigDict:

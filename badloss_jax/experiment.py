@@ -152,6 +152,8 @@ def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[
     original = config_hash(stored)
     stored.retraining.variants = ()  # nothing is retrained, so no kind must be there for it
     config = change(stored)
+    if not config.scoring.kinds:
+        raise UsageError("scoring.kinds is empty: name the kinds of trajectory to score by")
     changed = [group for group, value in to_dict(config).items() if value != to_dict(stored)[group]]
     needing_training = [group for group in changed if group not in ("scoring", "rejection")]
     if needing_training:

@@ -193,10 +193,8 @@ class Phases:
         return about["evaluation"] | {"details": about.get("details", {})}, seconds
 
     def _decided(self, name: str, suspicion: Any) -> Detection:
-        scores = suspicion.scores
-        if scores.shape != (len(self.labels),) or not np.isfinite(scores).all():
-            raise DataError(f"defence {name!r} returned scores {scores.shape} that are not {len(self.labels)} finite"
-                            " numbers")  # fmt: skip
+        if wrong := _wrong(suspicion, len(self.labels), len(self.probe_ids)):
+            raise DataError(f"defence {name!r} returned {wrong}")
         return decide(suspicion, self.config.rejection, self.probe_ids)
 
     def _kept_suspicion(
@@ -207,7 +205,7 @@ class Phases:
         with self.artefacts.held(path):
             if on_first(path.is_file):
                 self.trainer.progress.note(f"{name}  done before")
-                return _read_suspicion(path, identity)
+                return _read_suspicion(path, identity, name, len(self.labels), len(self.probe_ids))
             self._count(name)
             started = time.monotonic()
             suspicion: Any = work()
@@ -333,13 +331,34 @@ def _write_suspicion(path: Path, identity: str, suspicion: Suspicion, seconds: M
     write_atomically(path, lambda aside: np.savez(aside, **arrays))  # type: ignore[arg-type]
 
 
-def _read_suspicion(path: Path, identity: str) -> tuple[Suspicion, dict[str, float]]:
+def _wrong(suspicion: Suspicion, num_examples: int, num_probes: int) -> str:
+    """Says which array of a suspicion is not what it should be; "" if all are."""
+    for name, kinds, size in (("scores", "fiu", num_examples), ("probe_scores", "fiu", num_probes),
+                              ("removed", "b", num_examples)):  # fmt: skip
+        array = getattr(suspicion, name)
+        if array is None and name != "scores":
+            continue
+        if array.dtype.kind not in kinds or array.shape != (size,) or not np.isfinite(array).all():
+            what = "truth values" if kinds == "b" else "finite numbers"
+            return f"{name}, {array.dtype} {array.shape}, that are not {size} {what}"
+    return ""
+
+
+def _read_suspicion(
+    path: Path, identity: str, name: str, num_examples: int, num_probes: int
+) -> tuple[Suspicion, dict[str, float]]:  # fmt: skip
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         about = json.loads(arrays.pop("about").tobytes())
         if about["identity"] != identity:
             raise ValueError("it belongs to other data, other settings or another version")
-        return Suspicion(**arrays, details=about["details"]), dict(about["seconds"])
+        suspicion = Suspicion(**arrays, details=dict(about["details"]))
+        seconds = {phase: float(spent) for phase, spent in about["seconds"].items()}
+        if wrong := _wrong(suspicion, num_examples, num_probes):
+            raise ValueError(f"it has {wrong}")
+        if name not in seconds:
+            raise ValueError(f"it does not say how long {name} took")
+        return suspicion, seconds
     except NPZ_ERRORS as error:
         raise DataError(f"{path} cannot be used: {error}; remove it to let the defence work again") from error

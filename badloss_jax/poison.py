@@ -85,8 +85,7 @@ def optimise_triggers(
     """
     for name in manifest.unoptimised:
         settings, plan = config.attacks[name], manifest.attacks[name]
-        spec, epochs = spec_of(config, dataset, settings.surrogate), settings.surrogate_epochs
-        recipe = recipe_of(config, epochs, epochs, config.retraining.batch_size)
+        spec, recipe = _surrogate_of(name, config, dataset)
         state = train_surrogate(name, spec, recipe, plan.seed)
         here = jax.tree.map(lambda leaf: jnp.asarray(to_host(leaf)), state)
         of_target = dataset.train.images[dataset.train.labels == plan.target]
@@ -97,16 +96,25 @@ def optimise_triggers(
     return manifest
 
 
+def _surrogate_of(attack: str, config: ConfigDict, dataset: Dataset) -> tuple[ModelSpec, Recipe]:
+    settings = config.attacks[attack]
+    spec, epochs = spec_of(config, dataset, settings.surrogate), settings.surrogate_epochs
+    return spec, recipe_of(config, epochs, epochs, config.retraining.batch_size)
+
+
 def keep_manifest(workdir: Path, planned: Manifest, dataset: Dataset, trainer: Trainer) -> tuple[Manifest, float]:
     """Returns the manifest with its perturbations, and the seconds these took; writes it, or takes what is there."""
-    artefacts = trainer.artefacts
-    attacks = to_dict(trainer.config)["attacks"]
-    identity = digest(planned.digest, dataset.train.fingerprint, *(attacks[name] for name in planned.unoptimised))
+    artefacts, config = trainer.artefacts, trainer.config
+    surrogates = [
+        (to_dict(config)["attacks"][name], *map(asdict, _surrogate_of(name, config, dataset)))
+        for name in planned.unoptimised
+    ]
+    identity = digest(planned.digest, dataset.train.fingerprint, *surrogates)
     folder = artefacts.place("poison", "", identity) if artefacts.shared else workdir
     with artefacts.held(folder):
         manifest, seconds = _made_manifest(folder / "manifest.json", planned, dataset, trainer)
     if artefacts.shared:
-        write_text(workdir / "manifest.json", manifest.to_json())
+        on_first(lambda: write_text(workdir / "manifest.json", manifest.to_json()))
     return manifest, seconds
 
 

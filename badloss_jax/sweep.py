@@ -156,7 +156,7 @@ def _items(
         from badloss_jax.defenses import DEFENSES
 
         free = (name for name, defense in DEFENSES.items() if defense.recorded)
-        rules = {name: [] for name in free if name not in rules} | rules
+        rules |= {name: [] for name in free if name not in rules}
     rules = _only(only_defenses, rules)
     for name, of_defense in rules.items():
         for attack_label, names in attacks.items():

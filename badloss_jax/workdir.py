@@ -6,6 +6,7 @@ In it lie:
     manifest.json     who is poisoned with what; surrogate.json, how long narcissus's surrogate took
     trajectories/     the store of what was recorded
     models/NAME/      recording, undefended, loss-fraction, ...: weights (orbax) and about.json
+    defenses/NAME.npz scores of a defence that looks at more than the trajectories
     checkpoints/NAME/ a training on its way; resumes.json, where one was taken up again
     metrics.jsonl     one line an epoch; tensorboard/ and wandb/ if asked for
     scores.parquet, results.json, gallery.npz

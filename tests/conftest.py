@@ -28,14 +28,16 @@ TINY = {
     "recording.epochs": 3,
     "recording.schedule_epochs": 6,
     "scoring.loss.k": 5,
+    "scoring.step.k": 5,
     "retraining.epochs": 2,
     "retraining.variants": "('loss/fraction','combined/alpha')",
 }
 
 
 CLASS_NAMES = ("<script>alert(1)</script>", "$x_1$ & 'b'", "c|d", *"3456789")
-FINISHED = {"scoring__kinds": "('loss','prob','logits','ranked','features','combined')", "scoring__prob__k": 5,
-            "data__class_names": f"{CLASS_NAMES}"}  # fmt: skip
+RECORDED = "'step','prob','logits','ranked','features'"
+FINISHED = {"recording__kinds": f"({RECORDED})", "scoring__kinds": f"('loss',{RECORDED},'combined')",
+            "scoring__prob__k": 5, "data__class_names": f"{CLASS_NAMES}"}  # fmt: skip
 
 
 def overrides(**changed):

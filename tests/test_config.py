@@ -151,11 +151,69 @@ def test_overrides_keep_types():
         ("--config.scoring.kinds=()", r"scoring.kinds is empty|scoring.kinds"),
         ("--config.model.stages=()", r"model.stages = \(\)"),
         ("--config.optimizer.learning_rate=0", r"optimizer.learning_rate = 0.0: expected a finite number above 0"),
+        ("--config.defenses.names=('badlos',)", r"defenses.names has 'badlos'.*did you mean 'badloss'"),
+        ("--config.defenses.names=('badloss','badloss')", r"defenses.names names something twice"),
+        ("--config.scoring.epochs=2", r"scoring.epochs = 2: expected 0, or 3 to recording.epochs = 30"),
+        ("--config.scoring.epochs=31", r"scoring.epochs = 31: expected 0, or 3 to recording.epochs = 30"),
+        ("--config.scoring.epochs=-1", r"scoring.epochs = -1: expected a finite number of at least 0"),
+        ("--config.scoring.kinds=('step',)", r"scoring.kinds has 'step', which needs 'step' in recording.kinds"),
+        ("--config.attacks.overlap=1", r"attacks.overlap = 1.0: expected .* at least 0 and below 1"),
+        ("--config.probes.contaminated=-0.1", r"probes.contaminated = -0.1: expected .* at least 0 and below 1"),
+        ("--config.defenses.abl.fraction=1", r"defenses.abl.fraction = 1.0: expected .* above 0 and below 1"),
+        (
+            "--config.defenses.spectral_signatures.eps=0",
+            r"spectral_signatures.eps = 0.0: expected .* above 0 and below 1",
+        ),
+        ("--config.defenses.pss.clean_quantile=nan", r"defenses.pss.clean_quantile = nan"),
+        ("--config.defenses.abl.epochs=0", r"defenses.abl.epochs = 0: expected a finite number above 0"),
+        ("--config.retraining.variants=('loss/own',)", r"has 'loss/own': expected KIND/RULE"),
     ],
 )
 def test_impossible_settings_are_named(text, message):
     with pytest.raises(UsageError, match=message):
         load_config(DIGITS, [text])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"scoring.kinds": "()", "retraining.variants": "()"}, r"scoring.kinds and defenses.names are empty"),
+        ({"recording.capture": "step", "recording.kinds": "('step',)"}, r"which is what recording.capture = 'step' rec"),
+        ({"defenses.names": "('badloss_step',)"}, r"defenses.names has 'badloss_step', which needs 'step' in recording"),
+        ({"scoring.kinds": "()", "retraining.variants": "()", "defenses.names": "('badloss',)", "scoring.loss.k": 100},
+         r"scoring.loss.k = 100 with probes.count = 100"),
+        ({"recording.kinds": "()", "scoring.kinds": "('loss',)", "defenses.names": "('forgetting_events',)",
+          "retraining.variants": "()"}, r"'forgetting_events', which needs 'ranked' or 'logits' in recording.kinds"),
+        ({"defenses.names": "('badloss',)", "retraining.variants": "('badloss/fractoin',)"},
+         r"has 'badloss/fractoin': expected KIND/RULE or DEFENCE/RULE; did you mean 'badloss/fraction'"),
+        ({"defenses.names": "('badloss',)", "retraining.variants": "('badloss/own',)"}, r"has 'badloss/own': expected"),
+        ({"retraining.variants": "('badloss/fraction',)"}, r"has 'badloss/fraction': expected KIND/RULE"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_go_together_are_named(changed, message):
+    with pytest.raises(UsageError, match=message):
+        load_config(DIGITS, [f"--config.{key}={value}" for key, value in changed.items()])
+
+
+def test_variants_may_be_those_of_defences(monkeypatch):
+    from badloss_jax.defenses import DEFENSES, Defense
+
+    monkeypatch.setitem(DEFENSES, "one", Defense(None, own_rule=True))
+    monkeypatch.setitem(DEFENSES, "alone", Defense(None, cleanses=True))
+    names = "--config.defenses.names=('badloss','one','alone')"
+    variants = ("loss/fdr", "badloss/alpha", "one/own", "one/fraction")
+    assert load_config(DIGITS, [names, f"--config.retraining.variants={variants}"]).retraining.variants == variants
+    for variant in ("alone/fraction", "alone/own", "alone"):
+        with pytest.raises(UsageError, match=f"retraining.variants has '{variant}'"):
+            load_config(DIGITS, [names, f"--config.retraining.variants=('{variant}',)"])
+
+
+def test_shares_of_defences_are_told_from_counts(monkeypatch):
+    """ "steps" ends as "eps" does."""
+    from badloss_jax.defenses import DEFENSES, Defense
+
+    monkeypatch.setitem(DEFENSES, "cognitive_distillation", Defense(None))
+    assert load_config(DIGITS).defenses.cognitive_distillation.steps > 1
 
 
 @pytest.mark.parametrize(

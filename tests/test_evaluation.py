@@ -22,6 +22,19 @@ def test_detection_metrics_by_hand():
     assert metrics["average_precision"]["a"] == pytest.approx((1 + 2 / 3) / 2)
 
 
+def test_poisoned_probes_are_left_out_of_the_poison():
+    attack_of = np.array(["", "", "a", "a", "b", ""], object)
+    is_probe = np.array([False, False, False, True, True, True])
+    scores = np.array([0.2, 0.5, 0.4, 0.1, 0.9, 9.0])
+    metrics = detection_metrics(scores, attack_of, is_probe)
+    assert metrics["auroc"] == {"overall": 0.5, "a": 0.5}  # nothing of b is left to find
+    assert recall_at_clean_loss(scores, attack_of, is_probe, np.array([0.5])).keys() == {"a"}
+    assert recall_at_clean_loss(scores, attack_of, is_probe, np.array([0.5]))["a"].tolist() == [1.0]
+    everyone = np.ones(6, bool)
+    everyone[:2] = False
+    assert detection_metrics(scores, attack_of, everyone)["auroc"] == {"overall": None}
+
+
 def test_recall_at_clean_loss_by_hand():
     attack_of = np.array([""] * 10 + ["a", "a", "b", "b", ""], object)
     is_probe = np.array([False] * 14 + [True])

@@ -185,7 +185,7 @@ def test_narcissus_trains_its_surrogate_once(tmp_path, tiny, mesh, monkeypatch):
     assert len(stored["narcissus"]["perturbation"]) == 12 * 12
     assert 0 < max(map(abs, stored["narcissus"]["perturbation"])) <= 16
     assert stored["patch"]["perturbation"] == []
-    monkeypatch.setattr("badloss_jax.experiment.optimise_triggers", lambda manifest, *rest: manifest)
+    monkeypatch.setattr("badloss_jax.poison.optimise_triggers", lambda manifest, *rest: manifest)
     again = run_experiment(tiny(**changed), tmp_path / "a", mesh=mesh)  # takes the one that is there
     assert again["undefended"] == results["undefended"]
     assert again["seconds"]["surrogate"] == results["seconds"]["surrogate"]

@@ -89,6 +89,60 @@ def test_probes_are_clean_and_nested():
         choose_probes(manifest, 940, 0)
 
 
+def test_contaminated_probes_are_in_truth_poisoned():
+    manifest = draw()
+    clean, poison = choose_probes(manifest, 40, 0), set(manifest.poisoned_ids.tolist())
+    for share, wrong in ((0.0, 0), (0.25, 10), (0.9, 36)):
+        probes = choose_probes(manifest, 40, 0, share)
+        assert (np.diff(probes) > 0).all()
+        assert len(probes) == 40
+        assert len(poison & set(probes.tolist())) == wrong
+        assert set(probes.tolist()) - poison <= set(clean.tolist())
+    few = choose_probes(manifest, 20, 0, 0.25)
+    assert set(few.tolist()) < set(choose_probes(manifest, 40, 0, 0.25).tolist())
+    with pytest.raises(UsageError, match=r"contaminated = 0.9 asks for 90 poisoned probes, and 60 examples are"):
+        choose_probes(manifest, 100, 0, 0.9)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_triggers_overlap(share):
+    plain, manifest = draw(), draw(overlap=share)
+    assert (manifest == plain) == (share == 0)
+    assert draw(overlap=share) == manifest
+    below = {i: name for name, plan in manifest.attacks.items() for i in plan.below_ids}
+    attack_of = manifest.attack_of()
+    for name, plan in manifest.attacks.items():
+        assert plan.example_ids == plain.attacks[name].example_ids
+        assert sum(i in below for i in plan.example_ids) == round(share * len(plan.example_ids))
+    assert all(attack_of[i] not in ("", name) for i, name in below.items())
+    images = np.random.default_rng(0).integers(0, 256, (1000, *SHAPE), dtype=np.uint8)
+    ours, theirs = apply_manifest(manifest, images, LABELS), apply_manifest(plain, images, LABELS)
+    np.testing.assert_array_equal(ours.labels, theirs.labels)
+    np.testing.assert_array_equal(ours.ids, theirs.ids)
+    assert sum(ours.below >= 0) == len(below)
+    for i in manifest.poisoned_ids.tolist():
+        (shown,), x = ours.triggered([i]), images[[i]].astype(np.float32) / 255
+        for name in (below.get(i), attack_of[i]):  # its own trigger on top
+            plan = manifest.attacks.get(name)
+            x = make_trigger(name, SHAPE, plan.seed, **plan.parameters)(x) if plan else x
+        np.testing.assert_array_equal(shown, x[0])
+
+
+def test_overlap_of_one_attack_alone_is_none():
+    assert draw(names=("patch",), overlap=0.5) == draw(names=("patch",))
+
+
+def test_overlaps_go_with_the_manifest(tmp_path):
+    manifest, path = draw(overlap=0.5), tmp_path / "manifest.json"
+    path.write_text(manifest.to_json())
+    assert read_manifest(path) == manifest
+    raw = json.loads(manifest.to_json())
+    for plan in raw["attacks"].values():
+        del plan["below_ids"]  # as in those of older versions
+    path.write_text(json.dumps(raw))
+    assert read_manifest(path) == draw()
+
+
 def test_round_trip(tmp_path):
     manifest, path = draw(), tmp_path / "manifest.json"
     path.write_text(manifest.to_json())
@@ -195,6 +249,19 @@ def broken(**changed):
         (broken(attacks__blend_r__parameters={"strength": -50}), "strength -50"),
         (broken(attacks__blend_r__parameters={}), r"has the parameters \[\], expected \['strength'\]"),
         (broken(attacks__blend_r__parameters={"__class__": 1}), r"has the parameters \['__class__'\]"),
+        (broken(attacks__patch__below_ids=[draw().attacks["patch"].example_ids[0]]), "no other attack poisons"),
+        (broken(attacks__patch__below_ids=[10**6]), "below_ids name 1000000 that no other attack poisons"),
+        (broken(attacks__patch__below_ids=[-1]), "-1 is not a non-negative integer"),
+        (broken(attacks__patch__below_ids=2 * [draw().attacks["blend_r"].example_ids[0]]), "or twice"),
+        (
+            broken(
+                **{
+                    f"attacks__{name}__below_ids": [draw().attacks["blend_r"].example_ids[0]]
+                    for name in ("patch", "sinusoid")
+                }
+            ),
+            "or twice",
+        ),
         (broken(attacks__patch=None), "not a usable manifest"),
         (broken(image_shape=[16]), "not a usable manifest"),
     ],

@@ -74,7 +74,7 @@ def test_the_page_in_a_browser(finished, browser, width):
     assert browser.execute_script("return document.scripts.length") == 0
     assert CLASS_NAMES[0] in browser.find_element(By.TAG_NAME, "body").text
     pictures = browser.execute_script("return Array.from(document.images, i => [i.alt, i.naturalWidth])")
-    assert len(pictures) == 2 * 3 + 2 + 2 + 6 + 6
+    assert len(pictures) == 2 * 3 + 2 + 2 + 7 + 7  # triggers, trajectories, recall, ROC and scores of each kind
     assert all(alt and pixels for alt, pixels in pictures)
     for heading in ("What the models do", "What was attacked", "How they are learnt", "How well they are told apart",
                     "What each rule removes", "The highest-ranked images", "How it was run"):  # fmt: skip

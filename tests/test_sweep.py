@@ -122,7 +122,7 @@ def test_an_item_says_what_a_run_of_its_own_says(swept):
 
 def test_the_report_has_every_figure(swept):
     folder, sweep, short = swept
-    assert [title for title, _ in short] == ["Models; attacks: all", "Detection; attacks: all"]
+    assert [title for title, _ in short] == ["Comparison; attacks: all"]
     rows = read_runs(folder / "runs.csv")
     # the free detectors of the sweep file were not asked for
     assert {(row["defense"], row["seed"]) for row in rows} == {
@@ -135,7 +135,7 @@ def test_the_report_has_every_figure(swept):
     models = [run["variants"]["badloss/fraction"]["retrained"] for run in results]
     assert [row["clean_accuracy"] for row in badloss] == [model["clean_accuracy"] for model in models]
     assert [row["asr:patch"] for row in badloss] == [model["attack_success_rate"]["patch"] for model in models]
-    table = dict(short)["Models; attacks: all"]
+    table = dict(short)["Comparison; attacks: all"]
     row = next(row for row in table if row[0] == "badloss (40 %)")
     mean = statistics.fmean(model["clean_accuracy"] for model in models)
     spread = statistics.stdev(model["clean_accuracy"] for model in models)
@@ -144,8 +144,8 @@ def test_the_report_has_every_figure(swept):
     page, markdown = (folder / "report.html").read_text(), (folder / "report.md").read_text()
     for text in (page, markdown):
         assert "10 of 10 runs are done, 0 failed." in text
-        for title in ("Models", "Detection", "Recall, per attack", "Robust accuracy, per attack"):
-            assert f"{title}; attacks: all" in text
+        for title in ("Attack success rate", "Robust accuracy", "Recall", "AUROC"):
+            assert f"{title}, per attack; attacks: all" in text
     assert "<script" not in page
     assert (folder / "recall-all.png").read_bytes().startswith(b"\x89PNG")
     assert "data:image/svg+xml" in page
@@ -260,17 +260,18 @@ def test_rows_and_tables_by_hand():
     (group,) = summarised(rows)
     assert group["clean_accuracy"] == [0.9, 0.8]
     found = dict(tables(rows))
-    header, row = found["Models; attacks: all"]
+    header, row = found["Comparison; attacks: all"]
     assert dict(zip(header, row, strict=True)) == {
-        "defence": "badloss (40 %)", "seeds": "2", "removed": "40.0", "clean lost": "25.0", "CA": "85.0 ± 7.1",
-        "mean ASR": "25.0", "mean RA": "62.5", "DER": "62.5", "a": "50.0", "b": "0.0",
+        "defence": "badloss (40 %)", "seeds": "2", "removed": "40.0", "clean lost": "25.0", "recall": "75.0",
+        "AUROC": "0.750", "TPR at 1 % FPR": "0.750", "CA": "85.0 ± 7.1", "mean ASR": "25.0", "mean RA": "62.5",
+        "DER": "62.5", "seconds": "10.0", "epochs": "2.5",
     }  # fmt: skip
-    header, row = found["Detection; attacks: all"]
+    header, row = found["Attack success rate, per attack; attacks: all"]
     assert dict(zip(header, row, strict=True)) == {
-        "defence": "badloss (40 %)", "seeds": "2", "AUROC": "0.750", "avg. precision": "0.750",
-        "TPR at 1 % FPR": "0.750", "recall": "75.0", "clean lost": "25.0", "seconds": "10.0", "epochs": "2.5",
-        "a": "1.000", "b": "0.500",
+        "defence": "badloss (40 %)", "seeds": "2", "CA": "85.0 ± 7.1", "mean ASR": "25.0", "a": "50.0", "b": "0.0",
     }  # fmt: skip
+    assert dict(zip(*found["AUROC, per attack; attacks: all"], strict=True))["a"] == "1.000"
+    assert dict(zip(*found["Recall, per attack; attacks: all"], strict=True))["b"] == "50.0"
 
 
 def test_texts_are_no_formulas(tmp_path):
@@ -308,7 +309,7 @@ def test_two_killed_processes_end_with_the_same_tables(tmp_path):
                            check=False)  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("== item") == 2 * len(SMALL) - done
-    assert "Models; attacks: all" in ended.stdout
+    assert "Comparison; attacks: all" in ended.stdout
     whole = subprocess.run(command(tmp_path / "whole", seeds="0,1"), env=ENVIRONMENT, capture_output=True, text=True,
                            check=False)  # fmt: skip
     assert whole.returncode == 0, whole.stderr

@@ -1,7 +1,8 @@
+import io
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,16 @@ from badloss_jax.data import digits
 from badloss_jax.data.order import epoch_batches
 from badloss_jax.errors import NonFiniteLossError, UsageError
 from badloss_jax.models import ModelSpec
+from badloss_jax.progress import Progress
 from badloss_jax.seeding import derived_seed
 from badloss_jax.training.loop import Recipe, train
 from badloss_jax.training.mesh import check_batch_size, make_mesh
-from badloss_jax.training.objective import MeanLoss
+from badloss_jax.training.objective import Ascent, Flooding, Forward, MeanLoss
+from badloss_jax.training.passes import map_examples
 from badloss_jax.training.resident import ResidentData
 from badloss_jax.training.saved_model import load_model, save_model
-from badloss_jax.training.state import AdamW, create_state, graph_of
-from badloss_jax.training.step import make_sweep_step, make_train_step
+from badloss_jax.training.state import Adadelta, AdamW, create_state, graph_of
+from badloss_jax.training.step import make_observe_step, make_sweep_step, make_train_step
 from badloss_jax.trajectories.buffer import create_buffer
 from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.recorder import Recorder
@@ -169,6 +172,96 @@ def test_sweep_is_an_evaluation_pass_after_the_epoch(tmp_path):
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     np.testing.assert_allclose(store.read("loss")[:, 0], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(store.read("logits")[:, 0], logits, rtol=2e-3, atol=2e-3)
+
+
+def test_a_sweep_that_records_the_step_too_changes_nothing_else(tmp_path):
+    """In one training both: what "step" capture sees, and what an evaluation pass after the epoch does."""
+    both = Kinds(("step", "logits"), 10, 16)
+    step = record(tmp_path / "step", 1)[0]
+    sweep = record(tmp_path / "sweep", 1, capture="sweep", kinds=Kinds(("logits",), 10, 16))[0]
+    ours = record(tmp_path / "both", 1, capture="sweep", kinds=both)[0]
+    np.testing.assert_allclose(ours.read("step"), step.read("loss"), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ours.read("loss"), sweep.read("loss"), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ours.read("logits"), sweep.read("logits"), rtol=2e-3, atol=2e-3)
+    assert np.abs(ours.read("step") - ours.read("loss")).mean() > 0.01
+    again = record(tmp_path / "four", 4, capture="sweep", kinds=both)[0]
+    np.testing.assert_allclose(again.read("step"), ours.read("step"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_a_function_is_mapped_over_examples_in_their_order(num_devices):
+    mesh = make_mesh(jax.devices()[:num_devices])
+    data = resident(mesh)
+    function = jax.jit(lambda batch, power: {"label": batch.examples(jnp.float32)[1] ** power, "ids": (batch.ids,)})
+    labels = np.asarray(data.labels)
+    for ids in (np.array([5, 3, 700, 3, 0]), np.arange(797)[::-1], np.array([796])):
+        for batch_size in (3, 32, 1000):
+            said = io.StringIO()
+            got = map_examples(function, data, ids, batch_size, mesh, 2, progress=Progress(said, 0), title="a pass")
+            np.testing.assert_array_equal(got["label"], labels[ids] ** 2)
+            np.testing.assert_array_equal(got["ids"][0], ids)
+            assert isinstance(got["label"], np.ndarray)
+            assert f"a pass  {len(ids)} examples in" in said.getvalue()
+
+
+def test_what_the_network_says_is_gathered_by_example(mesh):
+    data, state = resident(mesh), create_state(SPEC, AdamW(), 0, mesh)
+    logits, features = map_examples(make_observe_step(SPEC, mesh), data, np.arange(797), 100, mesh, state)
+    (shown,) = data.batches(np.arange(797, dtype=np.int32)[None])
+    expected = nnx.merge(graph_of(SPEC), state.params, state.batch_stats)(shown.examples(jnp.float32)[0], train=False)
+    np.testing.assert_allclose(logits, expected[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(features, expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_objectives_by_hand():
+    losses, real = jnp.array([1.0, 3.0, 500.0, 9.0]), jnp.array([True, True, True, False])
+    forward = Forward(None, None, real, losses, None, None)
+    mean = (1 + 3 + 100) / 3
+    assert float(MeanLoss()(forward, {}, None)) == pytest.approx(mean)
+    assert float(MeanLoss(2.0)(forward, {}, None)) == pytest.approx(5 / 3)
+    assert float(Ascent()(forward, {}, None)) == pytest.approx(-mean)
+    assert float(Flooding(level=40.0)(forward, {}, None)) == pytest.approx(80 - mean)
+    assert float(Flooding(level=0.5)(forward, {}, None)) == pytest.approx(mean)
+    slope = jax.grad(lambda x: Flooding(level=40.0)(replace(forward, losses=x), {}, None))(losses)
+    np.testing.assert_allclose(slope, [-1 / 3, -1 / 3, 0, 0], atol=1e-6)  # the third is clamped, the last is padding
+
+
+@dataclass(frozen=True)
+class _Leaning(MeanLoss):
+    """Learns a number beside the network, pulled to what is given."""
+
+    def init(self, key, spec):
+        return {"number": jnp.zeros(())}
+
+    def __call__(self, forward, beside, given):
+        return super().__call__(forward, beside, given) + (beside["number"] - given) ** 2
+
+
+def test_an_objective_may_learn_beside_the_network(mesh):
+    data = resident(mesh)
+    recipe = Recipe(6, 6, 200, learning_rate=0.1, objective=_Leaning())
+    state = train(SPEC, recipe, data, np.arange(797), seed=0, phase="t", mesh=mesh, given=jnp.float32(0.5))
+    assert float(state.beside["number"]) == pytest.approx(0.5, abs=0.25)
+    plain = train(SPEC, replace(recipe, objective=MeanLoss()), data, np.arange(797), seed=0, phase="t", mesh=mesh)
+    assert plain.beside == {}
+
+
+def test_training_goes_on_from_given_weights(mesh):
+    data, recipe = resident(mesh), Recipe(1, 1, 200, learning_rate=0.0)
+    begun = create_state(SPEC, AdamW(), 7, mesh)
+    expected = jax.tree.map(np.asarray, begun.params)
+    state = train(SPEC, recipe, data, np.arange(797), seed=0, phase="t", mesh=mesh, initial=begun)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), state.params, expected))
+
+
+def test_adadelta_is_optax():
+    weights, gradients = jnp.array([1.0, -2.0]), jnp.array([0.3, 0.1])
+    ours, theirs = Adadelta(rho=0.8, weight_decay=0.1).transform(), optax.adadelta(0.5, rho=0.8, weight_decay=0.1)
+    here, there = ours.init(weights), theirs.init(weights)
+    for _ in range(3):
+        update, here = ours.update(gradients, here, weights)
+        expected, there = theirs.update(gradients, there, weights)
+        np.testing.assert_allclose(-0.5 * update, expected, rtol=1e-6)
 
 
 def test_bfloat16_records_float32_losses(tmp_path):

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,25 @@ def test_kinds_agree_with_float64(rng):
     for name, (shape, dtype) in ALL.layout().items():
         assert seen[name].shape == (20, *shape)
         assert dtype == (np.float32 if name in ("loss", "prob") else np.float16)
+
+
+def test_only_what_is_to_be_observed_is_computed_and_written(rng):
+    kinds = Kinds(("step", "prob"), 7, 12)
+    mesh = make_mesh(jax.devices()[:1])
+    buffer = create_buffer(kinds, 5, 2, mesh)
+    logits, features, labels = jnp.asarray(rng.normal(size=(5, 7))), jnp.zeros((5, 12)), jnp.arange(5)
+    step = replace(kinds, observed=("step",)).observe(logits, features, labels)
+    sweep = replace(kinds, observed=("loss", "prob")).observe(logits, features, labels)
+    assert (step.keys(), sweep.keys()) == ({"step"}, {"loss", "prob"})
+    assert kinds.observe(logits, features, labels).keys() == kinds.layout().keys() == {"loss", "step", "prob"}
+    np.testing.assert_array_equal(step["step"], sweep["loss"])
+    written = write(buffer, jnp.arange(5), jnp.int32(1), step)
+    assert np.isfinite(written["step"][:5, 1]).all()
+    assert np.isnan(written["step"][:, 0]).all()
+    assert all(np.isnan(written[kind]).all() for kind in ("loss", "prob"))
+    both = write(written, jnp.arange(5), jnp.int32(1), sweep)
+    np.testing.assert_array_equal(both["step"], written["step"])
+    np.testing.assert_allclose(both["loss"][:5, 1], sweep["loss"], rtol=1e-6)
 
 
 def test_few_classes_give_few_ranks_and_huge_values_stay_finite():

@@ -178,7 +178,8 @@ def choose_probes(manifest: Manifest, count: int, seed: int, contaminated: float
     Of these, the share `contaminated` is drawn from the poison instead: probes that a careless defender trusts.
 
     Raises:
-      UsageError: no clean example would be left beside the probes, naming both numbers.
+      UsageError: no clean example would be left beside the probes, or more of them are to be poisoned than there is
+        poison, naming both numbers.
     """
     clean = np.setdiff1d(np.arange(manifest.num_examples), manifest.poisoned_ids)
     if count >= len(clean):
@@ -189,9 +190,15 @@ def choose_probes(manifest: Manifest, count: int, seed: int, contaminated: float
         warnings.warn(
             f"probes.count = {count} of {len(clean)} clean examples: little is left to measure on", stacklevel=2
         )
-    order = generator(seed, "probes").permutation(clean)
-    wrong = generator(seed, "contaminated probes").permutation(manifest.poisoned_ids)[: round(contaminated * count)]
-    return np.sort(np.concatenate([order[: count - len(wrong)], wrong]))
+    poison, wrong = manifest.poisoned_ids, round(contaminated * count)
+    if wrong > len(poison):
+        raise UsageError(
+            f"probes.contaminated = {contaminated} asks for {wrong} poisoned probes, and {len(poison)} examples are"
+            " poisoned"
+        )
+    order = generator(seed, "probes").permutation(clean)[: count - wrong]
+    trusted = generator(seed, "contaminated probes").permutation(poison)[:wrong]
+    return np.sort(np.concatenate([order, trusted]))
 
 
 def read_manifest(path: Path) -> Manifest:

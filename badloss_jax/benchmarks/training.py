@@ -237,7 +237,7 @@ def _make_scan(step: Callable) -> Callable:
         state: TrainState, data: ResidentData, order: Int[Array, "S B"], *rest: Array
     ) -> tuple[TrainState, Float[Array, "S"]]:
         def body(carried: TrainState, ids: Int[Array, "B"]) -> tuple[TrainState, Array]:
-            carried, _, loss = step(carried, {}, ResidentBatch(data, ids), *rest)
+            carried, _, loss = step(carried, {}, ResidentBatch(data, ids), *rest, None)
             return carried, loss
 
         return jax.lax.scan(body, state, order)

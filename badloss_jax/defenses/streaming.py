@@ -188,8 +188,11 @@ class _Scoring:
         scoring = self.config.scoring
         epochs: np.ndarray | None = None
         with self._timed("filter"):
+            first = np.arange(scoring.epochs) if scoring.epochs else None
             if "loss" in self.source.kinds:
-                epochs = filter_epochs(self.source.rows("loss"), exclude_non_finite=self.exclude)
+                epochs = filter_epochs(self.source.rows("loss", first), exclude_non_finite=self.exclude)
+            else:
+                epochs = first
         needed = {
             (part, scoring[kind].k or scoring[part].k): None
             for kind in scoring.kinds
@@ -404,6 +407,9 @@ def _settings(source: _Source, num_probes: int, overrides: Sequence[str]) -> Con
     config = default_config()
     config.unlock()
     config.recording.kinds = tuple(kind for kind in source.kinds if kind != "loss")
+    recorded = source.rows(source.kinds[0]).shape[1]
+    config.recording.epochs = max(3, recorded)
+    config.recording.schedule_epochs = max(config.recording.schedule_epochs, config.recording.epochs)
     config.scoring.kinds = kinds
     config.probes.count = num_probes
     config.retraining.variants = ()
@@ -411,6 +417,8 @@ def _settings(source: _Source, num_probes: int, overrides: Sequence[str]) -> Con
     config = override(config, overrides)
     changed = [group for group, value in to_dict(config).items() if value != plain[group]]
     others = [group for group in changed if group not in ("scoring", "rejection")]
+    if config.scoring.epochs > recorded:
+        raise UsageError(f"scoring.epochs = {config.scoring.epochs}, and {recorded} were recorded")
     if others:
         raise UsageError(f"badloss score changes scoring.* and rejection.* only, not {', '.join(others)}")
     return config

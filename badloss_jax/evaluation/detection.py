@@ -58,7 +58,8 @@ def recall_at_clean_loss(
     """
     clean = np.sort(scores[(attack_of == "") & ~is_probe])
     thresholds = clean[len(clean) - 1 - np.floor(np.asarray(lost) * len(clean) + 1e-9).astype(int)]
-    return {name: (scores[attack_of == name][:, None] > thresholds).mean(0) for name in attack_names(attack_of)}
+    poison = np.where(is_probe, "", attack_of)
+    return {name: (scores[poison == name][:, None] > thresholds).mean(0) for name in attack_names(poison)}
 
 
 def attack_names(attack_of: np.ndarray) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from badloss_jax.models.frequency_cnn import frequency_cnn
 from badloss_jax.models.mobilenet import mobilenet_v2
 from badloss_jax.models.resnet import resnet18, resnet34, resnet50, resnet_small
 from badloss_jax.models.vgg import vgg16_bn
@@ -22,6 +23,7 @@ MODELS: dict[str, Callable[..., Any]] = {
     "resnet50": resnet50,
     "vgg16_bn": vgg16_bn,
     "mobilenet_v2": mobilenet_v2,
+    "frequency_cnn": frequency_cnn,
 }
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import jinja2
 import numpy as np
 from jaxtyping import Float
 
+from badloss_jax.config import KINDS
+from badloss_jax.defenses.context import OWN
 from badloss_jax.errors import DataError
 from badloss_jax.files import write_text
 from badloss_jax.report.gallery import Gallery, data_uri, difference, highest_ranked, read_gallery, sheet
@@ -31,6 +32,8 @@ from badloss_jax.report.tables import (
     headline,
     removal_table,
     report_markdown,
+    trained_alone,
+    trained_models,
     variant_title,
     verdict,
 )
@@ -45,24 +48,28 @@ def write_reports(folder: Path) -> Path:
 
     Args:
       folder: with results.json, scores.parquet, trajectories/ and gallery.npz; of a rescoring, OUT/rescored/HASH, the
-        last two are those of OUT.
+        last two are those of OUT. A run without a score has no scores.parquet, one without a recording no trajectories.
 
     Raises:
       UsageError: there is no results.json.
       DataError: a file is missing or damaged; it is named.
     """
-    results, scores = read_results(folder / "results.json", to_render=True), read_scores(folder / "scores.parquet")
+    results = read_results(folder / "results.json", to_render=True)
+    scored = any("detection" in variant for variant in results["variants"].values())
+    scores = read_scores(folder / "scores.parquet") if scored else None
     run = folder.resolve().parents[1] if "rescored_from" in results else folder
-    losses = TrajectoryStore.open(run / "trajectories").read("loss")
+    recorded = "recording" in results["seconds"] or "rescored_from" in results
+    losses = TrajectoryStore.open(run / "trajectories").read("loss") if recorded and scores else None
     try:
         gallery = read_gallery(run / "gallery.npz")
     except FileNotFoundError:
         gallery = None
-    if len(losses) != len(scores.labels):
+    if scores and losses is not None and len(losses) != len(scores.labels):
         raise DataError(f"{run} has the trajectories of {len(losses)} examples and the scores of {len(scores.labels)}")
-    if results["attacks"]:
+    if results["attacks"] and scores:
         who = scores.attack_of, scores.is_probe
-        save_png(folder / "trajectories.png", [trajectories_of(name, losses, *who) for name in results["attacks"]])
+        if losses is not None:
+            save_png(folder / "trajectories.png", [trajectories_of(name, losses, *who) for name in results["attacks"]])
         save_png(folder / "roc.png", [roc_of(kind, values, *who) for kind, values in scores.distances.items()])
     write_text(folder / "report.md", report_markdown(results))
     write_text(folder / "report.html", render_page(results, scores, losses, gallery))
@@ -70,12 +77,12 @@ def write_reports(folder: Path) -> Path:
 
 
 def render_page(
-    results: Mapping[str, Any], scores: Scores, losses: Float[np.ndarray, "N T"], gallery: Gallery | None
+    results: Mapping[str, Any], scores: Scores | None, losses: Float[np.ndarray, "N T"] | None, gallery: Gallery | None
 ) -> str:
     """Returns one self-contained HTML page: no script, no request, every string from the data escaped."""
     config = results["config"]
-    main = main_kind(list(scores.distances))
-    figures = _figures(results, scores, losses, main)
+    figures = _figures(results, scores, losses)
+    shown = _gallery_of(results, scores, losses, gallery) if scores and gallery and len(gallery.ids) else None
     return (
         environment_of_templates()
         .get_template("page.html.jinja")
@@ -90,7 +97,7 @@ def render_page(
             figures=figures,
             detection=detection_table(results),
             removal=[[variant_title(row[0], config), *row[1:]] for row in removal_table(results)],
-            gallery=_gallery_of(results, scores, losses, gallery, main) if gallery and len(gallery.ids) else None,
+            gallery=shown,
             seconds=results["seconds"],
             settings=json.dumps(config, indent=2),
             environment=results["environment"],
@@ -109,8 +116,9 @@ def environment_of_templates() -> jinja2.Environment:
 
 
 def main_kind(kinds: list[str]) -> str:
-    """Returns the kind that a report shows first: "combined" if it was scored, else the last one."""
-    return "combined" if "combined" in kinds else kinds[-1]
+    """Returns what a report shows first: "combined" if it was scored, else the last kind, else the last defence."""
+    of_trajectories = [kind for kind in kinds if kind in KINDS]
+    return "combined" if "combined" in kinds else (of_trajectories or kinds)[-1]
 
 
 def _title(config: Mapping[str, Any]) -> str:
@@ -121,13 +129,13 @@ def _title(config: Mapping[str, Any]) -> str:
 
 def _models(results: Mapping[str, Any]) -> dict[str, Any] | None:
     """The headline table: rows of cells, each with its text, what stands small below it, and how dark it is."""
-    if "undefended" not in results:
+    trained = trained_models(results)
+    if not trained:
         return None
     header, *body = headline(results)
     rows = []
     for name, *cells in body:
-        variant = results["variants"].get(name, {})
-        model = variant.get("retrained", results["undefended"])
+        variant, model = results["variants"].get(name, {}), trained[name]
         rates = []
         for attack, rate in model["attack_success_rate"].items():
             boosted = model["boosted"].get(attack)
@@ -135,24 +143,29 @@ def _models(results: Mapping[str, Any]) -> dict[str, Any] | None:
                           "share": rate})  # fmt: skip
         mean = float(np.mean([rate["share"] for rate in rates])) if rates else 0.0
         rows.append({"name": name, "title": variant_title(name, results["config"]), "cells": cells[:4], "mean": mean,
-                     "control": name != "undefended" and "detection" not in variant, "rates": rates})  # fmt: skip
-    return {"header": header, "rows": rows}
+                     "control": "recall" in variant and "detection" not in variant, "rates": rates})  # fmt: skip
+    return {"header": header, "rows": rows, "alone": trained_alone(results)}
 
 
 def _figures(
-    results: Mapping[str, Any], scores: Scores, losses: np.ndarray, main: str
-) -> dict[str, list[dict[str, str]]]:
+    results: Mapping[str, Any], scores: Scores | None, losses: np.ndarray | None
+) -> dict[str, list[dict[str, str]]]:  # fmt: skip
     """Returns the panels of each section, each with its address and what it shows in words."""
-    who = scores.attack_of, scores.is_probe
-    rules = {kind: next(iter(removed.values())) for kind, removed in scores.removed.items()}
+    if scores is None:
+        return {"histograms": [], "trajectories": [], "roc": [], "recall": []}
+    who, main = (scores.attack_of, scores.is_probe), main_kind(list(scores.distances))
+    # A defence's own rule, which stands first, need be no threshold on its scores.
+    rules = {kind: next((rows for rule, rows in removed.items() if rule != OWN), np.zeros(len(scores.labels), bool))
+             for kind, removed in scores.removed.items()}  # fmt: skip
     histograms = [
         (f"Scores of {kind}", histogram_of(kind, values, rules[kind], *who)) for kind, values in scores.scores.items()
     ]
     groups: dict[str, list] = {"histograms": histograms, "trajectories": [], "roc": [], "recall": []}
     if results["attacks"]:
         groups["trajectories"] = [
-            (f"Loss of {name} over the epochs", trajectories_of(name, losses, *who)) for name in results["attacks"]
-        ]
+            (f"Loss of {name} over the epochs", trajectories_of(name, losses, *who))
+            for name in results["attacks"] if losses is not None
+        ]  # fmt: skip
         groups["roc"] = [(f"ROC of {kind}", roc_of(kind, values, *who)) for kind, values in scores.distances.items()]
         groups["recall"] = [
             ("Recall of all kinds against clean loss", recall_by_kind(scores.distances, *who)),
@@ -170,29 +183,32 @@ def _triggers(gallery: Gallery) -> list[dict[str, str]]:
 
 
 def _gallery_of(
-    results: Mapping[str, Any], scores: Scores, losses: np.ndarray, gallery: Gallery, main: str
+    results: Mapping[str, Any], scores: Scores, losses: np.ndarray | None, gallery: Gallery
 ) -> dict[str, Any]:
     """What the gallery shows: sheets of tiles, and for each kind its cards in the order of rank."""
-    names = results["class_names"]
+    names, size, main = results["class_names"], len(scores.labels), main_kind(list(scores.distances))
     place = {int(example): position for position, example in enumerate(gallery.ids)}
-    for what, values, end in (("ids", gallery.ids, len(losses)), ("labels", gallery.true_labels, len(names))):
+    for what, values, end in (("ids", gallery.ids, size), ("labels", gallery.true_labels, len(names))):
         if values.min() < 0 or values.max() >= end:
             raise DataError(f"gallery.npz has {what} from {values.min()} to {values.max()}, expected 0 to {end - 1}")
     clean = (scores.attack_of == "") & ~scores.is_probe
     poisoned = scores.attack_of[gallery.ids] != ""
     order = np.cumsum(poisoned) - 1  # of the poisoned among themselves
     originals, shown = gallery.originals[poisoned], gallery.shown[poisoned]
-    top = math.log(max(float(losses[gallery.ids].max()), 1.0))
-    spark = partial(_spark, top=top)
+    top = 0.0 if losses is None else math.log(max(float(losses[gallery.ids].max()), 1.0))
+
+    def spark(rows: Any) -> str:
+        """Draws the median loss of some examples."""
+        return "" if losses is None else _spark(np.median(losses[rows], axis=0), top)
 
     def card(example: int, rank: int) -> dict[str, Any]:
         position = place[example]
         label, before = int(scores.labels[example]), int(gallery.true_labels[position])
         return {"id": example, "rank": rank, "label": _class(names, label), "attack": scores.attack_of[example],
                 "before": "" if label == before else _class(names, before), "shown": _tile(position),
-                "changed": _tile(int(order[position])), "path": spark(losses[example])}  # fmt: skip
+                "changed": _tile(int(order[position])), "path": spark([example])}  # fmt: skip
 
-    wanted = min(results["config"]["report"]["gallery"], len(losses))
+    wanted = min(results["config"]["report"]["gallery"], size)
     kinds = []
     for kind in sorted(scores.distances, key=lambda kind: kind != main):
         ranked = highest_ranked(scores.distances[kind], scores.is_probe, wanted).tolist()
@@ -202,7 +218,8 @@ def _gallery_of(
     tile = max(56, min(80, width))
     return {
         "kinds": kinds,
-        "clean": spark(np.median(losses[clean], axis=0)) if clean.any() else "",
+        "clean": spark(clean) if clean.any() else "",
+        "lines": losses is not None,
         "tile": (tile, round(tile * height / width)),
         "columns": _COLUMNS,
         "size": _SPARK,

@@ -50,12 +50,12 @@ def trajectories_of(name: str, losses: Float[np.ndarray, "N T"], attack_of: np.n
 
 def roc_of(kind: str, distances: Float[np.ndarray, "N"], attack_of: np.ndarray, is_probe: np.ndarray) -> Draw:
     """Draws the ROC of each attack against the clean examples, probes left out."""
-    clean = (attack_of == "") & ~is_probe
+    clean, poison = (attack_of == "") & ~is_probe, np.where(is_probe, "", attack_of)
 
     def draw(axis: Axes) -> None:
-        for i, name in enumerate(attack_names(attack_of)):
-            chosen = clean | (attack_of == name)
-            false_positives, true_positives, _ = roc_curve((attack_of == name)[chosen], distances[chosen])
+        for i, name in enumerate(attack_names(poison)):
+            chosen = clean | (poison == name)
+            false_positives, true_positives, _ = roc_curve((poison == name)[chosen], distances[chosen])
             thin = np.unique(np.linspace(0, len(false_positives) - 1, _CURVE_POINTS).astype(int))
             axis.plot(false_positives[thin], true_positives[thin], label=name, **line_of(i))
         axis.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8)
@@ -73,7 +73,7 @@ def histogram_of(
 
     def draw(axis: Axes) -> None:
         bins = np.linspace(0, 1, 61).tolist()
-        groups = (("clean", (attack_of == "") & ~is_probe, _CLEAN), ("poison", attack_of != "", _POISON))
+        groups = (("clean", (attack_of == "") & ~is_probe, _CLEAN), ("poison", (attack_of != "") & ~is_probe, _POISON))
         for label, rows, colour in groups:
             if rows.any():
                 weights = np.full(rows.sum(), 100 / rows.sum())
@@ -108,7 +108,7 @@ def recall_curves(curves: Mapping[str, Float[np.ndarray, "L"]], label: str) -> D
         for i, (name, recall) in enumerate(curves.items()):
             _recall_line(axis, recall, name, i)
         _recall_axis(axis, f"attacks: {label}, mean over attacks and seeds")
-        axis.legend(fontsize=5, loc="lower right", ncols=2)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.02))
 
     return draw
 
@@ -125,13 +125,16 @@ def recall_by_attack(kind: str, distances: np.ndarray, attack_of: np.ndarray, is
     return draw
 
 
-def save_png(path: Path, draws: Sequence[Draw]) -> None:
-    """Draws panels three in a row; no pyplot, so nobody's backend is touched."""
+def save_png(path: Path, draws: Sequence[Draw], legend: float = 0.0) -> None:
+    """Draws panels three in a row; no pyplot, so nobody's backend is touched.
+
+    `legend` leaves so many inches beside a single panel for its legend.
+    """
     columns = min(3, len(draws))
     rows = -(-len(draws) // columns)
-    figure = Figure(figsize=(_SIZE[0] * columns, _SIZE[1] * rows))
+    figure = Figure(figsize=(_SIZE[0] * columns + legend, _SIZE[1] * rows))
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    figure.subplots_adjust(**_margins(rows, columns))
+    figure.subplots_adjust(**_margins(rows, columns, legend))
     for axis, draw in zip(axes, draws, strict=False):
         draw(axis)
     for axis in axes[len(draws) :]:
@@ -139,11 +142,14 @@ def save_png(path: Path, draws: Sequence[Draw]) -> None:
     write_atomically(path, lambda aside: figure.savefig(aside, dpi=110))
 
 
-def svg_uri(draw: Draw) -> str:
-    """Draws one panel as SVG in a data: address, for a page; the same data give the same bytes."""
-    figure = Figure(figsize=_SIZE)
+def svg_uri(draw: Draw, legend: float = 0.0) -> str:
+    """Draws one panel as SVG in a data: address, for a page; the same data give the same bytes.
+
+    `legend` leaves so many inches beside it for its legend.
+    """
+    figure = Figure(figsize=(_SIZE[0] + legend, _SIZE[1]))
     draw(figure.subplots())
-    figure.subplots_adjust(**_margins(1, 1))
+    figure.subplots_adjust(**_margins(1, 1, legend))
     file = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "badloss", "svg.fonttype": "none"}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
@@ -171,9 +177,10 @@ def save_triggers(
     write_atomically(path, lambda aside: figure.savefig(aside, dpi=110, format="png"))
 
 
-def _margins(rows: int, columns: int) -> dict[str, float]:
+def _margins(rows: int, columns: int, legend: float) -> dict[str, float]:
     """Returns fixed margins of 0.62, 0.12, 0.5 and 0.32 inches around each panel: measuring texts takes far longer."""
-    left, right, bottom, top = 0.62 / _SIZE[0], 0.12 / _SIZE[0], 0.5 / _SIZE[1], 0.32 / _SIZE[1]
+    width = _SIZE[0] + legend
+    left, right, bottom, top = 0.62 / width, (0.12 + legend) / width, 0.5 / _SIZE[1], 0.32 / _SIZE[1]
     return {"left": left / columns, "right": 1 - right / columns, "bottom": bottom / rows, "top": 1 - top / rows,
             "wspace": (left + right) / (1 - left - right), "hspace": (bottom + top) / (1 - bottom - top)}  # fmt: skip
 

@@ -129,8 +129,7 @@ def read_results(path: Path, to_render: bool = False) -> dict[str, Any]:
         results = read_json(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"{path} does not exist: is {path.parent} the folder of a finished run?") from error
-    detected = not results.get("config", {}).get("retraining", {}).get("enabled", True)
-    whole = "undefended" in results or (to_render and ("rescored_from" in results or detected))
+    whole = "undefended" in results or (to_render and ("rescored_from" in results or _only_detects(results)))
     if results.get("schema_version") != SCHEMA_VERSION or not whole:
         raise DataError(f"{path} cannot be used: it is not of a whole run in schema {SCHEMA_VERSION}")
     missing = _RENDERED - results.keys()
@@ -140,6 +139,13 @@ def read_results(path: Path, to_render: bool = False) -> dict[str, Any]:
             " its folder; finished phases are kept"
         )
     return results
+
+
+def _only_detects(results: Mapping[str, Any]) -> bool:
+    try:
+        return results["config"]["retraining"]["enabled"] is False
+    except (KeyError, TypeError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -174,11 +180,12 @@ def read_scores(path: Path) -> Scores:
         columns = {name: table[name].to_numpy() for name in table.column_names if name != "attack"}
         attack_of = np.array(table["attack"].to_pylist(), dtype=object)
         kinds = [name.removeprefix("distance_") for name in columns if name.startswith("distance_")]
-        removed = {
-            kind: {name.removeprefix(f"removed_{kind}_"): column.astype(bool) for name, column in columns.items()
-                   if name.startswith(f"removed_{kind}_")}
-            for kind in kinds
-        }  # fmt: skip
+        removed: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in kinds}
+        for name, column in columns.items():
+            # removed_loss_variance_fraction is not of "loss", but of "loss_variance", if that is there.
+            owner = max((kind for kind in kinds if name.startswith(f"removed_{kind}_")), key=len, default=None)
+            if owner is not None:
+                removed[owner][name.removeprefix(f"removed_{owner}_")] = column.astype(bool)
         scores = Scores(
             columns["label"].astype(np.int64), attack_of, columns["probe"].astype(bool),
             {kind: columns[f"distance_{kind}"].astype(np.float64) for kind in kinds},

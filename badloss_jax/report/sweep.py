@@ -32,6 +32,16 @@ _TITLES = {
 }  # fmt: skip
 
 
+_COMPARED = ("removed", "clean_lost", "mean_recall", "auroc", "tpr_at_1_fpr", "clean_accuracy", "mean_asr", "mean_ra",
+             "der", "seconds", "epochs")  # fmt: skip
+_PER_ATTACK = (  # title, figures in the mean, prefix of those of each attack
+    ("Attack success rate", ("clean_accuracy", "mean_asr"), "asr"),
+    ("Robust accuracy", ("clean_accuracy", "mean_ra"), "ra"),
+    ("Recall", ("clean_lost", "mean_recall"), "recall"),
+    ("AUROC", ("auroc", "average_precision"), "auroc"),
+)
+
+
 def rows_of(item: Item, results: Mapping[str, Any]) -> list[Row]:
     """Returns one flat row for each rule of an item: who, and every figure that there is, as numbers."""
     who = {"attacks": item.attacks, "setting": item.setting, "seed": item.seed}
@@ -66,6 +76,18 @@ def _figures(variant: Mapping[str, Any]) -> Row:
     if "cost" in variant:
         row |= {"seconds": variant["cost"]["seconds"], "epochs": variant["cost"]["epochs"]}
     return row
+
+
+def _add_epochs(rows: Sequence[Row]) -> None:
+    """Gives the cost in epochs of training also to runs that trained no undefended network, where another one did."""
+    seconds = {_peers(row): row["seconds"] / row["epochs"] for row in rows if row.get("epochs")}
+    for row in rows:
+        if row.get("seconds") and not row.get("epochs") and _peers(row) in seconds:
+            row["epochs"] = row["seconds"] / seconds[_peers(row)]
+
+
+def _peers(row: Row) -> tuple[Any, ...]:
+    return row["attacks"], row["setting"], row["seed"]
 
 
 def _mean(values: Mapping[str, float]) -> float | None:
@@ -103,27 +125,21 @@ def summarised(rows: Iterable[Row]) -> list[Row]:
 
 
 def tables(rows: Sequence[Row], axis: str = "", *, per_attack: bool = True) -> list[Table]:
-    """Returns (title, header and rows) of every table, for each group of attacks; without `per_attack` the short ones.
+    """Returns (title, header and rows) of every table, for each group of attacks; without `per_attack` the first.
 
     Mean and sample standard deviation over seeds; per attack the mean alone.
     """
-    groups, found = summarised(rows), []
+    groups = summarised(rows)
+    found: list[Table] = []
     labels = list(dict.fromkeys(group["attacks"] for group in groups))
     for label in labels:
         chosen = [group for group in groups if group["attacks"] == label]
         told = f"attacks: {label}" + (f", by {axis}" if axis else "")
-        for title, keys, short, needed in (
-            ("Models", ("removed", "clean_lost", "clean_accuracy", "mean_asr", "mean_ra", "der"), "asr",
-             "clean_accuracy"),
-            ("Detection", ("auroc", "average_precision", "tpr_at_1_fpr", "mean_recall", "clean_lost", "seconds",
-                           "epochs"), "auroc", "auroc"),
-            ("Recall, per attack", ("clean_lost", "mean_recall"), "recall", "mean_recall"),
-            ("Robust accuracy, per attack", ("clean_accuracy", "mean_ra"), "ra", "mean_ra"),
-        ):  # fmt: skip
-            if per_attack or title in ("Models", "Detection"):
-                having = [group for group in chosen if needed in group]
-                table = _table(having, keys, short if per_attack else "", axis)
-                found += [(f"{title}; {told}", table)] if len(table) > 1 else []
+        found.append((f"Comparison; {told}", _table(chosen, _COMPARED, "", axis)))
+        for title, keys, short in _PER_ATTACK if per_attack else ():
+            having = [group for group in chosen if any(key.startswith(f"{short}:") for key in group)]
+            table = _table(having, keys, short, axis)
+            found += [(f"{title}, per attack; {told}", table)] if len(table) > 1 else []
     if len(labels) > 1 and not axis:
         for key in ("mean_asr", "clean_accuracy", "auroc", "clean_lost"):
             table = _by_attacks(groups, labels, key)
@@ -189,6 +205,7 @@ def write_sweep_report(folder: Path) -> list[Table]:
             rows += rows_of(item, read_json(path))
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is damaged: {error}") from error
+    _add_epochs(rows)
     found = tables(rows, sweep.axis)
     plots = _plots(folder, done, rows, sweep.axis)
     failed = [(name, _last_line(folder / "items" / name / "error.txt")) for name, s in states.items() if s == "failed"]
@@ -196,14 +213,20 @@ def write_sweep_report(folder: Path) -> list[Table]:
     write_text(folder / "runs.csv", _csv(rows))
     write_text(folder / "results.csv", _csv(_flat(summarised(rows))))
     for name, draws in plots.items():
-        save_png(folder / f"{name}.png", [draw for _, draw in draws])
+        save_png(folder / f"{name}.png", [draw for _, draw in draws], _legend(name))
     write_text(folder / "report.md", _markdown(sweep.title, told, found, list(plots), failed))
+    figures = [(name, *panel) for name, draws in plots.items() for panel in draws]
     page = environment_of_templates().get_template("sweep.html.jinja").render(
         title=sweep.title or "sweep", told=told, tables=found, failed=failed,
-        figures=[{"alt": alt, "uri": svg_uri(draw)} for draws in plots.values() for alt, draw in draws],
+        figures=[{"alt": alt, "uri": svg_uri(draw, _legend(name))} for name, alt, draw in figures],
     )  # fmt: skip
     write_text(folder / "report.html", page)
     return tables(rows, sweep.axis, per_attack=False)
+
+
+def _legend(name: str) -> float:
+    """Returns the inches beside a panel for the names of all detectors."""
+    return 1.9 if name.startswith("recall-") else 0.0
 
 
 def _last_line(path: Path) -> str:

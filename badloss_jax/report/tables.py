@@ -6,26 +6,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from badloss_jax.config import differences, parse_rule
+from badloss_jax.defenses.context import OWN
 from badloss_jax.errors import UsageError
 
 
 def headline(results: Mapping[str, Any]) -> list[list[str]]:
     """Returns header and rows: per trained model what was removed, clean accuracy and attack success rates."""
-    attacks = list(results["undefended"]["attack_success_rate"])
+    models = trained_models(results)
+    attacks = list(next(iter(models.values()))["attack_success_rate"]) if models else _attack_names(results)
     rows = [["model", "removed", "clean lost", "CA", "mean ASR", *attacks]]
-    rows.append(_model_row("undefended", None, results["undefended"], attacks))
-    for name, variant in results["variants"].items():
-        if "retrained" in variant:
-            rows.append(_model_row(name, variant, variant["retrained"], attacks))
-    return rows
+    return rows + [_model_row(name, results["variants"].get(name), model, attacks) for name, model in models.items()]
+
+
+def trained_models(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Returns the figures of each trained network: of the undefended one, if that was shown, then of the variants'."""
+    undefended = {"undefended": results["undefended"]} if "undefended" in results else {}
+    variants = results["variants"].items()
+    return undefended | {name: variant["retrained"] for name, variant in variants if "retrained" in variant}
 
 
 def short_table(results: Mapping[str, Any]) -> list[list[str]]:
     """Returns header and rows for a terminal: the trained models, the AUROC of their kind, their worst attack."""
     rows = [["model", "removed", "clean lost", "AUROC", "CA", "mean ASR", "worst attack"]]
     for name, removed, lost, accuracy, mean, *_ in headline(results)[1:]:
-        variant = results["variants"].get(name, {})
-        model = variant.get("retrained", results["undefended"])
+        variant, model = results["variants"].get(name, {}), trained_models(results)[name]
         auroc = _number(variant["detection"]["auroc"]["overall"]) if "detection" in variant else ""
         worst = max(model["attack_success_rate"].items(), key=lambda item: item[1], default=None)
         told = f"{worst[0]} {100 * worst[1]:.0f} %" if worst else ""
@@ -34,26 +38,26 @@ def short_table(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def detection_table(results: Mapping[str, Any]) -> list[list[str]]:
-    """Returns header and rows: per kind of trajectory AUROC, average precision, TPR at 1 % FPR, AUROC per attack."""
-    rows: list[list[str]] = []
+    """Returns header and rows: per kind and defence AUROC, average precision, TPR at 1 % FPR, AUROC per attack."""
+    attacks = _attack_names(results)
+    rows = [["scored by", "AUROC", "avg. precision", "TPR at 1 % FPR", *attacks]]
     for name, variant in results["variants"].items():
         kind = name.partition("/")[0]
         if "detection" not in variant or any(row[0] == kind for row in rows):
             continue  # every rule of a kind stands on the same ranks
         auroc = variant["detection"]["auroc"]
-        attacks = _attack_names(results)
-        if not rows:
-            rows.append(["trajectories", "AUROC", "avg. precision", "TPR at 1 % FPR", *attacks])
         cells = [variant["detection"][metric]["overall"] for metric in ("auroc", "average_precision", "tpr_at_1_fpr")]
-        rows.append([kind, *(_number(cell) for cell in cells), *(_number(auroc[attack]) for attack in attacks)])
+        rows.append([kind, *(_number(cell) for cell in cells), *(_number(auroc.get(attack)) for attack in attacks)])
     return rows
 
 
 def removal_table(results: Mapping[str, Any]) -> list[list[str]]:
-    """Returns header and rows: per kind and rule the shares removed and the recall of each attack."""
+    """Returns header and rows: per kind, or defence, and rule the shares removed and the recall of each attack."""
     attacks = _attack_names(results)
     rows = [["variant", "removed", "clean lost", *attacks]]
     for name, variant in results["variants"].items():
+        if "recall" not in variant:
+            continue  # a defence that trained a network itself, and removed nothing
         recall = [variant["recall"][attack] for attack in attacks]
         shares = [variant["removed_share"], variant["clean_removed_share"], *recall]
         rows.append([name, *(_percent(share) for share in shares)])
@@ -146,8 +150,8 @@ _MODELS = """\
 {headline}
 
 CA: clean accuracy. ASR: attack success rate, per attack and in the mean. All models are trained from scratch by the
-same recipe; they differ in what was removed. What is left after `oracle`, which removes exactly the poison, is the
-trigger's own doing.
+same recipe; they differ in what was removed{cleansed}. What is left after `oracle`, which removes exactly
+the poison, is the trigger's own doing.
 
 """
 
@@ -178,7 +182,7 @@ What each rule removes: of all examples, of the clean ones, and of each attack's
 {removal}
 {trajectories}## Run
 
-{source}, seed {seed}, config {config_hash}, {devices}. Epochs scored: {kept} of {epochs}.
+{source}, seed {seed}, config {config_hash}, {devices}.{kept}
 
 {seconds}
 """
@@ -187,33 +191,42 @@ What each rule removes: of all examples, of the clean ones, and of each attack's
 def report_markdown(results: Mapping[str, Any]) -> str:
     """Renders report.md: the verdict, the tables, the plots, how it was made."""
     config = results["config"]
-    attacked, models = bool(results["attacks"]), ""
-    if "undefended" in results:
+    attacked, models, detection = bool(results["attacks"]), "", detection_table(results)
+    if trained_models(results):
+        alone = trained_alone(results)
         models = _MODELS.format(
             verdict=verdict(results), headline=as_markdown(headline(results)),
+            cleansed=f"; {', '.join(alone)} removed nothing, and trained a network in its own way" if alone else "",
             attacks=f"{as_markdown(attack_table(results))}\n" if attacked else "",
         )  # fmt: skip
     seconds = [[phase, f"{spent:.1f}"] for phase, spent in results["seconds"].items()]
+    kept, epochs = len(results["epochs_kept"]), config["recording"]["epochs"]
+    recorded = "recording" in results["seconds"] or "rescored_from" in results
     return _REPORT.format(
         models=models,
-        detection=as_markdown(detection_table(results)),
+        detection=as_markdown(detection),
         removal=as_markdown(removal_table(results)),
-        roc=_ROC if attacked else "",
-        trajectories=_TRAJECTORIES if attacked else "",
+        roc=_ROC if attacked and len(detection) > 1 else "",
+        trajectories=_TRAJECTORIES if attacked and recorded and len(detection) > 1 else "",
         source=config["data"]["source"],
         seed=config["seed"],
         config_hash=results["config_hash"],
         devices=", ".join(results["environment"]["devices"]),
-        kept=len(results["epochs_kept"]),
-        epochs=config["recording"]["epochs"],
+        kept=f" Epochs scored: {kept} of {epochs}." if kept else "",
         seconds=as_markdown([["phase", "seconds"], *seconds]),
     )
+
+
+def trained_alone(results: Mapping[str, Any]) -> list[str]:
+    """Names the defences that trained a network themselves, and removed nothing."""
+    return [name for name, variant in results["variants"].items() if "recall" not in variant]
 
 
 def verdict(results: Mapping[str, Any]) -> str:
     """Says in three sentences what the attacks did, and what the first and the last defence of the config leave.
 
-    Which ones are told was settled before the run, by the order of `retraining.variants`: no winner is picked.
+    Which ones are told was settled before the run, by the order of `retraining.variants`: no winner is picked. Defences
+    that trained a network themselves are told, too.
     """
     attacks = results["attacks"]
     if not attacks:
@@ -240,6 +253,12 @@ def verdict(results: Mapping[str, Any]) -> str:
             f"Removing by {title} and retraining leaves {_percent(_mean_asr(model))}, at a clean accuracy of"
             f" {_percent(model['clean_accuracy'])}."
         )
+    for name in trained_alone(results):
+        model = results["variants"][name]["retrained"]
+        told.append(
+            f"The network that {name} trained itself leaves {_percent(_mean_asr(model))}, at a clean accuracy of"
+            f" {_percent(model['clean_accuracy'])}."
+        )
     return " ".join(told)
 
 
@@ -248,6 +267,8 @@ def variant_title(name: str, config: Mapping[str, Any]) -> str:
     kind, _, text = name.partition("/")
     if not text:
         return {"oracle": "oracle (exactly the poison)"}.get(kind, kind)
+    if text == OWN:
+        return f"{kind} (its own rule)"
     rule, given = parse_rule(text)
     level = config["rejection"][rule] if given is None else given
     told = {"fraction": f"{100 * level:g} %", "alpha": f"p ≤ {level:g}"}

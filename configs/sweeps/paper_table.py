@@ -21,6 +21,8 @@ def get_config(variant: str = "") -> ConfigDict:
     sweep.defenses = (
         "none", "oracle", "random", "badloss/fraction", "badloss_combined/fraction@0.1",
         "badloss_features/fraction@0.1", "badloss_logits/fraction@0.1", "badloss_step/fraction",
+        "spectral_signatures/own", "activation_clustering/own", "frequency_analysis/own", "abl/own",
+        "neural_cleanse/own", "cognitive_distillation/own", "cbd", "pss",
     )  # fmt: skip
     sweep.all_detectors = True
     sweep.shared_settings = {"recording.kinds": ("step", "prob", "logits", "ranked", "features")}

@@ -14,6 +14,6 @@ def get_config(variant: str = "") -> ConfigDict:
     sweep = default_sweep(variant)
     sweep.title = "What is left of the attacks, by the share removed"
     rules = [f"fraction@{level}" for level in (0.05, 0.1, 0.2, 0.3, 0.4, 0.6)]
-    names = ("badloss", "badloss_combined", "mean_loss_low", "area_under_margin")
+    names = ("badloss", "badloss_combined", "mean_loss_low", "spectral_signatures")
     sweep.defenses = ("none", "oracle", *(f"{name}/{rule}" for name in names for rule in rules))
     return sweep

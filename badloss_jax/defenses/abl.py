@@ -1,0 +1,65 @@
+"""Anti-Backdoor Learning (Li et al., NeurIPS 2021), its isolation (section 3.2) alone: what is learned first goes.
+
+A network is trained for a few epochs with its mean loss held at a level by flooding, which keeps all but the easiest
+examples, the poisoned ones, from being learned; those of the lowest loss are removed. The paper goes on by unlearning
+1 % of the examples; here, as in the program of BaDLoss's authors, 15 % are removed and the network is retrained. The
+losses are those of evaluation mode, without the augmentation that the program leaves on.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float
+
+from badloss_jax.defenses.context import Context, Suspicion
+from badloss_jax.models import ModelSpec
+from badloss_jax.training.batch import Batch
+from badloss_jax.training.mesh import by_rows
+from badloss_jax.training.objective import Flooding
+from badloss_jax.training.state import TrainState, graph_of
+
+
+def abl(context: Context, settings: Mapping[str, Any]) -> Suspicion:
+    """Trains with flooding and finds low losses suspicious; removes the share `fraction` of the lowest.
+
+    Args:
+      context: what every defence is given.
+      settings: `config.defenses.abl`.
+
+    Returns:
+      Scores [N], minus the losses in nats, and what is removed by them.
+    """
+    epochs, objective = settings["epochs"], Flooding(context.recipe.objective.clamp, settings["flooding"])
+    recipe = replace(context.recipe, epochs=epochs, schedule_epochs=epochs, objective=objective)
+    state = context.train("flooded", recipe)
+    losses = context.map(make_loss_step(context.spec, context.mesh), state, title="losses of the flooded network")
+    scores = -losses.astype(np.float64)
+    return Suspicion(scores, removed=lowest(losses, settings["fraction"]))
+
+
+def lowest(losses: Float[np.ndarray, "N"], fraction: float) -> Bool[np.ndarray, "N"]:
+    """Marks the share `fraction` (above 0, below 1, rounded down) of the lowest losses; ties go by id."""
+    marked = np.zeros(len(losses), bool)
+    marked[np.argsort(losses, kind="stable")[: int(fraction * len(losses))]] = True
+    return marked
+
+
+@lru_cache(maxsize=32)
+def make_loss_step(spec: ModelSpec, mesh: Mesh) -> Callable[[Batch, TrainState], Float[Array, "B"]]:
+    """Compiles (batch, state) -> cross-entropies in evaluation mode, in nats, float32 or wider [B]."""
+    graph = graph_of(spec)
+
+    def step(batch: Batch, state: TrainState) -> Float[Array, "B"]:
+        images, labels = batch.examples(jnp.promote_types(spec.dtype, jnp.float32))
+        logits, _ = nnx.merge(graph, state.params, state.batch_stats)(images, train=False)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+    return jax.jit(step, out_shardings=by_rows(mesh))

@@ -1,0 +1,120 @@
+"""Spectral signatures (Tran et al., NeurIPS 2018, algorithm 1): poison stands out along one direction of its class.
+
+Per label, the penultimate activations of the attacked network are centred and projected on their top right singular
+vector; the 1.5 eps examples of each class whose squared projections are largest go. As in the paper every class loses
+that share, attacked or not.
+
+Classes are worked on one a device, each padded to a power of two of rows: the smaller of X X^T and X^T X is made and
+decomposed, so what is needed beside the features is one class of them a device.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from badloss_jax.defenses.context import Context, Suspicion
+from badloss_jax.training.mesh import AXIS, place_rows, to_host
+
+
+def project(features: Float[Array, "n F"], count: Int[Array, ""]) -> tuple[Float[Array, "n"], Float[Array, ""]]:
+    """Projects the centred rows on their top right singular vector.
+
+    Args:
+      features: the examples of one class, and padding.
+      count: how many rows, from the first, are examples.
+
+    Returns:
+      The projections in units of the second output, the largest deviation from the mean; so nothing overflows or
+      vanishes where it is squared. The sign is arbitrary, padding projects to 0.
+    """
+    real = (jnp.arange(len(features)) < count)[:, None]
+    centred = features
+    for _ in range(2):  # a second time, for what rounding leaves of a large mean
+        mean = jnp.sum(jnp.where(real, centred, 0), 0) / jnp.maximum(count, 1)
+        centred = jnp.where(real, centred - mean, 0)
+    scale = jnp.abs(centred).max()
+    x = centred / jnp.where(scale > 0, scale, 1)
+    with jax.default_matmul_precision("highest"):
+        if x.shape[0] < x.shape[1]:
+            left = jnp.linalg.eigh(x @ x.T)[1][:, -1]
+            right = left @ x
+            right = right / jnp.maximum(jnp.linalg.norm(right), jnp.finfo(x.dtype).tiny)
+        else:
+            right = jnp.linalg.eigh(x.T @ x)[1][:, -1]
+        return x @ right, scale
+
+
+@lru_cache(maxsize=8)
+def _make_project(mesh: Mesh) -> Callable:
+    """Compiles ([classes, n, F], [classes]) -> ([classes, n], [classes]), the classes shared by the devices."""
+    rows = PartitionSpec(AXIS)
+    return jax.jit(jax.shard_map(jax.vmap(project), mesh=mesh, in_specs=(rows, rows), out_specs=(rows, rows)))
+
+
+def spectral_scores(
+    features: Float[np.ndarray, "N F"], labels: Int[np.ndarray, "N"], num_classes: int, mesh: Mesh
+) -> Float[np.ndarray, "N"]:
+    """Computes each example's squared projection on the top singular vector of its class.
+
+    Args:
+      features: float32; may be mapped from a file, of which one class a device is read at a time.
+      labels: 0 to K - 1.
+      num_classes: K.
+      mesh: the devices.
+
+    Returns:
+      float64, in squared units of the features; 0 for an example without another of its class. Where the two largest
+      singular values of a class are equal its direction is any in their plane.
+    """
+    classes = [np.flatnonzero(labels == label) for label in range(num_classes)]
+    classes.sort(key=len)  # so that those that are padded alike come together
+    scores, compute = np.zeros(len(labels)), _make_project(mesh)
+    for start in range(0, num_classes, mesh.size):
+        group = classes[start : start + mesh.size]
+        projections, scales = (to_host(array).astype(np.float64) for array in compute(*_place(features, group, mesh)))
+        for members, projection, scale in zip(group, projections, scales, strict=False):
+            scores[members] = (projection[: len(members)] * scale) ** 2
+    return scores
+
+
+def _place(
+    features: Float[np.ndarray, "N F"], group: Sequence[Int[np.ndarray, "n"]], mesh: Mesh
+) -> tuple[Float[Array, "D n F"], Int[Array, "D"]]:
+    """Puts the features of one class on each of the D devices, padded, and how many examples it has."""
+    sizes = np.zeros(mesh.size, np.int32)  # the last group may leave devices idle
+    sizes[: len(group)] = [len(members) for members in group]
+    rows = 1 << (max(2, int(sizes.max())) - 1).bit_length()
+
+    def padded(begin: int, end: int) -> np.ndarray:
+        block = np.zeros((end - begin, rows, features.shape[1]), np.float32)
+        for place, members in enumerate(group[begin:end]):
+            block[place, : len(members)] = features[members]
+        return block
+
+    shape = mesh.size, rows, features.shape[1]
+    return place_rows(shape, mesh, padded), place_rows(sizes.shape, mesh, lambda begin, end: sizes[begin:end])
+
+
+def top_of_each_class(
+    scores: Float[np.ndarray, "N"], labels: Int[np.ndarray, "N"], num_classes: int, share: float
+) -> Bool[np.ndarray, "N"]:
+    """Marks the highest scores of each class: `share` of its examples, rounded down; ties go by position."""
+    top = np.zeros(len(scores), bool)
+    for label in range(num_classes):
+        members = np.flatnonzero(labels == label)
+        count = int(min(share, 1) * len(members) + 1e-6)  # 0.15 * 20 is just above or just below 3
+        top[members[np.argsort(-scores[members], kind="stable")[:count]]] = True
+    return top
+
+
+def spectral_signatures(context: Context, settings: Mapping[str, Any]) -> Suspicion:
+    """Scores by the squared projection, and removes 1.5 eps of each class."""
+    scores = spectral_scores(context.observed().features, context.labels, context.num_classes, context.mesh)
+    removed = top_of_each_class(scores, context.labels, context.num_classes, 1.5 * settings["eps"])
+    return Suspicion(scores, removed=removed)

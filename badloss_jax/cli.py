@@ -92,7 +92,7 @@ checksum, and writes again what is missing or damaged.
 
 _OVERRIDES = """\
 settings:
-  --config.GROUP.KEY=VALUE changes one setting, repeatedly; `badloss_jax/config.py` lists all with their meaning.
+  --config.GROUP.KEY=VALUE changes one setting, repeatedly; `badloss_jax/settings.py` lists all with their meaning.
   An unknown key or an impossible value is refused, with the nearest valid one, before any work starts.
 
 examples:

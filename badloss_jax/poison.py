@@ -106,7 +106,7 @@ def keep_manifest(workdir: Path, planned: Manifest, dataset: Dataset, trainer: T
     """Returns the manifest with its perturbations, and the seconds these took; writes it, or takes what is there."""
     artefacts, config = trainer.artefacts, trainer.config
     surrogates = [
-        (to_dict(config)["attacks"][name], *map(asdict, _surrogate_of(name, config, dataset)))
+        (to_dict(config)["attacks"][name], *(asdict(part) for part in _surrogate_of(name, config, dataset)))
         for name in planned.unoptimised
     ]
     identity = digest(planned.digest, dataset.train.fingerprint, *surrogates)

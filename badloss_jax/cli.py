@@ -163,6 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep.add_argument("--seeds", type=_integers, default=(), metavar="S,S", help="in place of the file's")
     sweep.add_argument("--attacks", type=_words, default=(), metavar="A,A", help="only these of the file's attacks")
     sweep.add_argument("--defenses", type=_words, default=(), metavar="D,D", help="only these of the file's defences")
+    sweep.add_argument("--shared", type=Path, metavar="DIR", help="folder of what items have in common, for several"
+                       " sweeps (default: DIR/shared)")  # fmt: skip
     sweep.add_argument("--item", type=_integers, metavar="I,I", help="run these items alone, by their numbers")
     sweep.add_argument("--list", action="store_true", help="print number, state and title of each item, and run none")
 
@@ -322,7 +324,7 @@ def _sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
             print(f"{number:4}  {state_of(arguments.workdir, item):6}  {item.title}")
         return 0
     _set_up_jax()
-    failed = run_sweep(sweep, arguments.workdir, arguments.item, Progress())
+    failed = run_sweep(sweep, arguments.workdir, arguments.item, Progress(), shared=arguments.shared)
     if arguments.item is None:
         _report_sweep(arguments.workdir)
     for name, error in failed.items():

@@ -158,19 +158,22 @@ class Phases:
         context = self._context(name, identity, trained)
 
         def work() -> Suspicion | Cleansed:
-            return defense.run(context, settings)
+            found = defense.run(context, settings)
+            if isinstance(found, Suspicion) and (wrong := _wrong(found, len(self.labels), len(self.probe_ids))):
+                raise DataError(f"defence {name!r} returned {wrong}")
+            return found
 
         outcome: Detection | dict[str, Any]
         if defense.cleanses:
             outcome, seconds = self._cleansed(name, identity, work)
         elif defense.recorded:
             started = time.monotonic()
-            suspicion = work()
+            suspicion: Any = work()
             seconds = self._used | {name: time.monotonic() - started - self._elsewhere}
-            outcome = self._decided(name, suspicion)
+            outcome = decide(suspicion, self.config.rejection, self.probe_ids)
         else:
             suspicion, seconds = self._kept_suspicion(name, identity, work)
-            outcome = self._decided(name, suspicion)
+            outcome = decide(suspicion, self.config.rejection, self.probe_ids)
         for training, of_training in trained.items():
             self.trainer.finish(training, of_training)
         self.seconds[name] = seconds[name]
@@ -191,11 +194,6 @@ class Phases:
             about = self._model(name, identity, training, self.recipe.epochs, details)
         seconds = about.get("seconds_of", {}) | {name: about["seconds"]}
         return about["evaluation"] | {"details": about.get("details", {})}, seconds
-
-    def _decided(self, name: str, suspicion: Any) -> Detection:
-        if wrong := _wrong(suspicion, len(self.labels), len(self.probe_ids)):
-            raise DataError(f"defence {name!r} returned {wrong}")
-        return decide(suspicion, self.config.rejection, self.probe_ids)
 
     def _kept_suspicion(
         self, name: str, identity: str, work: Callable[[], Suspicion | Cleansed]

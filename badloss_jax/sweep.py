@@ -4,7 +4,7 @@ A sweep file is Python with one function, `get_config(variant="")`, that starts 
 folder of a sweep lie:
 
     sweep.json       the items: what each is, and its whole config
-    shared/          trajectories, networks and what defences found, named by content (see `artefacts`)
+    shared/          trajectories, networks and what defences found, named by content (see `artefacts`); or elsewhere
     items/NAME/      a run of one defence: config.json, results.json, scores.parquet, metrics.jsonl, or error.txt
     report.html, report.md, results.csv, *.png, by `badloss report --sweep`
 
@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from badloss_jax.config import (
     CONTROLS,
+    RECORDED_KINDS,
     changed,
     check_variant,
     config_hash,
@@ -58,7 +59,8 @@ def default_sweep(variant: str = "") -> ConfigDict:
     sweep.defenses = ("none",)  # NAME/RULE, the name of a defence that trains a network itself, or a control
     sweep.retrain = True  # False: detect only
     sweep.all_detectors = False  # score by every defence that needs the recorded trajectories alone, too
-    sweep.shared_settings = {}  # of all items: key of a config -> value, such as {"recording.epochs": 30}
+    # Of all items: key of a config -> value. One recording with every kind of trajectory serves all sweeps.
+    sweep.shared_settings = {"recording.kinds": RECORDED_KINDS}
     sweep.attacks = {}  # label -> the attacks' names; none: those of the config, called "all"
     sweep.axis = ""  # what the settings below vary
     sweep.settings = {}  # label on the axis -> {key of a config: value}
@@ -242,7 +244,7 @@ def state_of(folder: Path, item: Item) -> str:
 
 def run_sweep(
     sweep: Sweep, folder: Path, chosen: Sequence[int] | None = None, progress: Progress | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | None = None, shared: Path | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """Runs the items that are not done; one that fails does not stop the others.
 
@@ -252,6 +254,7 @@ def run_sweep(
       chosen: numbers of the items to run, by default all.
       progress: is told how far it is.
       mesh: of the devices, all by default.
+      shared: folder of the artefacts, `folder / "shared"` by default; several sweeps can have the same.
 
     Returns:
       What failed: name of the item -> the error, in a line.
@@ -275,7 +278,7 @@ def run_sweep(
         busy = []
         for item in left:
             try:
-                error = _run_item(item, folder, progress, mesh, clock, wait)
+                error = _run_item(item, folder, shared or folder / "shared", progress, mesh, clock, wait)
                 failed |= {item.name: error} if error else {}
             except BusyError:
                 busy.append(item)
@@ -304,7 +307,9 @@ class _Clock:
         self._run += ran
 
 
-def _run_item(item: Item, folder: Path, progress: Progress, mesh: Mesh, clock: _Clock, wait: bool) -> str | None:
+def _run_item(
+    item: Item, folder: Path, shared: Path, progress: Progress, mesh: Mesh, clock: _Clock, wait: bool
+) -> str | None:
     """Runs an item unless it is done; returns what went wrong.
 
     Raises:
@@ -322,16 +327,16 @@ def _run_item(item: Item, folder: Path, progress: Progress, mesh: Mesh, clock: _
             clock.end(ran=False)
             return None
         clock.begin(item.title)
-        error = _attempt(item, folder, progress, mesh, wait)
+        error = _attempt(item, folder, shared, progress, mesh, wait)
         clock.end(ran=True)
         return error
 
 
-def _attempt(item: Item, folder: Path, progress: Progress, mesh: Mesh, wait: bool) -> str | None:
+def _attempt(item: Item, folder: Path, shared: Path, progress: Progress, mesh: Mesh, wait: bool) -> str | None:
     place = folder / "items" / item.name
     (place / "error.txt").unlink(missing_ok=True)
     try:
-        run_experiment(item.as_config(), place, progress, mesh, shared=folder / "shared", wait=wait)
+        run_experiment(item.as_config(), place, progress, mesh, shared=shared, wait=wait)
         return None
     except (PreemptedError, BusyError):
         raise

@@ -81,6 +81,19 @@ def finished(tmp_path_factory, mesh):
     return workdir, config, run_experiment(config, workdir, mesh=mesh)
 
 
+DEFENDED = {"scoring__kinds": "('loss',)", "controls": "()", "retraining__variants": "()", "retraining__enabled": False,
+            "defenses__names": "('mean_loss_low','badloss_logits','badloss','badloss_step','loss_variance')",
+            "rejection__rules": "('fraction','alpha','fdr')"}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def defended(tmp_path_factory, mesh):
+    """As `finished`, but with defences beside one kind of trajectory, and nothing retrained; the tests only read it."""
+    workdir = tmp_path_factory.mktemp("defended") / "run"
+    config = load_config("configs/digits.py", overrides(**FINISHED | DEFENDED))
+    return workdir, config, run_experiment(config, workdir, mesh=mesh)
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

@@ -81,6 +81,19 @@ def test_report_renders_the_same_page_again(finished, tmp_path, capsys):
         assert (tmp_path / "run" / name).read_bytes() == before[name], name
 
 
+def test_detection_alone_is_reported_and_scored_again(defended, tmp_path, capsys):
+    shutil.copytree(defended[0], tmp_path / "run")
+    assert main(["report", "--workdir", str(tmp_path / "run")]) == 0
+    assert main(["score", "--workdir", str(tmp_path / "run"), "--config.rejection.fraction=0.2"]) == 0
+    shown = capsys.readouterr().out
+    assert "scored by" in shown
+    assert "loss/fraction" in shown
+    assert main(["score", "--workdir", str(tmp_path / "run"), "--config.scoring.kinds=()"]) == 2
+    assert "scoring.kinds is empty" in capsys.readouterr().err
+    assert main(["summary", str(tmp_path / "run")]) == 1
+    assert "it is not of a whole run" in capsys.readouterr().err
+
+
 def test_attacks_are_shown_as_a_picture(tmp_path, capsys):
     names = "--config.attacks.names=('patch','blend_p','narcissus')"
     arguments = ["attacks", "--config", "configs/digits.py", names, "--config.attacks.narcissus.ratio=0.1",

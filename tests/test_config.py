@@ -178,8 +178,8 @@ def test_impossible_settings_are_named(text, message):
     ("changed", "message"),
     [
         ({"scoring.kinds": "()", "retraining.variants": "()"}, r"scoring.kinds and defenses.names are empty"),
-        ({"recording.capture": "step", "recording.kinds": "('step',)"}, r"which is what recording.capture = 'step' rec"),
-        ({"defenses.names": "('badloss_step',)"}, r"defenses.names has 'badloss_step', which needs 'step' in recording"),
+        ({"recording.capture": "step", "recording.kinds": "('step',)"}, r"which is what recording.capture = 'step'"),
+        ({"defenses.names": "('badloss_step',)"}, r"defenses.names has 'badloss_step', which needs 'step' in"),
         ({"scoring.kinds": "()", "retraining.variants": "()", "defenses.names": "('badloss',)", "scoring.loss.k": 100},
          r"scoring.loss.k = 100 with probes.count = 100"),
         ({"recording.kinds": "()", "scoring.kinds": "('loss',)", "defenses.names": "('forgetting_events',)",

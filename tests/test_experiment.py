@@ -132,6 +132,101 @@ def test_finished_phases_are_not_run_again(finished, mesh, monkeypatch):
     assert again["variants"] == json.loads(json.dumps(results["variants"]))
 
 
+def without_cost(variants):
+    return {name: {key: value for key, value in entry.items() if key != "cost"} for name, entry in variants.items()}
+
+
+def test_shared_artefacts_are_made_once_and_say_the_same(finished, tmp_path, mesh, monkeypatch):
+    """Two runs over one folder say together what a run of its own does."""
+    _, config, results = finished
+    shared, expected = tmp_path / "shared", json.loads(json.dumps(without_cost(results["variants"])))
+    first = override(config, ["--config.retraining.variants=('loss/fraction',)", "--config.controls=('oracle',)"])
+    ours = run_experiment(first, tmp_path / "a", mesh=mesh, shared=shared)
+    both = {"detection", "removed_share", "clean_removed_share", "recall"}
+    for name, entry in without_cost(json.loads(json.dumps(ours["variants"]))).items():
+        trained = name in ("loss/fraction", "oracle")
+        assert entry == {key: value for key, value in expected[name].items() if key in both or trained}, name
+    assert ours["undefended"] == results["undefended"]
+    left = {path.name for path in (tmp_path / "a").iterdir() if not path.name.startswith(".")}
+    assert left == {"config.json", "manifest.json", "metrics.jsonl", "results.json", "scores.parquet"}
+    assert (tmp_path / "a" / "scores.parquet").read_bytes() == (finished[0] / "scores.parquet").read_bytes()
+    assert (tmp_path / "a" / "manifest.json").read_bytes() == (finished[0] / "manifest.json").read_bytes()
+    assert not list((shared / "checkpoints").iterdir())
+    assert len(list((shared / "models").iterdir())) == 4  # recording, undefended, loss/fraction, oracle
+    before = tree(shared / "models") | tree(shared / "trajectories")
+    monkeypatch.setattr("badloss_jax.trainer.train", None)  # training again would fail
+    settings = ["scoring.kinds=('logits',)", "defenses.names=('badloss',)", "retraining.variants=('badloss/fraction',)",
+                "controls=()"]  # fmt: skip
+    second = override(config, [f"--config.{text}" for text in settings])
+    theirs = run_experiment(second, tmp_path / "b", mesh=mesh, shared=shared)
+    assert tree(shared / "models") | tree(shared / "trajectories") == before
+    found = without_cost(json.loads(json.dumps(theirs["variants"])))
+    assert found["badloss/fraction"] == expected["loss/fraction"]
+    assert found["logits/alpha"] == expected["logits/alpha"]
+    assert theirs["variants"]["badloss/fraction"]["cost"]["seconds_of"]["recording"] == ours["seconds"]["recording"]
+
+
+def test_surrogates_are_shared_only_if_they_are_trained_alike(tmp_path, tiny, mesh):
+    changed = {"attacks__names": "('narcissus',)", "attacks__narcissus__ratio": 0.2, "controls": "('none',)",
+               "attacks__narcissus__surrogate_epochs": 1, "attacks__narcissus__steps": 2, "scoring__kinds": "()",
+               "retraining__enabled": False, "retraining__variants": "()"}  # fmt: skip
+    for folder, more in (("a", {}), ("b", {"rejection__alpha": 0.2}), ("c", {"optimizer__learning_rate": 0.01})):
+        run_experiment(tiny(**changed | more), tmp_path / folder, mesh=mesh, shared=tmp_path / "shared")
+    one, same, other = ((tmp_path / folder / "manifest.json").read_bytes() for folder in "abc")
+    assert one == same
+    assert one != other
+    assert len(list((tmp_path / "shared" / "poison").iterdir())) == 2
+
+
+def test_defences_find_what_their_kinds_do(finished, defended):
+    """On a recording of the same training, made for fewer kinds."""
+    ours, theirs = (pq.read_table(folder / "scores.parquet") for folder in (defended[0], finished[0]))
+    for name, kind in (("badloss", "loss"), ("badloss_step", "step"), ("badloss_logits", "logits")):
+        for column in ("distance", "p_value", "score"):
+            np.testing.assert_array_equal(ours[f"{column}_{name}"], theirs[f"{column}_{kind}"])
+        for rule in RULES:
+            np.testing.assert_array_equal(ours[f"removed_{name}_{rule}"], theirs[f"removed_{kind}_{rule}"])
+            assert (defended[2]["variants"][f"{name}/{rule}"]["detection"]
+                    == finished[2]["variants"][f"{kind}/{rule}"]["detection"])  # fmt: skip
+    losses = TrajectoryStore.open(defended[0] / "trajectories").read("loss").astype(np.float64)
+    np.testing.assert_allclose(ours["distance_mean_loss_low"], -losses.mean(1), rtol=1e-6)
+    removed, is_probe = np.array(ours["removed_mean_loss_low_fraction"]), np.array(ours["probe"])
+    assert losses.mean(1)[removed].max() <= losses.mean(1)[~removed & ~is_probe].min()
+
+
+def test_detection_alone_trains_the_recording_alone(defended):
+    workdir, config, results = defended
+    assert "undefended" not in results
+    assert not any("retrained" in variant for variant in results["variants"].values())
+    assert [path.name for path in (workdir / "models").iterdir()] == ["recording"]
+    assert results["variants"].keys() == {f"{name}/{rule}" for name in ("loss", *config.defenses.names)
+                                          for rule in RULES}  # fmt: skip
+    for name, variant in results["variants"].items():
+        assert variant["cost"]["epochs"] is None
+        who = name.partition("/")[0]
+        assert variant["cost"]["seconds_of"].keys() == {"recording", "scoring" if who == "loss" else who}
+
+
+def test_detection_alone_can_be_scored_again(defended, tmp_path):
+    shutil.copytree(defended[0], tmp_path / "run")
+    folder, rescored = rescore(tmp_path / "run", lambda config: override(config, ["--config.scoring.loss.k=7"]))
+    assert rescored["variants"].keys() == {f"loss/{rule}" for rule in RULES}
+    assert "What the models do" not in (folder / "report.html").read_text()
+    with pytest.raises(UsageError, match=r"scoring.kinds is empty: name the kinds"):
+        rescore(tmp_path / "run", lambda config: override(config, ["--config.scoring.kinds=()"]))
+
+
+def test_contaminated_probes_go_through(tmp_path, tiny, mesh):
+    config = tiny(probes__contaminated=0.1, attacks__overlap=0.5, retraining__enabled=False, controls="()",
+                  scoring__kinds="('loss',)", retraining__variants="()", scoring__epochs=3)  # fmt: skip
+    results = run_experiment(config, tmp_path, mesh=mesh)
+    table = pq.read_table(tmp_path / "scores.parquet").to_pydict()
+    is_probe, poisoned = np.array(table["probe"]), np.array(table["attack"]) != ""
+    assert (is_probe & poisoned).sum() == 3
+    assert not (np.array(table["removed_loss_fraction"]) & is_probe).any()
+    assert results["variants"]["loss/fraction"]["detection"]["auroc"]["overall"] is not None
+
+
 def test_same_seed_gives_identical_scores(finished, tmp_path, mesh):
     workdir, config, _ = finished
     run_experiment(config, tmp_path / "b", mesh=mesh)

@@ -28,8 +28,9 @@ from badloss_jax.report.gallery import (
     sheet,
     write_gallery,
 )
-from badloss_jax.report.page import render_page, write_reports
-from badloss_jax.report.results import read_scores
+from badloss_jax.report.page import main_kind, render_page, write_reports
+from badloss_jax.report.results import cleansed_entry, read_results, read_scores, write_results
+from badloss_jax.report.tables import as_text, detection_table, headline, removal_table, short_table, variant_title
 from badloss_jax.trajectories.store import TrajectoryStore
 from tests.conftest import CLASS_NAMES
 
@@ -140,6 +141,83 @@ def test_a_rescoring_has_its_own_page(finished):
     assert "What the models do" not in page
     assert page.count("<summary>by") == 2
     assert write_reports(folder).read_text("utf-8") == page
+
+
+def test_defences_beside_kinds_have_their_rows_and_panels(defended):
+    workdir, config, results = defended
+    names = ["loss", *config.defenses.names]
+    assert [row[0] for row in detection_table(results)] == ["scored by", *names]
+    assert [row[0] for row in removal_table(results)][1::3] == [f"{name}/fraction" for name in names]
+    assert [len(short_table(results)), len(headline(results))] == [1, 1]  # no network was trained to be shown
+    scores = read_scores(workdir / "scores.parquet")
+    assert list(scores.distances) == names
+    for name, removed in scores.removed.items():  # "removed_loss_variance_fraction" is not the rule of "loss"
+        assert removed.keys() == {"fraction", "alpha", "fdr"}, name
+        assert removed["fraction"].mean() == pytest.approx(results["variants"][f"{name}/fraction"]["removed_share"])
+    for values in scores.scores.values():
+        assert (values.min(), values.max()) == (0, 1)
+    page, markdown = (workdir / "report.html").read_text("utf-8"), (workdir / "report.md").read_text("utf-8")
+    for name in names:
+        assert f"by {name}</summary>" in page
+        assert f'alt="ROC of {name}"' in page
+        assert f'alt="Scores of {name}"' in page
+        assert f"| {name} |" in markdown
+    assert "Recall of loss against clean loss" in page
+    for text in (page, markdown):
+        assert "<script" not in text
+        assert "What the models do" not in text
+        assert "## Models" not in text
+    assert "&lt;script&gt;" in page
+    assert (workdir / "roc.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_detection_alone_is_rendered_again(defended, tmp_path):
+    shutil.copytree(defended[0], tmp_path / "run")
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert write_reports(tmp_path / "run").read_text("utf-8") == page
+    for config in ({"retraining": {"enabled": True}}, {"retraining": 3}, []):
+        write_results(tmp_path / "run" / "results.json", defended[2] | {"config": config})
+        with pytest.raises(DataError, match=r"results.json cannot be used"):
+            write_reports(tmp_path / "run")
+    with pytest.raises(DataError, match=r"not of a whole run"):
+        read_results(defended[0] / "results.json")  # a summary needs an undefended network
+
+
+def test_networks_that_defences_trained_are_shown(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    model = results["recording_model"] | {"details": {"note": "<b>"}}
+    cleansed = {"cbd": cleansed_entry(model, results["undefended"]), "pss": cleansed_entry(model, None)}
+    results["variants"] |= cleansed
+    write_results(tmp_path / "run" / "results.json", results)
+    page = write_reports(tmp_path / "run").read_text("utf-8")
+    markdown = (tmp_path / "run" / "report.md").read_text("utf-8")
+    accuracy = f"{100 * model['clean_accuracy']:.1f} %"
+    for row in (next(row for row in table(results) if row[0] == "cbd") for table in (headline, short_table)):
+        assert row[1:3] == ["0.0 %", "0.0 %"]
+        assert accuracy in row
+    assert not {"cbd", "pss"} & {row[0] for row in (*removal_table(results), *detection_table(results))}
+    for text in (page, markdown):
+        assert "The network that cbd trained itself leaves" in text
+        assert "<b>" not in markdown
+    assert re.search(r'<tr><th scope="row" title="cbd">cbd</th>', page)  # no control
+    assert '<tr class="control"><th scope="row" title="oracle">' in page
+    assert "cbd, pss removed" in page
+    assert "cbd, pss removed nothing" in markdown
+    assert as_text(short_table(results)).count("\n") == len(short_table(results))
+
+
+def test_an_own_rule_is_named_and_draws_no_threshold():
+    config = {"rejection": {"fraction": 0.4}}
+    assert variant_title("abl/own", config) == "abl (its own rule)"
+    assert variant_title("abl/fraction", config) == "abl (40 %)"
+    assert variant_title("cbd", config) == "cbd"
+
+
+def test_what_is_shown_first():
+    assert main_kind(["loss", "combined", "abl"]) == "combined"
+    assert main_kind(["loss", "logits", "mean_loss_low"]) == "logits"
+    assert main_kind(["badloss", "mean_loss_low"]) == "mean_loss_low"
 
 
 @pytest.mark.parametrize(

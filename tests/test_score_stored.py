@@ -50,6 +50,46 @@ def table(folder):
             for name in pq.read_table(paths[0]).column_names}  # fmt: skip
 
 
+def test_the_first_epochs_alone(tmp_path, store, capsys):
+    first = TrajectoryStore.create(tmp_path / "first", "h", store.labels(), np.isin(np.arange(N), store.probe_ids()), 4,
+                                   LAYOUT)  # fmt: skip
+    for epoch in range(4):
+        first.write_epoch(epoch, {kind: store.read(kind, np.array([epoch]))[:, 0] for kind in LAYOUT})
+    given = ["--config.scoring.loss.k=7", "--config.scoring.epochs=4"]
+    for trajectories, chosen in ((store, given), (first, given[:1])):
+        arguments = [
+            "score",
+            "--trajectories",
+            str(trajectories.folder),
+            "--workdir",
+            str(tmp_path / str(chosen[1:])),
+        ]
+        assert main([*arguments, *chosen]) == 0
+    ours, theirs = table(tmp_path / str(given[1:])), table(tmp_path / "[]")
+    assert ours.keys() == theirs.keys()
+    for name, column in ours.items():
+        np.testing.assert_array_equal(column, theirs[name], err_msg=name)
+    config = override(default_config(), ["--config.probes.count=60", "--config.scoring.kinds=('loss','ranked')",
+                                         "--config.retraining.variants=()", *given])  # fmt: skip
+    detections, epochs = detect(store, store.probe_ids(), config.scoring, config.rejection)
+    assert set(epochs) <= set(range(4))
+    for kind, detection in detections.items():
+        np.testing.assert_allclose(ours[f"distance_{kind}"], detection.distances, rtol=1e-6)
+        np.testing.assert_array_equal(ours[f"removed_{kind}_fraction"], detection.removed["fraction"])
+    np.save(tmp_path / "features.npy", store.read("features"))
+    np.save(tmp_path / "probes.npy", store.probe_ids())
+    arguments = ["score", "--trajectories", str(tmp_path / "features.npy"), "--probes", str(tmp_path / "probes.npy")]
+    assert main([*arguments, "--workdir", str(tmp_path / "a"), "--config.scoring.epochs=4"]) == 0
+    np.save(tmp_path / "features.npy", store.read("features", np.arange(4)))
+    assert main([*arguments, "--workdir", str(tmp_path / "b")]) == 0
+    np.testing.assert_array_equal(
+        table(tmp_path / "a")["distance_features"], table(tmp_path / "b")["distance_features"]
+    )
+    capsys.readouterr()
+    assert main([*arguments, "--workdir", str(tmp_path / "c"), "--config.scoring.epochs=5"]) == 2
+    assert "scoring.epochs = 5: expected 0, or 3 to recording.epochs = 4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rules", ["('fraction','alpha','fdr')", "('fraction@0.013','fraction@0.99','alpha@0.2')"])
 def test_the_answers_are_those_of_a_run(tmp_path, store, rules, capsys):
     out = tmp_path / "out"

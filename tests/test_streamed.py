@@ -20,6 +20,7 @@ from badloss_jax.models import ModelSpec
 from badloss_jax.progress import Progress
 from badloss_jax.training.loop import Recipe, train
 from badloss_jax.training.mesh import make_mesh
+from badloss_jax.training.passes import map_examples
 from badloss_jax.training.resident import ResidentData
 from badloss_jax.training.streamed import StreamedData
 from badloss_jax.trajectories.kinds import Kinds
@@ -36,7 +37,8 @@ def poisoning():
 
 
 def make_poisoning():
-    config = load_config("configs/digits.py", overrides(attacks__names="('patch','blend_p','sinusoid')"))
+    changed = {"attacks__names": "('patch','blend_p','sinusoid')", "attacks__overlap": 0.3}
+    config = load_config("configs/digits.py", overrides(**changed))
     train_set = digits.load({}).train
     images = np.pad(train_set.images[:COUNT], ((0, 0), (2, 2), (2, 2), (0, 0)))
     labels = train_set.labels[:COUNT]
@@ -65,6 +67,23 @@ def test_batches_hold_what_lies_on_the_devices_bit_by_bit(poisoning, devices, st
         np.testing.assert_array_equal(labels[real], expected_labels[real])
         np.testing.assert_array_equal(images[real], expected_images[real])
     assert not real.all()  # the last batch is padded
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_passes_see_what_lies_on_the_devices(poisoning, devices):
+    mesh, ids = make_mesh(jax.devices()[:devices]), np.arange(COUNT)[::-3]
+
+    @jax.jit
+    def look(batch):
+        images, labels = batch.examples(np.float32)
+        return batch.ids, labels, images
+
+    ours, theirs = (map_examples(look, data, ids, 50, mesh)
+                    for data in (StreamedData(poisoning, mesh), resident(poisoning, mesh)))  # fmt: skip
+    for here, there in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(here, there)
+    np.testing.assert_array_equal(ours[0], ids)
+    np.testing.assert_array_equal(ours[1], poisoning.labels[ids])
 
 
 def losses(folder, data, mesh, dtype="float32"):

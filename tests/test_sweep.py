@@ -186,7 +186,7 @@ def test_another_process_is_let_alone(tmp_path, mesh):
         from badloss_jax.sweep import _Clock, _run_item
 
         with pytest.raises(BusyError, match="is at work"):
-            _run_item(item, tmp_path / "a", Progress(None), mesh, _Clock(1, Progress(None)), wait=False)
+            _run_item(item, tmp_path / "a", tmp_path / "s", Progress(None), mesh, _Clock(1, Progress(None)), wait=False)
 
 
 def test_later_calls_add_items(tmp_path):

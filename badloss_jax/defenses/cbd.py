@@ -10,6 +10,11 @@ examples that the first one finds easy weigh little.
 - The critic's weights are normalised by their largest singular value where they are used (Miyato et al., ICLR 2018,
   algorithm 1), not after every step; and it has no dropout.
 - The program trains the networks by SGD and the critic by Adam at a rate of 0.2; here the recipe's optimiser does.
+
+It stands and falls with the first network, which has to learn the triggers well before the images. On digits with one
+patch it does not (after 3 to 5 epochs its losses are .10 to .35 on the poison and .40 to .92 on clean images), and the
+second learns the patch as well (three seeds: attack success .99 to 1.00 at a penalty of 0.1, .33 to .57 at 1, which
+costs 15 to 23 points of accuracy).
 """
 
 from collections.abc import Mapping

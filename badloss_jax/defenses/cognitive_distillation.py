@@ -102,8 +102,8 @@ def make_distill(
         return images, network_of(spec, state)(images), raw, optimizer.init(raw)
 
     def step(
-        raw: Array, moments: Any, ids: Array, images: Array, logits: Array, state: TrainState, seed: Array,
-        number: Array,
+        raw: Array, moments: Any, ids: Array, images: Array, logits: Array, state: TrainState,
+        seed: Int[Array | np.ndarray, ""], number: Int[Array | np.integer, ""],
     ) -> tuple[Array, Any]:  # fmt: skip
         key = jax.random.fold_in(jax.random.key(seed), number)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)

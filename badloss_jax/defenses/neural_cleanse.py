@@ -98,8 +98,7 @@ class Found:
         """Takes from `other` what flips the share `wanted` with a smaller mask, or more if neither flips so many."""
         ours, theirs = self.flipped >= wanted, other.flipped >= wanted
         taken = np.where(ours | theirs, theirs & (~ours | (other.norms < self.norms)), other.flipped > self.flipped)
-        pairs = ((self.norms, other.norms), (self.flipped, other.flipped))
-        return Found(*(np.where(taken, new, old) for old, new in pairs),
+        return Found(np.where(taken, other.norms, self.norms), np.where(taken, other.flipped, self.flipped),
                      np.where(taken[:, None], other.features, self.features))  # fmt: skip
 
 
@@ -173,29 +172,26 @@ def reverse_engineer(
     for start in range(0, count, at_once):
         # Padding repeats the last class.
         classes = np.minimum(np.arange(start, start + at_once, dtype=np.int32), count - 1)
-        search = _search(context, probes, state, settings, raw, epochs, classes)
-        for epoch, found in enumerate(search, 1):
-            done = f"classes {start + 1} to {classes[-1] + 1}, epoch {epoch}/{num_epochs}"
-            context.progress.advance(min(at_once, count - start) * epochs[0].size, done)
-            context.progress.say(done)
-        parts.append(found)
+        parts.append(_search(context, probes, state, settings, raw, epochs, classes))
     context.progress.end()
-    return Found(*(np.concatenate([getattr(part, name) for part in parts])[:count]
-                   for name in ("norms", "flipped", "features")))  # fmt: skip
+    columns = zip(*((part.norms, part.flipped, part.features) for part in parts), strict=True)
+    norms, flipped, features = (np.concatenate(column)[:count] for column in columns)
+    return Found(norms, flipped, features)
 
 
 def _search(
     context: Context, probes: np.ndarray, state: TrainState, settings: Mapping[str, Any], raw: Any,
     epochs: Int[np.ndarray, "E S B"], classes: Int[np.ndarray, "C"],
-) -> Iterator[Found]:  # fmt: skip
-    """Yields the best that was found of some classes after each epoch."""
+) -> Found:  # fmt: skip
+    """Returns the best that was found of some classes; padding, which repeats the last one, does not count."""
     mesh, wanted, num_features = context.mesh, settings["flipped_share"], context.spec.num_features
     begin, learn, judge = make_steps(context.spec, settings["learning_rate"], mesh)
     penalties = np.full(len(classes), settings["penalty"], np.float32)
     best = Found(np.full(len(classes), np.inf), np.full(len(classes), -1.0), np.zeros((len(classes), num_features)))
     placed = place(classes, by_rows(mesh))
     raw, moments = begin(raw, placed)
-    for batches in epochs:
+    real_classes = len(np.unique(classes))
+    for number, batches in enumerate(epochs, 1):
         weights = place(penalties, by_rows(mesh))
         for rows in batches:
             raw, moments = learn(raw, moments, placed, weights, probes[rows], state)
@@ -206,7 +202,10 @@ def _search(
         now = Found(norms.astype(np.float64), flips / len(probes), features / len(probes))
         best = best.better(now, wanted)
         penalties = penalties * np.where(now.flipped >= wanted, 2, 0.5).astype(np.float32)
-        yield best
+        done = f"classes {classes[0] + 1} to {classes[-1] + 1}, epoch {number}/{len(epochs)}"
+        context.progress.advance(real_classes * batches.size, done)
+        context.progress.say(done)
+    return best
 
 
 def _batches(num_probes: int, steps: int, size: int, draw: np.random.Generator) -> Int[np.ndarray, "S B"]:

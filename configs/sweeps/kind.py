@@ -16,5 +16,4 @@ def get_config(variant: str = "") -> ConfigDict:
     sweep.retrain = False
     sweep.all_detectors = True
     sweep.defenses = ()
-    sweep.shared_settings = {"recording.kinds": ("step", "prob", "logits", "ranked", "features")}
     return sweep

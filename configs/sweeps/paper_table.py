@@ -25,5 +25,4 @@ def get_config(variant: str = "") -> ConfigDict:
         "neural_cleanse/own", "cognitive_distillation/own", "cbd", "pss",
     )  # fmt: skip
     sweep.all_detectors = True
-    sweep.shared_settings = {"recording.kinds": ("step", "prob", "logits", "ranked", "features")}
     return sweep

@@ -24,8 +24,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.probes.count = 100
     config.model.update(name="resnet_small", stages=(16, 32), stem_stride=1)
     config.recording.update(epochs=30, schedule_epochs=100, batch_size=32, feature_dim=16)
-    for kind in ("loss", "step", "prob"):
-        config.scoring[kind].k = 20
+    config.scoring.loss.k = 20
+    config.scoring.prob.k = 20
     for kind in ("logits", "ranked", "features"):
         config.scoring[kind].k = 2
     config.retraining.update(epochs=30, batch_size=32)

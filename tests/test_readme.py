@@ -8,10 +8,14 @@ import pytest
 
 from badloss_jax.cli import main
 from badloss_jax.config import default_config, differences, load_config
+from badloss_jax.report.sweep import read_runs, tables
 from badloss_jax.report.tables import as_markdown, summary
+from badloss_jax.sweep import load_sweep
 
 README = Path("README.md").read_text("utf-8")
-MEASURED = sorted(path for path in Path("configs/results").iterdir() if path.is_dir() and path.name != "benchmarks")
+RESULTS = Path("configs/results")
+MEASURED = sorted(path for path in RESULTS.iterdir() if path.is_dir() and path.name not in ("benchmarks", "sweeps"))
+SWEPT = sorted((RESULTS / "sweeps").iterdir())
 
 
 def runs(folder):
@@ -32,6 +36,16 @@ def test_every_table_is_what_was_measured(folder):
     assert len({run["config"]["seed"] for run in measured}) == len(measured)
     for run in measured:
         assert "dirty" not in (run["environment"]["git_commit"] or "dirty")
+
+
+@pytest.mark.parametrize("folder", SWEPT, ids=lambda folder: folder.name)
+def test_every_table_of_a_sweep_is_what_was_measured(folder):
+    rows = read_runs(folder / "runs.csv")
+    assert len({(row["attacks"], row["defense"], row["setting"], row["seed"]) for row in rows}) == len(rows)
+    assert all(row["git_commit"] and "dirty" not in row["git_commit"] for row in rows)
+    if folder.name.startswith("paper_table"):
+        for _, table in tables(rows, per_attack=False):
+            assert as_markdown(table) in README
 
 
 def test_the_scorers_are_as_fast_as_was_measured():
@@ -87,13 +101,16 @@ def with_newer_defaults(shipped, ran, default=None):
 
 def test_every_command_of_the_readme_parses(capsys):
     commands = re.findall(r"^badloss (\w+)", README, re.MULTILINE)
-    assert {"run", "score", "summary", "report", "attacks", "prepare", "bench"} <= set(commands)
+    assert {"run", "score", "summary", "report", "attacks", "prepare", "bench", "sweep"} <= set(commands)
     for command in set(commands):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0
-    for spec in re.findall(r"--config (configs/\S+)", README):
-        load_config(spec)
+    for spec in re.findall(r"--config (configs/[^\s`]+)", README):
+        if spec.startswith("configs/sweeps/"):
+            load_sweep(spec, seeds=(0,))
+        else:
+            load_config(spec)
 
 
 def test_the_python_of_the_readme_runs():

@@ -248,12 +248,13 @@ def test_rows_and_tables_by_hand():
                           for metric in ("auroc", "average_precision", "tpr_at_1_fpr")},
             "retrained": model(accuracy, 0.5, 0.25, 0.75), "cost": {"seconds": 10.0, "epochs": 2.5},
         }  # fmt: skip
-        results = {"variants": {"badloss/fraction": variant, "badloss/alpha": variant}, "config": item.config}
+        results = {"variants": {"badloss/fraction": variant, "badloss/alpha": variant}, "config": item.config,
+                   "environment": {"git_commit": "0123abc"}}  # fmt: skip
         (row,) = rows_of(item, results)  # the other rule is not one that the sweep reports
         return row
 
     rows = [run(0, 0.9), run(1, 0.8)]
-    assert rows[0]["mean_asr"] == 0.25
+    assert (rows[0]["git_commit"], rows[0]["mean_asr"]) == ("0123abc", 0.25)
     assert rows[0]["mean_ra"] == 0.625
     assert rows[0]["der"] == 0.625
     assert rows[0]["mean_recall"] == 0.75

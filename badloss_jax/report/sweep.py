@@ -23,7 +23,7 @@ from badloss_jax.sweep import Item, read_sweep, state_of
 
 Row = dict[str, Any]
 Table = tuple[str, list[list[str]]]
-_WHO = ("attacks", "defense", "setting", "seed")
+_WHO = ("attacks", "defense", "setting", "seed", "git_commit")
 _PERCENT = ("removed", "clean_lost", "clean_accuracy", "mean_asr", "mean_ra", "mean_recall", "der")
 _TITLES = {
     "removed": "removed", "clean_lost": "clean lost", "clean_accuracy": "CA", "mean_asr": "mean ASR",
@@ -44,7 +44,8 @@ _PER_ATTACK = (  # title, figures in the mean, prefix of those of each attack
 
 def rows_of(item: Item, results: Mapping[str, Any]) -> list[Row]:
     """Returns one flat row for each rule of an item: who, and every figure that there is, as numbers."""
-    who = {"attacks": item.attacks, "setting": item.setting, "seed": item.seed}
+    commit = results["environment"]["git_commit"] or ""
+    who = {"attacks": item.attacks, "setting": item.setting, "seed": item.seed, "git_commit": commit}
     found = []
     if item.defense == "none":
         found.append(("none", {"removed_share": 0.0, "clean_removed_share": 0.0, "retrained": results["undefended"]}))
@@ -104,8 +105,8 @@ def read_runs(path: Path) -> list[Row]:
         with open(path, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         return [
-            {key: value if key in ("attacks", "defense", "setting") else float(value) if value else None
-             for key, value in row.items()} | {"seed": int(row["seed"])}
+            {key: value if key in _WHO else float(value) if value else None for key, value in row.items()}
+            | {"seed": int(row["seed"])}
             for row in rows
         ]  # fmt: skip
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:

@@ -13,7 +13,6 @@ SHRUNK = {
     "recording.kinds": "('step','prob','logits','ranked','features')",
     "defenses.names": f"{tuple(DEFENSES)}",
     "retraining.variants": f"{tuple(f'{name}/own' for name, defense in DEFENSES.items() if defense.own_rule)}",
-    "scoring.step.k": 5,
     "scoring.prob.k": 5,
     "defenses.neural_cleanse.epochs": 2,
     "defenses.neural_cleanse.steps": 5,

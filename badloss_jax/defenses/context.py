@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
@@ -19,7 +20,7 @@ from badloss_jax.progress import Progress
 from badloss_jax.scoring import conformal_p_values, reject
 from badloss_jax.training.batch import Examples
 from badloss_jax.training.loop import Recipe
-from badloss_jax.training.passes import map_examples
+from badloss_jax.training.passes import make_look, map_examples
 from badloss_jax.training.state import TrainState
 from badloss_jax.trajectories.store import TrajectoryStore
 
@@ -124,6 +125,10 @@ class Context:
     def is_probe(self) -> Bool[np.ndarray, "N"]:
         """Which examples are probes."""
         return np.isin(np.arange(len(self.labels)), self.probe_ids)
+
+    def images(self, ids: Int[np.ndarray, "M"]) -> Float[np.ndarray, "M H W C"]:
+        """Returns images as the victim sees them, in [0, 1], in float32 or wider."""
+        return self.map(make_look(jnp.promote_types(self.spec.dtype, jnp.float32).name, self.mesh), ids=ids)
 
     def map(
         self, function: Callable[..., Any], *arguments: Any, ids: Int[np.ndarray, "M"] | None = None,

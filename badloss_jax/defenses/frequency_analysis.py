@@ -71,12 +71,6 @@ def add_blocks(images: Float[np.ndarray, "P H W C"], draw: np.random.Generator) 
 
 
 @lru_cache(maxsize=8)
-def _make_look(mesh: Mesh) -> Callable[[Batch], Array]:
-    """Compiles batch -> its images, as the victim sees them."""
-    return jax.jit(lambda batch: batch.examples(jnp.float32)[0], out_shardings=by_rows(mesh))
-
-
-@lru_cache(maxsize=8)
 def _make_judge(spec: ModelSpec, mesh: Mesh) -> Callable[[Batch, TrainState], Array]:
     """Compiles (batch, detector) -> by how much the logit of "altered" exceeds that of "clean"."""
 
@@ -101,7 +95,7 @@ def frequency_analysis(context: Context, settings: Mapping[str, Any]) -> Suspici
     Returns:
       Scores: the probability of "altered", 0 to 1.
     """
-    probes = context.map(_make_look(context.mesh), ids=context.probe_ids)
+    probes = context.images(context.probe_ids)
     data = detector_data(probes, generator(context.seed, _NAME), context.mesh)
     spec = ModelSpec("frequency_cnn", probes.shape[1:], 2, _STAGES)
     recipe = Recipe(

@@ -31,7 +31,6 @@ from jaxtyping import Array, Float, Int
 from badloss_jax.defenses.context import Context, Suspicion
 from badloss_jax.models import ModelSpec
 from badloss_jax.seeding import generator
-from badloss_jax.training.batch import Batch
 from badloss_jax.training.mesh import by_rows, place, round_up, to_host
 from badloss_jax.training.state import TrainState, graph_of
 
@@ -222,13 +221,6 @@ def _blocks(num_probes: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray
         yield np.minimum(rows, num_probes - 1), rows < num_probes
 
 
-@lru_cache(maxsize=8)
-def _make_look(spec: ModelSpec, mesh: Mesh) -> Callable[[Batch], Array]:
-    """Compiles batch -> its images, as the victim sees them."""
-    dtype = jnp.promote_types(spec.dtype, jnp.float32)
-    return jax.jit(lambda batch: batch.examples(dtype)[0], out_shardings=by_rows(mesh))
-
-
 def neural_cleanse(context: Context, settings: Mapping[str, Any]) -> Suspicion:
     """Removes examples that the reverse-engineered triggers' units find suspicious, if a class is attacked at all.
 
@@ -237,7 +229,7 @@ def neural_cleanse(context: Context, settings: Mapping[str, Any]) -> Suspicion:
     the probes flipped, by class.
     """
     observed, probe_ids = context.observed(), context.probe_ids
-    probes = context.map(_make_look(context.spec, context.mesh), ids=probe_ids)
+    probes = context.images(probe_ids)
     found = reverse_engineer(context, probes, context.attacked(), settings)
     attacked = attacked_classes(found.norms, settings["anomaly"])
     looked_at = attacked if len(attacked) else np.array([found.norms.argmin()])

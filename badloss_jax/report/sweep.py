@@ -136,7 +136,8 @@ def tables(rows: Sequence[Row], axis: str = "", *, per_attack: bool = True) -> l
     for label in labels:
         chosen = [group for group in groups if group["attacks"] == label]
         told = f"attacks: {label}" + (f", by {axis}" if axis else "")
-        found.append((f"Comparison; {told}", _table(chosen, _COMPARED, "", axis)))
+        compared = _COMPARED[:-2] if axis else _COMPARED  # what a setting costs was mostly paid by another
+        found.append((f"Comparison; {told}", _table(chosen, compared, "", axis)))
         for title, keys, short in _PER_ATTACK if per_attack else ():
             having = [group for group in chosen if any(key.startswith(f"{short}:") for key in group)]
             table = _table(having, keys, short, axis)
@@ -342,10 +343,10 @@ def _against_setting(groups: Sequence[Row], key: str, axis: str, label: str) -> 
             spread = [_scale(key) * statistics.stdev(group[key]) if len(group[key]) > 1 else 0.0 for group in having]
             if having:
                 panel.errorbar(x, means, spread, label=name, marker="o", markersize=3, capsize=2, **line_of(i))
-        if numbers and min(numbers) > 0 and max(numbers) / min(numbers) > 20:
+        if numbers and min(numbers) > 0 and max(numbers) / min(numbers) > 10:
             panel.set_xscale("log")
-        if not numbers:
-            panel.set_xticks(places, settings, rotation=20, fontsize=7)
+            panel.minorticks_off()
+        panel.set_xticks(places, settings, fontsize=7 if numbers else 6)
         panel.set(title=f"{_TITLES[key]}, attacks: {label}", xlabel=axis, ylabel=_unit(key))
         panel.legend(fontsize=6)
 
@@ -397,4 +398,4 @@ def _scale(key: str) -> int:
 
 
 def _unit(key: str) -> str:
-    return f"{_TITLES[key]}, %" if key in _PERCENT else _TITLES[key]
+    return "%" if key in _PERCENT else ""

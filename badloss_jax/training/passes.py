@@ -1,6 +1,7 @@
 """Passes over a training set that do not train: a jitted function of each batch, its results gathered by example."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -10,8 +11,8 @@ from jaxtyping import Int
 
 from badloss_jax.data.order import cut_batches
 from badloss_jax.progress import Progress
-from badloss_jax.training.batch import Examples
-from badloss_jax.training.mesh import round_up, to_host
+from badloss_jax.training.batch import Batch, Examples
+from badloss_jax.training.mesh import by_rows, round_up, to_host
 from badloss_jax.trajectories.buffer import padding_id
 
 
@@ -48,3 +49,9 @@ def map_examples(
     parts[-1] = jax.tree.map(to_host, parts[-1])
     progress.end()
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(ids)], *parts)
+
+
+@lru_cache(maxsize=8)
+def make_look(dtype: str, mesh: Mesh) -> Callable[[Batch], jax.Array]:
+    """Compiles batch -> its images as the victim sees them, [B, H, W, C] in [0, 1]."""
+    return jax.jit(lambda batch: batch.examples(dtype)[0], out_shardings=by_rows(mesh))

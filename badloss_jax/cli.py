@@ -246,9 +246,11 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         results = run_experiment(config, arguments.workdir, Progress() if first() else None)
     if not first():
         return 0
-    print(f"\n{as_text(short_table(results))}\n")
+    trained = "undefended" in results
+    if trained:
+        print(f"\n{as_text(short_table(results))}\n")
     if not any("retrained" in variant for variant in results["variants"].values()):
-        print(f"{as_text(detection_table(results))}\n")
+        print(("" if trained else "\n") + f"{as_text(detection_table(results))}\n")
     print(f"Report: {arguments.workdir / 'report.html'}")
     return 0
 

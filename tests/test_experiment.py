@@ -380,7 +380,7 @@ def test_rescoring_takes_fewer_kinds(finished):
 def test_rescoring_refuses_what_needs_training(finished, tmp_path):
     workdir, *_ = finished
     with pytest.raises(UsageError, match=r"scoring.\* and rejection.\* only; recording would need training"):
-        rescore(workdir, lambda config: override(config, ["--config.recording.capture=step"]))
+        rescore(workdir, lambda config: override(config, ["--config.recording.batch_size=64"]))
     with pytest.raises(UsageError, match="holds no run"):
         rescore(tmp_path, lambda config: config)
 

@@ -128,8 +128,9 @@ def test_triggers_overlap(share):
         np.testing.assert_array_equal(shown, x[0])
 
 
-def test_overlap_of_one_attack_alone_is_none():
-    assert draw(names=("patch",), overlap=0.5) == draw(names=("patch",))
+def test_overlap_needs_a_second_attack():
+    with pytest.raises(UsageError, match=r"attacks.overlap = 0.5 needs a second attack: attacks.names has patch alone"):
+        draw(names=("patch",), overlap=0.5)
 
 
 def test_overlaps_go_with_the_manifest(tmp_path):

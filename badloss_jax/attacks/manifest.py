@@ -138,7 +138,9 @@ def draw_manifest(
 def _overlap(plans: dict[str, AttackPlan], share: float, seed: int) -> dict[str, AttackPlan]:
     """Puts the trigger of another attack, drawn for each image, below that of so many of each attack's images."""
     below: dict[str, list[int]] = {name: [] for name in plans}
-    for name, plan in plans.items() if len(plans) > 1 else ():
+    if share and len(plans) == 1:
+        raise UsageError(f"attacks.overlap = {share} needs a second attack: attacks.names has {', '.join(plans)} alone")
+    for name, plan in plans.items() if share else ():
         draw, others = generator(seed, "overlap", name), [other for other in plans if other != name]
         for example_id in np.sort(draw.choice(plan.example_ids, round(share * len(plan.example_ids)), replace=False)):
             below[others[draw.integers(len(others))]].append(int(example_id))

@@ -248,3 +248,34 @@ def test_addresses_without_distributed_are_refused(tmp_path):
     ((code, _, err),) = finish([process], 60)
     assert code == 2
     assert "need --distributed" in err
+
+
+_SHARED = """
+import sys
+from pathlib import Path
+from badloss_jax.processes import connect
+connect(sys.argv[1], 2, int(sys.argv[2]), 120)
+from badloss_jax.config import load_config
+from badloss_jax.experiment import run_experiment
+folder = Path(sys.argv[3])
+config = load_config("configs/digits.py", sys.argv[4:])
+results = run_experiment(config, folder / "run", shared=folder / "shared")
+print(sorted(results["variants"]))
+"""
+
+
+def test_two_processes_share_artefacts_and_look_at_one_network(tmp_path):
+    """The locks of artefacts are the run's: were they each process's own, the two would wait for each other."""
+    changed = SMALL | {"scoring__kinds": "()", "controls": "()", "retraining__enabled": False,
+                       "defenses__names": "('mean_loss_low','spectral_signatures')"}  # fmt: skip
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": ".", **kept}
+    address = free_address()
+    arguments = [[sys.executable, "-c", _SHARED, address, str(i), tmp_path, *overrides(**changed)] for i in range(2)]
+    ends = finish([subprocess.Popen(told, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                   for told in arguments])  # fmt: skip
+    assert [code for code, *_ in ends] == [0, 0], ends
+    assert all("'spectral_signatures/own'" in out.splitlines()[-1] for _, out, _ in ends)
+    assert len(list((tmp_path / "shared" / "models").iterdir())) == 2  # recording and undefended
+    (folder,) = (tmp_path / "shared" / "models").glob("*/observed")
+    assert np.load(folder / "features.npy").shape == (300, 8)

@@ -202,7 +202,8 @@ def _cleanses(defense: str) -> bool:
 def write_sweep(folder: Path, sweep: Sweep) -> None:
     """Writes sweep.json, what the report is made from; items of an earlier call that are not in this one are kept."""
     known = read_sweep(folder)[0].items if (folder / "sweep.json").is_file() else ()
-    by_place = {item.place: item for item in (*known, *sweep.items)}
+    by_place = {item.place: item for item in sweep.items}
+    by_place |= {item.place: item for item in known if item.place not in by_place}
     items = [asdict(item) | {"name": item.name} for item in by_place.values()]
     about = {"format": _FORMAT, "title": sweep.title, "axis": sweep.axis, "items": items}
     write_text(folder / "sweep.json", json.dumps(about, indent=1))

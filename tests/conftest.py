@@ -46,6 +46,11 @@ def overrides(**changed):
     return [f"--config.{key}={value}" for key, value in settings.items()]
 
 
+def without_cost(variants):
+    """The variants of a run without what they cost, which no two runs agree on."""
+    return {name: {key: value for key, value in entry.items() if key != "cost"} for name, entry in variants.items()}
+
+
 def encoded(rng, size=None, kind="JPEG"):
     height, width = size or rng.integers(12, 40, 2)
     file = io.BytesIO()

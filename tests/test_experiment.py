@@ -20,7 +20,7 @@ from badloss_jax.report.writers import open_writers
 from badloss_jax.scoring import filter_epochs, knn_distances
 from badloss_jax.training.saved_model import load_model
 from badloss_jax.trajectories.store import TrajectoryStore
-from tests.conftest import CLASS_NAMES, FINISHED, overrides
+from tests.conftest import CLASS_NAMES, FINISHED, overrides, without_cost
 
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/tmp")}
 
@@ -48,10 +48,6 @@ def run_on_a_full_disk(arguments, home):
 def tree(folder):
     """Every file's bytes, by name."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def without_cost(variants):
-    return {name: {key: value for key, value in entry.items() if key != "cost"} for name, entry in variants.items()}
 
 
 def test_a_run_leaves_what_the_contract_says(finished):

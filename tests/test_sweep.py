@@ -62,7 +62,7 @@ def test_items_are_the_product():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--defenses", "badlos"], "has no 'badlos': expected some of badloss_prob"),
+        (["--defenses", "badlos"], "has no 'badlos': expected some of none, oracle"),
         (["--attacks", "patch,sinus"], "has no 'sinus': expected some of all, patch"),
         (["--config.data.pads=2"], "unknown config key 'data.pads'"),
         (["--item", "1000"], "there is no item 1000"),

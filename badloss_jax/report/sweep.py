@@ -365,6 +365,7 @@ def _against_removed(rows: Sequence[Row], key: str, label: str) -> Draw:
             style = line_of(i) if len(points) > 1 else line_of(i) | {"linestyle": "none"}
             panel.errorbar(x, y, spread, label=name, marker="o", markersize=3, capsize=2, **style)
         panel.set(title=f"{_TITLES[key]}, attacks: {label}", xlabel="removed, % of all images", ylabel=_unit(key))
+        panel.set_ylim(bottom=0)
         panel.legend(fontsize=6)
 
     return draw

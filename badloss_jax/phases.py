@@ -204,7 +204,7 @@ class Phases:
             if on_first(path.is_file):
                 self.trainer.progress.note(f"{name}  done before")
                 return _read_suspicion(path, identity, name, len(self.labels), len(self.probe_ids))
-            self._count(name)
+            self.trainer.progress.phase(name)
             started = time.monotonic()
             suspicion: Any = work()
             seconds = self._used | {name: time.monotonic() - started - self._elsewhere}

@@ -34,7 +34,7 @@ from badloss_jax.training.batch import Examples
 from badloss_jax.training.loop import Recipe
 from badloss_jax.training.mesh import round_up
 from badloss_jax.training.passes import map_examples
-from badloss_jax.training.saved_model import load_model, read_about, save_model
+from badloss_jax.training.saved_model import load_model, read_about, save_model, write_about
 from badloss_jax.training.state import TrainState
 from badloss_jax.training.step import make_observe_step
 from badloss_jax.trajectories.kinds import Kinds
@@ -293,23 +293,33 @@ class Phases:
             raise UsageError(
                 f"{folder} was trained on other data, or by another version, than this run: choose another --workdir"
             )
-        if about is None or not recorded or about["tested"] != tested:
+        if about is None or not recorded:
             started = time.monotonic()
             state = training()
-            evaluation = evaluate(self.spec, state, self.dataset.test, self.manifest, self.config.evaluation, self.mesh)
-            rates = {f"attack_success_rate/{k}": v for k, v in evaluation["attack_success_rate"].items()}
-            self.trainer.write(name, {"clean_accuracy": evaluation["clean_accuracy"], **rates}, epochs - 1)
+            evaluation = self._evaluate(name, state, epochs)
             seconds = self.trainer.seconds_before + time.monotonic() - started
             about = {"hash": identity, "tested": tested, "evaluation": evaluation, "seconds": seconds,
                      "environment": environment()}  # fmt: skip
             if details is not None:
                 about |= {"seconds": seconds - self._elsewhere, "details": details, "seconds_of": self._used}
             save_model(folder, self.spec, state, about)
+        elif about["tested"] != tested:
+            self.trainer.progress.note(f"{title}  trained before, is tested again")
+            evaluation = self._evaluate(name, load_model(folder, self.mesh)[1], epochs)
+            about |= {"tested": tested, "evaluation": evaluation}
+            write_about(folder, about)
         else:
             self.trainer.progress.note(f"{title}  done before")
         self.trainer.finish(name, identity)
         self.seconds[name] = about["seconds"]
         return about
+
+    def _evaluate(self, name: str, state: TrainState, epochs: int) -> dict[str, Any]:
+        """Measures a network, and hands the writers what it measured."""
+        evaluation = evaluate(self.spec, state, self.dataset.test, self.manifest, self.config.evaluation, self.mesh)
+        rates = {f"attack_success_rate/{k}": v for k, v in evaluation["attack_success_rate"].items()}
+        self.trainer.write(name, {"clean_accuracy": evaluation["clean_accuracy"], **rates}, epochs - 1)
+        return evaluation
 
 
 def _is_recorded(folder: Path, identity: str) -> bool:

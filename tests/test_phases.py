@@ -189,3 +189,23 @@ def test_the_attacked_network_is_trained_for_a_defence_though_it_is_not_shown(ru
     assert cost["seconds"] == pytest.approx(sum(cost["seconds_of"].values()))
     assert cost["epochs"] > 2  # that network's own two, and more
     assert "The network" not in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_shared_network_is_tested_in_another_way_without_being_trained_again(tmp_path, tiny, mesh, monkeypatch):
+    def run(folder, **changed):
+        settings = {"scoring__kinds": "()", "controls": "('none',)", "retraining__variants": "()"} | changed
+        return run_experiment(tiny(**settings), tmp_path / folder, mesh=mesh, shared=tmp_path / "shared")["undefended"]
+
+    first = run("first")
+    (about,) = (tmp_path / "shared" / "models").glob("*/about.json")
+    weights, tested = about.parent / "weights", json.loads(about.read_text())["tested"]
+    before = weights.stat().st_mtime_ns
+    monkeypatch.setattr("badloss_jax.trainer.train", never)
+    fewer = run("second", evaluation__max_triggered=7)
+    assert fewer["clean_accuracy"] == first["clean_accuracy"]
+    assert json.loads(about.read_text())["tested"] != tested
+    rates = np.array(list(fewer["attack_success_rate"].values()))
+    np.testing.assert_allclose(rates * 7, np.round(rates * 7))
+    assert weights.stat().st_mtime_ns == before
+    assert run("third", evaluation__max_triggered=7) == fewer
+    assert run("fourth") == first

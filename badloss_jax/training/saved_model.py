@@ -44,7 +44,12 @@ def save_model(folder: Path, spec: ModelSpec, state: TrainState, about: dict[str
             checkpointer.save(folder.resolve() / "weights", _pure(state))
     except (OSError, ValueError) as error:
         raise DataError(f"the model cannot be saved in {folder}: {error}") from error
-    on_first(lambda: write_text(folder / "about.json", json.dumps({"spec": asdict(spec), **about}, indent=2)))
+    write_about(folder, {"spec": asdict(spec), **about})
+
+
+def write_about(folder: Path, about: dict[str, Any]) -> None:
+    """Writes what `read_about` reads."""
+    on_first(lambda: write_text(folder / "about.json", json.dumps(about, indent=2)))
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:

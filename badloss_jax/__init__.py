@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from badloss_jax import attacks
     from badloss_jax.config import load_config
     from badloss_jax.experiment import rescore, run_experiment
+    from badloss_jax.own_loop import TrajectoryRecorder
+    from badloss_jax.scanning import scan
     from badloss_jax.scoring import (
         anomaly_scores,
         benjamini_hochberg,
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "TrajectoryRecorder",
     "anomaly_scores",
     "attacks",
     "benjamini_hochberg",
@@ -31,9 +34,11 @@ __all__ = [
     "reject",
     "rescore",
     "run_experiment",
+    "scan",
 ]
 
-_HOMES = {"load_config": "config", "rescore": "experiment", "run_experiment": "experiment"}
+_HOMES = {"TrajectoryRecorder": "own_loop", "load_config": "config", "rescore": "experiment",
+          "run_experiment": "experiment", "scan": "scanning"}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

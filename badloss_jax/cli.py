@@ -16,6 +16,7 @@ from badloss_jax.errors import BadlossError, PreemptedError, UsageError
 _ABOUT = """\
 Finds poisoned training examples by how a network learns them (BaDLoss, ICLR 2025), in JAX.
 
+  badloss scan --data DIR --probes FILE --workdir OUT     look for poison in a training set of your own
   badloss run --config configs/digits.py --workdir OUT    poison, record, score, remove, retrain, report
   badloss score --workdir OUT --config.scoring.loss.k=5   score the same recording again, without training
   badloss score --trajectories FILE.npy ...               score any number of trajectories of your own
@@ -25,6 +26,22 @@ Finds poisoned training examples by how a network learns them (BaDLoss, ICLR 202
   badloss attacks --config configs/digits.py --out A.png  show every attack's trigger as a picture
   badloss prepare imagenet2012 --from TARS --to DIR       write a large data set once, for data.source=tfds
   badloss bench train                                     measure speed, and what recording costs, on this machine
+"""
+
+_SCAN = """\
+Look for poison in a training set of your own. A small network is trained on it, how each image is learnt is compared
+with images that are known to be clean (the probes), and what stands out is listed. Nothing in the data's folder is
+written.
+
+  DATA    DIR with <class>/<image> or train/<class>/<image>; FILE.npz with x_train and y_train, uint8 images and integer
+          labels; tfds:NAME, a folder of TensorFlow Datasets, by its path or below $TFDS_DATA_DIR
+  PROBES  a text file of trusted paths, relative to DIR, one a line (of arrays: row numbers); a folder of trusted images
+          <class>/<image>; or a number: so many are drawn at random, and trusted unseen. 250 are usual; fewer find less
+
+OUT then holds report.html (look at this: the verdict, each class, the suspects), remove.txt and keep.txt (a path a
+line), suspects.csv and suspects.parquet (score, p-value, nearest probes, reason), left_out.txt (what could not be read)
+and scan.json. The same command goes on where it was stopped; with other --config.rejection.* or --config.scoring.* it
+scores the same recording again.
 """
 
 _RUN = """\
@@ -118,6 +135,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"badloss_jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND")
+    scan = _command(commands, "scan", "look for poison in a training set of your own", _SCAN, [
+        "badloss scan --data photos --probes trusted.txt --workdir OUT",
+        "badloss scan --data photos --probes 250 --workdir OUT --config.rejection.alpha=0.05 --apply cleaned",
+        "badloss scan --data photos --probes 250 --workdir OUT --config.data.image_size=96",
+    ])  # fmt: skip
+    scan.add_argument("--data", required=True, metavar="DATA", help="the training set; see above")
+    scan.add_argument("--probes", required=True, metavar="PROBES", help="what is known to be clean; see above")
+    scan.add_argument("--workdir", required=True, type=Path, metavar="OUT", help="folder of this scan, new or its own")
+    scan.add_argument("--apply", type=Path, metavar="DIR2", help="also make a copy of the training set without what"
+                      " remove.txt lists (of arrays: FILE2.npz)")  # fmt: skip
+    scan.add_argument("--links", action="store_true", help="with --apply: links to the files in place of copies")
+    scan.add_argument("--follow_links", action="store_true", help="read files that links lead to outside of DIR, too")
     run = _command(commands, "run", "run a whole experiment", _RUN, [
         "badloss run --config configs/digits.py --workdir /tmp/digits --config.seed=1",
         "badloss run --config configs/cifar10.py:quick --config.data.dir=DIR --workdir /tmp/cifar10",
@@ -195,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments, overrides = parser.parse_known_args(argv)
     arguments.argv = list(sys.argv[1:] if argv is None else argv)
-    configurable = arguments.command in ("run", "score", "attacks", "sweep") or "configurable" in arguments
+    configurable = arguments.command in ("run", "scan", "score", "attacks", "sweep") or "configurable" in arguments
     strangers = [text for text in overrides if not (configurable and text.startswith("--config."))]
     if strangers:
         commands.choices[arguments.command].error(
@@ -208,8 +237,8 @@ def _guarded(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Does the work; turns what went wrong into one screen and an exit code."""
     warnings.showwarning = lambda message, *_, **__: print(f"badloss: warning: {message}", file=sys.stderr)
     try:
-        work = {"run": _run, "score": _score, "summary": _summary, "report": _report, "attacks": _attacks,
-                "prepare": _prepare, "bench": _bench, "sweep": _sweep}  # fmt: skip
+        work = {"run": _run, "scan": _scan, "score": _score, "summary": _summary, "report": _report,
+                "attacks": _attacks, "prepare": _prepare, "bench": _bench, "sweep": _sweep}  # fmt: skip
         return work[arguments.command](arguments, overrides)
     except BadlossError as error:
         return _explain(error)
@@ -217,7 +246,7 @@ def _guarded(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(f"badloss: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        places = {"run": "checkpoint", "sweep": "checkpoint", "prepare": "shard"} | (
+        places = {"run": "checkpoint", "scan": "checkpoint", "sweep": "checkpoint", "prepare": "shard"} | (
             {"score": "part"} if getattr(arguments, "trajectories", None) else {}
         )
         place = places.get(arguments.command)
@@ -252,6 +281,25 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if not any("retrained" in variant for variant in results["variants"].values()):
         print(("" if trained else "\n") + f"{as_text(detection_table(results))}\n")
     print(f"Report: {arguments.workdir / 'report.html'}")
+    return 0
+
+
+def _scan(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from badloss_jax.progress import Progress
+    from badloss_jax.report.tables import as_text, class_table
+    from badloss_jax.scanning import scan, write_cleaned
+
+    if arguments.links and not arguments.apply:
+        raise UsageError("--links needs --apply DIR2")
+    _set_up_jax()
+    results = scan(arguments.data, arguments.probes, arguments.workdir, overrides,
+                   follow_links=arguments.follow_links, progress=Progress())  # fmt: skip
+    print(f"\n{results['verdict']}\n\n{as_text(class_table(results))}\n")
+    if arguments.apply:
+        count = write_cleaned(arguments.data, arguments.workdir, arguments.apply, arguments.links, Progress())
+        print(f"Cleaned: {arguments.apply} ({count:,} images)")
+    print(f"Remove:  {arguments.workdir / 'remove.txt'} ({results['removed_count']:,} images)")
+    print(f"Report:  {arguments.workdir / 'report.html'}")
     return 0
 
 

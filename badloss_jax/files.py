@@ -8,7 +8,7 @@ import tempfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text atomically."""
     write_atomically(path, lambda aside: aside.write_text(text, "utf-8"))
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Writes one line each, atomically; names of files, whatever their bytes, as the system has them."""
+    content = b"".join(os.fsencode(line) + b"\n" for line in lines)
+    write_atomically(path, lambda aside: aside.write_bytes(content))
+
+
+def printable(name: str) -> str:
+    """Returns the name of a file as text to show: bytes that are no UTF-8, and control characters, become escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

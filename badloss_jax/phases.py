@@ -28,17 +28,13 @@ from badloss_jax.models import ModelSpec
 from badloss_jax.processes import on_first
 from badloss_jax.report.gallery import choose_gallery, write_gallery
 from badloss_jax.report.results import environment
-from badloss_jax.seeding import derived_seed
-from badloss_jax.trainer import Trainer, place_examples, recipe_of, spec_of
+from badloss_jax.trainer import Recording, Trainer, place_examples, recipe_of, spec_of
 from badloss_jax.training.batch import Examples
 from badloss_jax.training.loop import Recipe
-from badloss_jax.training.mesh import round_up
 from badloss_jax.training.passes import map_examples
 from badloss_jax.training.saved_model import load_model, read_about, save_model, write_about
 from badloss_jax.training.state import TrainState
 from badloss_jax.training.step import make_observe_step
-from badloss_jax.trajectories.kinds import Kinds
-from badloss_jax.trajectories.recorder import Recorder
 from badloss_jax.trajectories.store import TrajectoryStore
 
 UNDEFENDED = "undefended"
@@ -67,8 +63,8 @@ class Phases:
         self.poisoning = poisoning = apply_manifest(self.manifest, train.images, train.labels)
         self.labels, self.attack_of = poisoning.labels, self.manifest.attack_of()
         self.is_probe = np.isin(np.arange(len(self.labels)), self.probe_ids)
-        self.data = place_examples(config, self.dataset, poisoning, self.mesh)
-        self.spec = spec_of(config, self.dataset, config.model.name)
+        self.data = place_examples(config, train, poisoning, self.mesh)
+        self.spec = spec_of(config, self.dataset.image_shape, self.dataset.num_classes, config.model.name)
         # Everything that every phase stands on; how a phase trains is added to it.
         self.ground = (config.seed, train.fingerprint, self.manifest.digest, asdict(self.spec))
         settings = config.retraining
@@ -105,25 +101,13 @@ class Phases:
     @cached_property
     def recorded(self) -> tuple[TrajectoryStore, dict[str, Any]]:
         """The trajectories, and how good the network is that they are of; recorded unless that was done before."""
-        settings = self.config.recording
-        kinds = Kinds(tuple(settings.kinds), self.dataset.num_classes, self.spec.num_features, settings.feature_dim,
-                      settings.ranked_others, derived_seed(self.config.seed, "projection"))  # fmt: skip
-        recipe = recipe_of(self.config, settings.epochs, settings.schedule_epochs, settings.batch_size)
-        identity = digest(*self.ground, asdict(recipe), asdict(kinds), settings.capture)
-        folder = self.artefacts.place("trajectories", "", identity)
-
-        def start_store() -> None:
-            TrajectoryStore.create(folder, identity, self.labels, self.is_probe, settings.epochs, kinds.layout())
-
-        def training() -> TrainState:
-            on_first(start_store)
-            batch_size = round_up(self.config.evaluation.batch_size, self.mesh)
-            recorder = Recorder(kinds, settings.capture, TrajectoryStore.open(folder), self.mesh, batch_size)
-            return self._train("recording", identity, "recording", recipe, np.arange(len(self.labels)), recorder)
-
+        recording = Recording.of(self.config, self.spec, self.ground)
+        folder = self.artefacts.place("trajectories", "", recording.identity)
+        training = partial(recording.train, self.trainer, self.data, self.labels, self.is_probe, folder)
         with self.artefacts.held(folder):
-            recorded = on_first(lambda: _is_recorded(folder, identity))
-            about = self._model("recording", identity, training, settings.epochs, recorded=recorded)
+            recorded = on_first(lambda: recording.is_in(folder))
+            epochs = recording.recipe.epochs
+            about = self._model("recording", recording.identity, training, epochs, recorded=recorded)
         return TrajectoryStore.open(folder), about["evaluation"]
 
     def retrain(self, name: str, removed: np.ndarray) -> dict[str, Any]:
@@ -132,7 +116,8 @@ class Phases:
         identity = digest(*self.ground, asdict(self.recipe), kept.tolist())
 
         def training() -> TrainState:
-            return self._train(name, identity, "retraining", self.recipe, kept)
+            return self.trainer.train(name, identity, "retraining", self.config.seed, self.spec, self.recipe, self.data,
+                                      kept)  # fmt: skip
 
         with self.artefacts.held(self.artefacts.place("models", name, identity)):
             return self._model(name, identity, training, self.config.retraining.epochs)["evaluation"]
@@ -266,11 +251,6 @@ class Phases:
                 on_first(write)
         return Observed(map_array(folder / "logits.npy"), map_array(folder / "features.npy"))
 
-    def _train(
-        self, name: str, identity: str, phase: str, recipe: Recipe, ids: np.ndarray, recorder: Recorder | None = None
-    ) -> TrainState:
-        return self.trainer.train(name, identity, phase, self.config.seed, self.spec, recipe, self.data, ids, recorder)
-
     def _count(self, name: str) -> str:
         """Tells which training, or other long work, begins."""
         self._number += 1
@@ -320,14 +300,6 @@ class Phases:
         rates = {f"attack_success_rate/{k}": v for k, v in evaluation["attack_success_rate"].items()}
         self.trainer.write(name, {"clean_accuracy": evaluation["clean_accuracy"], **rates}, epochs - 1)
         return evaluation
-
-
-def _is_recorded(folder: Path, identity: str) -> bool:
-    try:
-        store = TrajectoryStore.open(folder)
-    except DataError:
-        return False
-    return store.complete and store.recording_hash == identity
 
 
 def _write_suspicion(path: Path, identity: str, suspicion: Suspicion, seconds: Mapping[str, float]) -> None:

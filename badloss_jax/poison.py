@@ -57,7 +57,7 @@ def picture_attacks(config: ConfigDict, path: Path, progress: Progress, images: 
     def train_surrogate(attack: str, spec: ModelSpec, recipe: Recipe, seed: int) -> TrainState:
         progress.phase(f"surrogate for {attack}")
         clean = unpoisoned(dataset.train.images, dataset.train.labels)
-        data = place_examples(config, dataset, clean, mesh)
+        data = place_examples(config, dataset.train, clean, mesh)
         ids = np.arange(len(data))
         return train(spec, recipe, data, ids, seed=seed, phase="surrogate", mesh=mesh, progress=progress)
 
@@ -98,7 +98,8 @@ def optimise_triggers(
 
 def _surrogate_of(attack: str, config: ConfigDict, dataset: Dataset) -> tuple[ModelSpec, Recipe]:
     settings = config.attacks[attack]
-    spec, epochs = spec_of(config, dataset, settings.surrogate), settings.surrogate_epochs
+    epochs = settings.surrogate_epochs
+    spec = spec_of(config, dataset.image_shape, dataset.num_classes, settings.surrogate)
     return spec, recipe_of(config, epochs, epochs, config.retraining.batch_size)
 
 
@@ -135,7 +136,7 @@ def _made_manifest(path: Path, planned: Manifest, dataset: Dataset, trainer: Tra
     def train_surrogate(attack: str, spec: ModelSpec, recipe: Recipe, seed: int) -> TrainState:
         trainer.progress.phase(f"surrogate for {attack}")
         clean = unpoisoned(train_set.images, train_set.labels)
-        data = place_examples(trainer.config, dataset, clean, trainer.mesh)
+        data = place_examples(trainer.config, dataset.train, clean, trainer.mesh)
         identities[attack] = digest("surrogate", seed, train_set.fingerprint, asdict(spec), asdict(recipe))
         return trainer.train(
             f"surrogate/{attack}", identities[attack], "surrogate", seed, spec, recipe, data, np.arange(len(data))

@@ -100,6 +100,8 @@ def default_config() -> ConfigDict:
         "ranked": {"k": 5},
         "features": {"k": 5},
         "combined": {"k": 0},  # 0 = features and ranked each at its own k
+        # compare classes with their own: a hard or small one is not suspicious as a whole (scoring/README.md)
+        "by_class": False,
         "transform": "log",  # of the score that is shown: log | linear; ranks are the same
     }
     config.rejection = {

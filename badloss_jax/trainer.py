@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,27 @@ from ml_collections import ConfigDict
 
 from badloss_jax.artefacts import Artefacts
 from badloss_jax.attacks.poisoning import Poisoning
-from badloss_jax.data import Dataset, is_streamed
-from badloss_jax.errors import NonFiniteLossError, UsageError
+from badloss_jax.config import digest
+from badloss_jax.data import Split, is_streamed
+from badloss_jax.errors import DataError, NonFiniteLossError, UsageError
 from badloss_jax.models import ModelSpec
-from badloss_jax.processes import first
+from badloss_jax.processes import first, on_first
 from badloss_jax.progress import Progress
 from badloss_jax.report.writers import Writer
+from badloss_jax.seeding import derived_seed
 from badloss_jax.training.batch import Examples
 from badloss_jax.training.checkpoint import Checkpoints, Position
 from badloss_jax.training.loop import Recipe, train
-from badloss_jax.training.mesh import check_batch_size
+from badloss_jax.training.mesh import check_batch_size, round_up
 from badloss_jax.training.objective import MeanLoss
 from badloss_jax.training.preemption import Preemption
 from badloss_jax.training.resident import ResidentData
 from badloss_jax.training.state import AdamW, TrainState
 from badloss_jax.training.streamed import StreamedData
 from badloss_jax.training.watchdog import Watchdog
+from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.recorder import Recorder
+from badloss_jax.trajectories.store import TrajectoryStore
 from badloss_jax.workdir import add_resume, append_metrics, start_metrics
 
 
@@ -105,20 +109,18 @@ def check_devices(config: ConfigDict, mesh: Mesh) -> None:
         raise UsageError("model.dtype = 'float64' needs the environment variable JAX_ENABLE_X64=1")
 
 
-def place_examples(config: ConfigDict, dataset: Dataset, poisoning: Poisoning, mesh: Mesh) -> Examples:
+def place_examples(config: ConfigDict, train: Split, poisoning: Poisoning, mesh: Mesh) -> Examples:
     """Puts the training set on the devices, or at the beginning of its way there."""
-    if is_streamed(dataset.train, config.data.input):
+    if is_streamed(train, config.data.input):
         return StreamedData(poisoning, mesh, config.data.workers, config.data.threads)
     triggered = poisoning.triggered(poisoning.ids)
     return ResidentData.place(mesh, poisoning.images, poisoning.labels, poisoning.ids, triggered)
 
 
-def spec_of(config: ConfigDict, dataset: Dataset, name: str) -> ModelSpec:
-    """Returns the network of this name for the data set's images and classes."""
+def spec_of(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int, name: str) -> ModelSpec:
+    """Returns the network of this name for these images and classes."""
     model = config.model
-    return ModelSpec(
-        name, dataset.image_shape, dataset.num_classes, tuple(model.stages), model.stem_stride, model.dtype
-    )
+    return ModelSpec(name, image_shape, num_classes, tuple(model.stages), model.stem_stride, model.dtype)
 
 
 def recipe_of(config: ConfigDict, epochs: int, schedule_epochs: int, batch_size: int, augment: str = "none") -> Recipe:
@@ -127,3 +129,56 @@ def recipe_of(config: ConfigDict, epochs: int, schedule_epochs: int, batch_size:
     adamw = AdamW(settings.weight_decay, settings.b1, settings.b2)
     return Recipe(epochs, schedule_epochs, batch_size, settings.learning_rate, adamw,
                   MeanLoss(settings.loss_clamp), augment)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The training that trajectories are recorded of.
+
+    Attributes:
+      spec: the network.
+      kinds: what is recorded.
+      recipe: how it is trained.
+      capture: "sweep" or "step".
+      identity: hash of everything that could change the trajectories.
+    """
+
+    spec: ModelSpec
+    kinds: Kinds
+    recipe: Recipe
+    capture: str
+    identity: str
+
+    @classmethod
+    def of(cls, config: ConfigDict, spec: ModelSpec, ground: Sequence[Any]) -> "Recording":
+        """Returns the recording of a config; `ground` is the rest that trajectories depend on: seed, images, poison."""
+        settings = config.recording
+        kinds = Kinds(tuple(settings.kinds), spec.num_classes, spec.num_features, settings.feature_dim,
+                      settings.ranked_others, derived_seed(config.seed, "projection"))  # fmt: skip
+        recipe = recipe_of(config, settings.epochs, settings.schedule_epochs, settings.batch_size)
+        identity = digest(*ground, asdict(recipe), asdict(kinds), settings.capture)
+        return cls(spec, kinds, recipe, settings.capture, identity)
+
+    def train(
+        self, trainer: Trainer, data: Examples, labels: np.ndarray, is_probe: np.ndarray, folder: Path
+    ) -> TrainState:  # fmt: skip
+        """Trains, and writes the trajectories of all examples to a store in `folder`."""
+
+        def start_store() -> None:
+            layout = self.kinds.layout()
+            TrajectoryStore.create(folder, self.identity, labels, is_probe, self.recipe.epochs, layout)
+
+        on_first(start_store)
+        batch_size = round_up(trainer.config.evaluation.batch_size, trainer.mesh)
+        recorder = Recorder(self.kinds, self.capture, TrajectoryStore.open(folder), trainer.mesh, batch_size)
+        ids = np.arange(len(labels))
+        return trainer.train("recording", self.identity, "recording", trainer.config.seed, self.spec, self.recipe, data,
+                             ids, recorder)  # fmt: skip
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether a folder holds the whole of it."""
+        try:
+            store = TrajectoryStore.open(folder)
+        except DataError:
+            return False
+        return store.complete and store.recording_hash == self.identity

@@ -15,7 +15,7 @@ In it lie:
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,13 @@ from badloss_jax.files import locked, read_json, write_text
 
 
 @contextmanager
-def claim(folder: Path, config: ConfigDict) -> Iterator[None]:
+def claim(folder: Path, config: ConfigDict, free: Sequence[str] = ()) -> Iterator[None]:
     """Holds the folder for one process and one config while a run goes on in it.
+
+    Args:
+      folder: of the run.
+      config: its config.
+      free: groups of settings that may have changed since; the new ones are kept then.
 
     Raises:
       UsageError: it holds another config's run (the differences are named), files of something else, or another
@@ -44,13 +49,15 @@ def claim(folder: Path, config: ConfigDict) -> Iterator[None]:
     with locked(folder):
         if stored.is_file():
             theirs = read_config(folder)
+            for group in free:
+                theirs[group] = config[group]
             if config_hash(theirs) != config_hash(config):
                 changed = [f"{key}: {change}" for key, change in differences(to_dict(config), to_dict(theirs)).items()]
                 raise UsageError(
                     f"--workdir {folder} holds the run of another config ({'; '.join(changed[:5])}"
                     f"{'; ...' if len(changed) > 5 else ''}): choose another folder, or go on with that config"
                 )
-        else:
+        if free or not stored.is_file():
             write_text(stored, to_json(config))
         yield
 

@@ -1,12 +1,17 @@
 """Eight CPU devices for the tests of sharding; everything else runs on the first, but for tests/gpu."""
 
 import io
+import json
 import os
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
 
 if not os.environ.get("BADLOSS_TEST_GPU"):
     jax.config.update("jax_platforms", "cpu")
@@ -18,6 +23,9 @@ from badloss_jax.experiment import run_experiment  # noqa: E402
 from badloss_jax.progress import Progress  # noqa: E402
 from badloss_jax.training.mesh import make_mesh  # noqa: E402
 
+CHROMIUM, CHROMEDRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+         "--disable-background-networking", "--disable-component-update", "--hide-scrollbars")  # fmt: skip
 # The digits config, shrunk to seconds: what it ends with means nothing, that it ends does.
 TINY = {
     "data.train_examples": 300,
@@ -117,3 +125,29 @@ def prepared(tmp_path, rng):
     unpack(tmp_path / "folder", images)
     prepare_in_shards(tmp_path / "folder", tmp_path / "out")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM or not CHROMEDRIVER:
+        pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")
+    options = Options()
+    options.binary_location = CHROMIUM
+    for flag in FLAGS:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, Service(CHROMEDRIVER))
+    yield driver
+    driver.quit()
+
+
+def opened(browser, page, width):
+    """Opens a page at a width; returns what the console said and the addresses that were asked for."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    for kind in ("browser", "performance"):
+        browser.get_log(kind)
+    browser.get(page.as_uri())
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    return browser.get_log("browser"), asked

@@ -10,9 +10,6 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from selenium import webdriver
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -21,48 +18,18 @@ from badloss_jax.errors import DataError, UsageError
 from badloss_jax.experiment import rescore
 from badloss_jax.report.gallery import (
     Gallery,
-    _thumbnails,
     difference,
     highest_ranked,
     read_gallery,
     sheet,
+    thumbnails,
     write_gallery,
 )
 from badloss_jax.report.page import main_kind, render_page, write_reports
 from badloss_jax.report.results import cleansed_entry, read_results, read_scores, write_results
 from badloss_jax.report.tables import as_text, detection_table, headline, removal_table, short_table, variant_title
 from badloss_jax.trajectories.store import TrajectoryStore
-from tests.conftest import CLASS_NAMES
-
-CHROMIUM, CHROMEDRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update", "--hide-scrollbars")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM or not CHROMEDRIVER:
-        pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")
-    options = Options()
-    options.binary_location = CHROMIUM
-    for flag in FLAGS:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, Service(CHROMEDRIVER))
-    yield driver
-    driver.quit()
-
-
-def opened(browser, page, width):
-    """Opens a page at a width; returns what the console said and the addresses that were asked for."""
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    for kind in ("browser", "performance"):
-        browser.get_log(kind)
-    browser.get(page.as_uri())
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
-    return browser.get_log("browser"), asked
+from tests.conftest import CLASS_NAMES, opened
 
 
 @pytest.mark.parametrize("width", [1400, 390])
@@ -300,5 +267,5 @@ def test_sheet_and_difference_by_hand():
 
 
 def test_large_images_are_stored_small():
-    assert _thumbnails(np.zeros((2, 224, 112, 3), np.uint8)).shape == (2, 64, 32, 3)
-    assert _thumbnails(np.zeros((0, 224, 112, 1), np.uint8)).shape == (0, 64, 32, 1)
+    assert thumbnails(np.zeros((2, 224, 112, 3), np.uint8)).shape == (2, 64, 32, 3)
+    assert thumbnails(np.zeros((0, 224, 112, 1), np.uint8)).shape == (0, 64, 32, 1)

@@ -6,6 +6,7 @@ devices can still be set.
 
 import argparse
 import json
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,6 +76,18 @@ examples:
 """
 
 
+_SCAN = """\
+Write the training set of a config as a folder of PNG files, poisoned by its attacks, give `badloss scan` the folder and
+a list of clean probes, and compare what it lists with the truth. --config.attacks.scale=0 poisons nothing.
+"""
+
+_SCAN_EXAMPLES = """\
+examples:
+  badloss bench scan --config configs/fashion_mnist.py:quick --out OUT.json
+  badloss bench scan --config configs/digits.py --seeds 0 --scan "--config.recording.epochs=15"
+"""
+
+
 def add_bench(commands: Any) -> None:
     """Adds the command to the command line's parser."""
     plain: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
@@ -139,11 +152,17 @@ def add_bench(commands: Any) -> None:
     store.add_argument("--dtypes", default="float32", metavar="D", help="as stored: float32 or float16")
     for name, default, about in (("epochs", 30, "T"), ("probes", 250, "P")):
         store.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{about} (default {default})")
+    scans = benchmarks.add_parser("scan", help="what a scan finds in a poisoned folder of images",
+                                  description=_SCAN, epilog=_SCAN_EXAMPLES, **plain)  # fmt: skip
+    scans.set_defaults(configurable=True)
+    scans.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="of the data set and the attacks")
+    scans.add_argument("--seeds", default="0,1,2", metavar="S,S", help="each in turn (default 0,1,2)")
+    scans.add_argument("--scan", default="", metavar="'ARGS'", help="more arguments of `badloss scan`")
     for parser in (scorer, detectors):
         parser.add_argument(
             "--repeats", type=int, default=5, metavar="N", help="of which the median counts (default 5)"
         )
-    for parser in (train, buffer, feed, scorer, detectors, store):
+    for parser in (train, buffer, feed, scorer, detectors, store, scans):
         parser.add_argument("--out", type=Path, metavar="FILE.json", help="keeps all figures")
 
 
@@ -165,7 +184,7 @@ def measure(arguments: argparse.Namespace, overrides: Sequence[str], command: Se
     work, table = {
         "train": (_train, training_table), "buffer": (_buffer, buffer_table), "input": (_input, input_table),
         "scorer": (_scorer, scorer_table), "detectors": (_detectors, detectors_table),
-        "store": (_store, store_table),
+        "store": (_store, store_table), "scan": (_scan, scan_table),
     }[arguments.benchmark]  # fmt: skip
     about, figures = header(arguments.benchmark, _without_paths(command)), []
     for figure in work(arguments, overrides):
@@ -318,6 +337,19 @@ def _detectors(arguments: argparse.Namespace, overrides: Sequence[str]) -> Itera
     yield from measure_detectors(arguments.workdir, arguments.repeats)
 
 
+def _scan(arguments: argparse.Namespace, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
+    from badloss_jax.benchmarks.scan import measure_scan
+    from badloss_jax.config import load_config
+
+    config = load_config(arguments.config, overrides)
+    try:
+        seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--seeds {arguments.seeds!r}: expected numbers, such as 0,1,2") from error
+    with tempfile.TemporaryDirectory(prefix="badloss-bench-") as folder:
+        yield from measure_scan(config, seeds, shlex.split(arguments.scan), Path(folder))
+
+
 def _set_cpu_devices(count: int) -> None:
     """Sets how many devices a CPU is taken for, which JAX fixes when it starts."""
     import jax
@@ -429,4 +461,18 @@ def store_table(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                      f"{figure['stored_bytes'] / 1e9:.2f} GB", f"{seconds['distances']:.2f} s",
                      f"{seconds['all']:.2f} s", f"{figure['examples_per_second']:,.0f}",
                      f"{figure['anonymous_bytes'] / 2**20:,.0f} MiB"])  # fmt: skip
+    return rows
+
+
+def scan_table(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Returns header and rows: per seed what was found and lost, the share that the scan estimates, and seconds."""
+    rows = [["seed", "images", "poisoned", "estimated", "interval", "found", "clean removed", "classes missed", "added",
+             "seconds"]]  # fmt: skip
+    for figure in figures:
+        share, found = figure["estimate"], figure["found_share"]
+        rows.append([str(figure["seed"]), f"{figure['images']:,}", f"{100 * figure['poisoned_share']:.1f} %",
+                     f"{100 * share['estimate']:.1f} %", f"{100 * share['low']:.0f} to {100 * share['high']:.0f} %",
+                     "" if found is None else f"{100 * found:.1f} %", f"{100 * figure['clean_removed_share']:.1f} %",
+                     ", ".join(figure["missed_classes"]), ", ".join(figure["added_classes"]),
+                     f"{figure['seconds']:.0f}"])  # fmt: skip
     return rows

@@ -1,18 +1,17 @@
 """Arrays in one .npz file: x_train, y_train, x_test, y_test, the names that Keras made usual."""
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from badloss_jax.data.dataset import Dataset, Split
 from badloss_jax.data.records import check_memory
 from badloss_jax.errors import DataError, UsageError
-from badloss_jax.files import NPZ_ERRORS
-
-_KEYS = ("x_train", "y_train", "x_test", "y_test")
+from badloss_jax.files import NPZ_ERRORS, write_atomically
 
 
 def load(settings: Mapping[str, Any]) -> Dataset:
@@ -24,33 +23,67 @@ def load(settings: Mapping[str, Any]) -> Dataset:
       UsageError: no such file.
       DataError: it is no .npz file, is damaged or larger than the memory, lacks an array, or has one of another kind.
     """
+    splits, class_names = _load(settings, ("train", "test"))
+    return Dataset(splits["train"], splits["test"], class_names)
+
+
+def load_training(settings: Mapping[str, Any]) -> tuple[Split, tuple[str, ...]]:
+    """Reads x_train and y_train alone, and the names of the classes; raises as `load` does."""
+    splits, class_names = _load(settings, ("train",))
+    highest = int(splits["train"].labels.max())
+    if highest >= len(class_names):
+        raise DataError(
+            f"{settings['dir']}: y_train goes up to {highest}, and class_names has {len(class_names)} names"
+        )
+    return splits["train"], class_names
+
+
+def write_arrays_without(source: Path, target: Path, rows: Int[np.ndarray, "M"]) -> None:
+    """Writes an .npz file that is the same but for these rows of x_train and y_train.
+
+    Raises:
+      UsageError: it would be written over the source.
+      DataError: a file cannot be read or written, or has no such rows.
+    """
+    if target.resolve() == source.resolve():
+        raise UsageError(f"{target} is the file to read: choose another")
+    try:
+        with np.load(source, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        for key in ("x_train", "y_train"):
+            arrays[key] = np.delete(arrays[key], rows, axis=0)
+    except NPZ_ERRORS as error:
+        raise DataError(f"{source} cannot be used: {error}") from error
+    write_atomically(target, lambda aside: np.savez_compressed(aside, **arrays))
+
+
+def _load(settings: Mapping[str, Any], wanted: Sequence[str]) -> tuple[dict[str, Split], tuple[str, ...]]:
     path = Path(settings["dir"]).expanduser()
+    keys = [f"{letter}_{name}" for name in wanted for letter in "xy"]
     if not settings["dir"] or not path.is_file():
         raise UsageError(f"data.dir: {settings['dir']!r} is not a file; --config.data.dir=FILE.npz names one with"
-                         f" {', '.join(_KEYS)}")  # fmt: skip
+                         f" {', '.join(keys)}")  # fmt: skip
     try:
         with zipfile.ZipFile(path) as archive:
             needed = sum(member.file_size for member in archive.infolist())
         check_memory(needed, f"the arrays in {path}")
         with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in _KEYS if key not in file]
+            missing = [key for key in keys if key not in file]
             if missing:
                 raise DataError(f"{path} lacks {', '.join(missing)}; it has {', '.join(file) or 'nothing'}")
-            arrays = {key: file[key] for key in (*_KEYS, "class_names") if key in file}
+            arrays = {key: file[key] for key in (*keys, "class_names") if key in file}
         if not all(isinstance(array, np.ndarray) for array in arrays.values()):
             raise ValueError("a member is not an array")
     except DataError:
         raise
     except NPZ_ERRORS as error:
         raise DataError(f"{path} is damaged, or no .npz file of plain arrays: {error}") from error
-    splits = {name: _split(path, name, arrays[f"x_{name}"], arrays[f"y_{name}"]) for name in ("train", "test")}
-    if "class_names" in arrays:
-        if arrays["class_names"].ndim != 1 or arrays["class_names"].dtype.kind != "U":
-            raise DataError(f"{path}: class_names is {arrays['class_names'].dtype}, expected a list of strings")
-        names = tuple(str(name) for name in arrays["class_names"])
-    else:
-        names = tuple(str(label) for label in range(1 + max(int(split.labels.max()) for split in splits.values())))
-    return Dataset(splits["train"], splits["test"], names)
+    splits = {name: _split(path, name, arrays[f"x_{name}"], arrays[f"y_{name}"]) for name in wanted}
+    if "class_names" not in arrays:
+        return splits, tuple(str(label) for label in range(1 + max(int(s.labels.max()) for s in splits.values())))
+    if arrays["class_names"].ndim != 1 or arrays["class_names"].dtype.kind != "U":
+        raise DataError(f"{path}: class_names is {arrays['class_names'].dtype}, expected a list of strings")
+    return splits, tuple(str(name) for name in arrays["class_names"])
 
 
 def _split(path: Path, name: str, images: np.ndarray, labels: np.ndarray) -> Split:

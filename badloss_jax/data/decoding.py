@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
 from badloss_jax.data.dataset import Split
-from badloss_jax.data.pixels import decode_pixels
+from badloss_jax.data.pixels import MAX_BYTES, decode_pixels
 from badloss_jax.errors import DataError
 
 
@@ -30,16 +31,26 @@ def decode_split(folder: Path, files: list[Path], labels: Sequence[int], setting
     Raises:
       DataError: a file does not decode (with `skip_corrupt` it is left out, with a warning), or two differ in size.
     """
-    if settings["cache_dir"]:
-        entry = Path(settings["cache_dir"]).expanduser() / "images" / _content_key(folder, files, settings)
-        images, kept = _read_cache(entry) or _write_cache(entry, *_decode(files, settings))
-    else:
-        images, kept = _decode(files, settings)
+    images, kept = decode_files(folder, files, settings)
     if len(kept) < len(files):
         first = files[np.setdiff1d(np.arange(len(files)), kept)[0]]
         warnings.warn(f"left out {len(files) - len(kept)} of {len(files)} files that do not decode, first {first}",
                       stacklevel=2)  # fmt: skip
     return Split(images, np.array(labels, np.int32)[kept])
+
+
+def decode_files(
+    folder: Path, files: list[Path], settings: Mapping[str, Any]
+) -> tuple[UInt8[np.ndarray, "M H W C"], Int[np.ndarray, "M"]]:
+    """Decodes files, or takes them from the cache; see `decode_split`.
+
+    Returns:
+      The images, and which of the files they are: all, unless `skip_corrupt` leaves some out.
+    """
+    if not settings["cache_dir"]:
+        return _decode(files, settings)
+    entry = Path(settings["cache_dir"]).expanduser() / "images" / _content_key(folder, files, settings)
+    return _read_cache(entry) or _write_cache(entry, *_decode(files, settings))
 
 
 def _decode(files: list[Path], settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -74,9 +85,18 @@ def _content_key(folder: Path, files: list[Path], settings: Mapping[str, Any]) -
     """Hashes the names and the bytes of all files, and what else changes the decoded pixels."""
     content = hashlib.sha256(repr([settings[key] for key in ("image_size", "channels", "skip_corrupt")]).encode())
     for path in files:
-        name, data = os.fsencode(path.relative_to(folder)), path.read_bytes()
+        name, data = os.fsencode(path.relative_to(folder)), _read_bytes(path)
         content.update(b"%d %d " % (len(name), len(data)) + name + data)
     return content.hexdigest()[:32]
+
+
+def _read_bytes(path: Path) -> bytes:
+    """Returns a file's bytes; of one that cannot be read, or is too large, what tells it from others."""
+    try:
+        size = path.stat().st_size
+        return path.read_bytes() if size <= MAX_BYTES else f"{size} bytes".encode()
+    except OSError as error:
+        return f"errno {error.errno}".encode()
 
 
 def _read_cache(entry: Path) -> tuple[np.ndarray, np.ndarray] | None:

@@ -1,4 +1,4 @@
-"""A folder of images, `<split>/<class>/*`, in any format that Pillow reads."""
+"""A folder of images, `<split>/<class>/*`, in the formats of `pixels.FORMATS`."""
 
 from collections.abc import Mapping
 from pathlib import Path

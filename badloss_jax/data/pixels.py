@@ -7,12 +7,15 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+# What image files may be; Pillow would also read formats of which it runs programs (EPS) or hardly tested decoders.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MAX_BYTES = 2**28  # of one file
 _MAX_PIXELS = 2**26  # of one image: more is taken for a decompression bomb
 _MODES = {1: "L", 3: "RGB"}
 
 
 def decode_pixels(file: Path | IO[bytes], size: int, channels: int) -> UInt8[np.ndarray, "H W C"]:
-    """Decodes an image file in any format that Pillow reads, and resizes it (bilinear) to a square.
+    """Decodes an image file of one of the `FORMATS`, its first frame, and resizes it (bilinear) to a square.
 
     Args:
       file: a path, or an open file.
@@ -22,7 +25,9 @@ def decode_pixels(file: Path | IO[bytes], size: int, channels: int) -> UInt8[np.
     Raises:
       Exception: nearly anything, as Pillow's decoders do on damaged files; ValueError if the image is too large.
     """
-    with Image.open(file) as image:
+    if isinstance(file, Path) and (size_of_file := file.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{size_of_file:,} bytes are more than {MAX_BYTES:,}")
+    with Image.open(file, formats=FORMATS) as image:
         return resize_pixels(_to_8_bit(image), size, channels)
 
 
@@ -40,7 +45,7 @@ def check_header(file: Path | IO[bytes]) -> None:
     Raises:
       Exception: as `decode_pixels`.
     """
-    with Image.open(file) as image:
+    with Image.open(file, formats=FORMATS) as image:
         _check_range(image)
 
 
@@ -53,8 +58,6 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def _check_range(image: Image.Image) -> None:
-    if image.format == "EPS":
-        raise ValueError("EPS files are programs, and are not run")
     if image.width * image.height > _MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are more than {_MAX_PIXELS}")
     if image.mode in ("I", "F"):

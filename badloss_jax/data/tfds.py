@@ -34,13 +34,7 @@ def load(settings: Mapping[str, Any]) -> Dataset:
       UsageError: there is no such folder, or several, or the dataset has no images, labels, or ArrayRecord files.
       DataError: a file of the dataset is missing or damaged; it is named.
     """
-    if settings["skip_corrupt"]:
-        raise UsageError("data.skip_corrupt = True is not possible with data.source = 'tfds', which decodes an image"
-                         " only when it is needed: leave bad files out before `badloss prepare`")  # fmt: skip
-    folder = _find_folder(settings["dir"])
-    info = _read_info(folder)
-    class_names = tuple(info.features["label"].names)
-    prepared = read_json(folder / PREPARED) if (folder / PREPARED).is_file() else {}
+    folder, info, prepared = _open(settings)
     test_splits = [name for name in _TEST_SPLITS if name in info.splits]
     if "train" not in info.splits or not test_splits:
         raise UsageError(f"{folder} has the splits {', '.join(info.splits)}; expected train, and"
@@ -50,7 +44,25 @@ def load(settings: Mapping[str, Any]) -> Dataset:
     if (test.labels == -1).all() and len(test_splits) > 1:
         warnings.warn(f"{folder}: {test_splits[0]} has no labels, {test_splits[1]} is taken instead", stacklevel=2)
         test = _load_split(folder, info, test_splits[1], prepared, settings)
-    return Dataset(train, test, class_names)
+    return Dataset(train, test, tuple(info.features["label"].names))
+
+
+def load_training(settings: Mapping[str, Any]) -> tuple[Split, tuple[str, ...]]:
+    """Reads the split train alone, and the names of the classes; raises as `load` does."""
+    folder, info, prepared = _open(settings)
+    if "train" not in info.splits:
+        raise UsageError(f"{folder} has the splits {', '.join(info.splits)}; expected train")
+    return _load_split(folder, info, "train", prepared, settings), tuple(info.features["label"].names)
+
+
+def _open(settings: Mapping[str, Any]) -> tuple[Path, Any, dict[str, Any]]:
+    """Returns the folder, TFDS's description of the dataset, and what `badloss prepare` noted."""
+    if settings["skip_corrupt"]:
+        raise UsageError("data.skip_corrupt = True is not possible with data.source = 'tfds', which decodes an image"
+                         " only when it is needed: leave bad files out before `badloss prepare`")  # fmt: skip
+    folder = _find_folder(settings["dir"])
+    prepared = read_json(folder / PREPARED) if (folder / PREPARED).is_file() else {}
+    return folder, _read_info(folder), prepared
 
 
 def _find_folder(named: str) -> Path:

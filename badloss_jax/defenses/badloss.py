@@ -9,7 +9,8 @@ from jaxtyping import Int
 
 from badloss_jax.defenses.context import Context, Detection, Suspicion, decide
 from badloss_jax.errors import UsageError
-from badloss_jax.scoring import filter_epochs, knn_distances, leave_one_out_distances, mean_standardised
+from badloss_jax.scoring import filter_epochs, log_distances, standardised_by_class
+from badloss_jax.scoring.scores import distances_by_kind
 from badloss_jax.trajectories.store import TrajectoryStore
 
 
@@ -24,7 +25,7 @@ def suspicions(
     Args:
       store: of all examples.
       probe_ids: int [P].
-      scoring: `config.scoring`.
+      scoring: `config.scoring`; with `by_class`, scores are those of `standardised_by_class`.
       kinds: of trajectories.
       mesh: the devices.
 
@@ -38,24 +39,21 @@ def suspicions(
     if used > recorded:
         raise UsageError(f"scoring.epochs = {used}, and {recorded} were recorded")
     epochs = filter_epochs(store.rows("loss", np.arange(used)), mesh)
-    measured: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
+    found = distances_by_kind(lambda kind: store.rows(kind, epochs), probe_ids, scoring, kinds, mesh)
+    if scoring["by_class"]:
+        labels = store.labels()
+        found = {kind: _by_class(kind, *pair, labels, probe_ids) for kind, pair in found.items()}
+    return {kind: Suspicion(*pair) for kind, pair in found.items()}, epochs
 
-    def distances_of(kind: str, k: int) -> tuple[np.ndarray, np.ndarray]:
-        if (kind, k) not in measured:
-            trajectories = store.rows(kind, epochs)
-            probes = trajectories[probe_ids]
-            measured[kind, k] = knn_distances(trajectories, probes, k, mesh), leave_one_out_distances(probes, k)
-        return measured[kind, k]
 
-    found = {}
-    for kind in kinds:
-        k = scoring[kind]["k"]
-        if kind == "combined":
-            parts = [distances_of(part, k or scoring[part]["k"]) for part in ("features", "ranked")]
-            found[kind] = Suspicion(*mean_standardised([part[0] for part in parts], [part[1] for part in parts]))
-        else:
-            found[kind] = Suspicion(*distances_of(kind, k))
-    return found, epochs
+def _by_class(
+    kind: str, scores: np.ndarray, of_probes: np.ndarray, labels: np.ndarray, probe_ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    if kind != "combined":  # that is a logarithm already
+        scores, of_probes = log_distances(scores), log_distances(of_probes)
+    scores = np.array(scores, np.float64)
+    scores[probe_ids] = of_probes  # a probe's distance to itself would count in its class's median
+    return standardised_by_class(scores, labels, of_probes, labels[probe_ids])
 
 
 def detect(

@@ -5,6 +5,7 @@ knows the probes; nothing in the context says who is poisoned. What several defe
 is made when it is first asked for and kept.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from badloss_jax.config import parse_rule
 from badloss_jax.models import ModelSpec
 from badloss_jax.progress import Progress
-from badloss_jax.scoring import conformal_p_values, reject
+from badloss_jax.scoring import conformal_p_values, reject, unsupported
 from badloss_jax.training.batch import Examples
 from badloss_jax.training.loop import Recipe
 from badloss_jax.training.passes import make_look, map_examples
@@ -181,5 +182,8 @@ def decide(suspicion: Suspicion, rejection: Mapping[str, Any], probe_ids: Int[np
     removed = {} if suspicion.removed is None else {OWN: suspicion.removed & ~is_probe}
     for text in rejection["rules"]:
         rule, level = parse_rule(text)
-        removed[text] = reject(rule, rejection[rule] if level is None else level, scores, p_values, is_probe)
+        level = rejection[rule] if level is None else level
+        if told := unsupported(rule, level, len(of_probes)):
+            warnings.warn(f"rejection.{told}", stacklevel=2)
+        removed[text] = reject(rule, level, scores, p_values, is_probe)
     return Detection(scores, p_values, removed, suspicion.details)

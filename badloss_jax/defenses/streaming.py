@@ -419,6 +419,9 @@ def _settings(source: _Source, num_probes: int, overrides: Sequence[str]) -> Con
     others = [group for group in changed if group not in ("scoring", "rejection")]
     if config.scoring.epochs > recorded:
         raise UsageError(f"scoring.epochs = {config.scoring.epochs}, and {recorded} were recorded")
+    if config.scoring.by_class:
+        raise UsageError("scoring.by_class = True needs all labels at once, and stored trajectories are scored part by"
+                         " part: score them by `badloss score --workdir OUT` of their run")  # fmt: skip
     if others:
         raise UsageError(f"badloss score changes scoring.* and rejection.* only, not {', '.join(others)}")
     return config

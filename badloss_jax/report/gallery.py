@@ -65,7 +65,7 @@ def choose_gallery(
     after = _to_8_bit(poisoning.triggered(chosen))
     shape = train.images.shape[1:]
     return Gallery(
-        ids, train.labels[ids], _thumbnails(originals), _thumbnails(shown),
+        ids, train.labels[ids], thumbnails(originals), thumbnails(shown),
         np.array(list(manifest.attacks), dtype="U"), train.images[chosen], after.reshape(-1, *shape),
     )  # fmt: skip
 
@@ -132,7 +132,8 @@ def _to_8_bit(images: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
     return np.round(images * 255).astype(np.uint8)
 
 
-def _thumbnails(images: UInt8[np.ndarray, "G H W C"]) -> UInt8[np.ndarray, "G h w C"]:
+def thumbnails(images: UInt8[np.ndarray, "G H W C"]) -> UInt8[np.ndarray, "G h w C"]:
+    """Returns the images, or smaller ones of at most 64 px a side."""
     height, width = images.shape[1:3]
     if max(height, width) <= _THUMBNAIL:
         return images

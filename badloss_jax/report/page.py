@@ -39,8 +39,8 @@ from badloss_jax.report.tables import (
 )
 from badloss_jax.trajectories.store import TrajectoryStore
 
-_COLUMNS = 40  # tiles in a row of a sheet
-_SPARK = (100.0, 36.0)  # size of a small trajectory
+COLUMNS = 40  # tiles in a row of a sheet
+SPARK = (100.0, 36.0)  # size of a small trajectory
 
 
 def write_reports(folder: Path) -> Path:
@@ -199,14 +199,14 @@ def _gallery_of(
 
     def spark(rows: Any) -> str:
         """Draws the median loss of some examples."""
-        return "" if losses is None else _spark(np.median(losses[rows], axis=0), top)
+        return "" if losses is None else spark_path(np.median(losses[rows], axis=0), top)
 
     def card(example: int, rank: int) -> dict[str, Any]:
         position = place[example]
         label, before = int(scores.labels[example]), int(gallery.true_labels[position])
         return {"id": example, "rank": rank, "label": _class(names, label), "attack": scores.attack_of[example],
-                "before": "" if label == before else _class(names, before), "shown": _tile(position),
-                "changed": _tile(int(order[position])), "path": spark([example])}  # fmt: skip
+                "before": "" if label == before else _class(names, before), "shown": tile_place(position),
+                "changed": tile_place(int(order[position])), "path": spark([example])}  # fmt: skip
 
     wanted = min(results["config"]["report"]["gallery"], size)
     kinds = []
@@ -221,26 +221,26 @@ def _gallery_of(
         "clean": spark(clean) if clean.any() else "",
         "lines": losses is not None,
         "tile": (tile, round(tile * height / width)),
-        "columns": _COLUMNS,
-        "size": _SPARK,
-        "sheets": {"shown": data_uri(sheet(gallery.shown, _COLUMNS)),
-                   "original": data_uri(sheet(originals, _COLUMNS)),
-                   "difference": data_uri(sheet(difference(originals, shown), _COLUMNS))},
+        "columns": COLUMNS,
+        "size": SPARK,
+        "sheets": {"shown": data_uri(sheet(gallery.shown, COLUMNS)),
+                   "original": data_uri(sheet(originals, COLUMNS)),
+                   "difference": data_uri(sheet(difference(originals, shown), COLUMNS))},
     }  # fmt: skip
 
 
-def _tile(position: int) -> str:
+def tile_place(position: int) -> str:
     """Returns the CSS variables that place a sheet behind a tile."""
-    row, column = divmod(position, _COLUMNS)
+    row, column = divmod(position, COLUMNS)
     return f"--r:{row};--c:{column}"
 
 
-def _spark(losses: Float[np.ndarray, "T"], top: float) -> str:
+def spark_path(losses: Float[np.ndarray, "T"], top: float) -> str:
     """Returns a trajectory as an SVG path: loss on a logarithmic axis, from 1e-4 to exp(top)."""
     bottom = math.log(LOW_LOSS)
     heights = (np.log(np.maximum(losses, LOW_LOSS)) - bottom) / (top - bottom)
-    x = np.linspace(0, _SPARK[0], len(losses))
-    y = _SPARK[1] * (1 - np.minimum(heights, 1))
+    x = np.linspace(0, SPARK[0], len(losses))
+    y = SPARK[1] * (1 - np.minimum(heights, 1))
     return "M" + "L".join(f"{a:.0f} {b:.0f}" for a, b in zip(x, y, strict=True))
 
 

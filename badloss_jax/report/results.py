@@ -215,7 +215,7 @@ def write_scores(
     for kind, detection in detections.items():
         columns[f"distance_{kind}"] = detection.distances
         distances = kind in KINDS or kind.startswith("badloss")
-        logged = kind.endswith("combined") or not distances
+        logged = kind.endswith("combined") or not distances or detection.distances.min() < 0  # by class
         columns[f"score_{kind}"] = anomaly_scores(detection.distances, transform="linear" if logged else transform)
         columns[f"p_value_{kind}"] = detection.p_values
         for rule, removed in detection.removed.items():

@@ -316,3 +316,15 @@ def _escape(text: str) -> str:
     """Leaves nothing that Markdown would turn into HTML, a link or a picture."""
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")
     return re.sub(r"[\\|\[\]!`]", r"\\\g<0>", text)
+
+
+def class_table(results: Mapping[str, Any], most: int = 20) -> list[list[str]]:
+    """Returns what a scan says of the classes, the most suspicious first, at most so many."""
+    classes = sorted(results["classes"], key=lambda entry: (-entry["affected"], -entry["share"]["estimate"]))
+    rows = [["class", "images", "probes", "looks poisoned", "90 % interval", ""]]
+    for entry in classes[:most]:
+        share = entry["share"]
+        rows.append([entry["name"], f"{entry['images']:,}", str(entry["probes"]), f"{100 * share['estimate']:.1f} %",
+                     f"{100 * share['low']:.0f} to {100 * share['high']:.0f} %",
+                     "affected" if entry["affected"] else ""])  # fmt: skip
+    return rows

@@ -1,24 +1,40 @@
 """Scoring: trajectories in, distances to the probes, scores, p-values and removal lists out."""
 
-from badloss_jax.scoring.distances import knn_distances, leave_one_out_distances
+from badloss_jax.scoring.calibration import (
+    PoisonedShare,
+    conformal_p_values,
+    detectable_share,
+    no_poison_p_value,
+    poisoned_share,
+    standardised_by_class,
+    unsupported,
+)
+from badloss_jax.scoring.distances import knn_distances, leave_one_out_distances, nearest_probes
 from badloss_jax.scoring.rejection import (
     benjamini_hochberg,
     benjamini_hochberg_threshold,
-    conformal_p_values,
     largest_threshold,
     reject,
 )
-from badloss_jax.scoring.scores import anomaly_scores, filter_epochs, mean_standardised
+from badloss_jax.scoring.scores import anomaly_scores, filter_epochs, log_distances, mean_standardised
 
 __all__ = [
+    "PoisonedShare",
     "anomaly_scores",
     "benjamini_hochberg",
     "benjamini_hochberg_threshold",
     "conformal_p_values",
+    "detectable_share",
     "filter_epochs",
     "knn_distances",
     "largest_threshold",
     "leave_one_out_distances",
+    "log_distances",
     "mean_standardised",
+    "nearest_probes",
+    "no_poison_p_value",
+    "poisoned_share",
     "reject",
+    "standardised_by_class",
+    "unsupported",
 ]

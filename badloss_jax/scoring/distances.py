@@ -132,6 +132,22 @@ def leave_one_out_distances(
     return _distances(rows, flat, choice, k, None, kernel)
 
 
+def nearest_probes(
+    trajectories: Float[np.ndarray, "M *T"], probes: Float[np.ndarray, "P *T"], k: int
+) -> Int[np.ndarray, "M k"]:
+    """Finds the k nearest probes of a few trajectories, to show them: rows of `probes`, the nearest first, int64.
+
+    Distances of which nearly the same is taken from nearly the same come out in either order.
+    """
+    references = _flat(np.asarray(probes), np.float32)
+    k, squares = min(k, len(references)), (references**2).sum(1)
+    out = np.empty((len(trajectories), k), np.int64)
+    for start, stop in _parts(0, len(out), max(1, _CHUNK_VALUES // max(references.shape))):
+        chunk = _flat(np.asarray(trajectories[start:stop]), np.float32)
+        out[start:stop] = np.argsort(squares - 2 * chunk @ references.T, axis=1, kind="stable")[:, :k]
+    return out
+
+
 @dataclass(frozen=True)
 class _Choice:
     """With which probes a row is compared: those from `begin` to `end`, but for its own."""

@@ -9,26 +9,6 @@ from jaxtyping import Bool, Float, Int
 from badloss_jax.errors import UsageError
 
 
-def conformal_p_values(
-    distances: Float[np.ndarray, "N"], probe_distances: Float[np.ndarray, "P"]
-) -> Float[np.ndarray, "N"]:
-    """Computes p(x) = (1 + #{probes at a distance >= that of x}) / (P + 1), float64 in [1 / (P + 1), 1].
-
-    `probe_distances` are the probes' leave-one-out distances. They are nearly exchangeable with clean examples' (a
-    probe sees P - 1 references, an example P), so a clean example has p <= alpha with probability about alpha.
-
-    Raises:
-      UsageError: no probes, or NaN.
-    """
-    ours, probes = np.asarray(distances, np.float64), np.sort(np.asarray(probe_distances, np.float64))
-    if ours.ndim != 1 or probes.ndim != 1 or not len(probes):
-        raise UsageError(f"distances are {ours.shape} and probe distances {probes.shape}: expected [N] and [P], P >= 1")
-    if np.isnan(ours).any() or np.isnan(probes).any():
-        raise UsageError("distances or probe distances contain NaN")
-    at_least = len(probes) - np.searchsorted(probes, ours, side="left")
-    return (1 + at_least) / (len(probes) + 1)
-
-
 def benjamini_hochberg(p_values: Float[np.ndarray, "N"], q: float) -> Bool[np.ndarray, "N"]:
     """Rejects at false discovery rate q: all p <= the largest p_(i) <= q i / N (Benjamini and Hochberg, 1995)."""
     p_values = np.asarray(p_values, np.float64)

@@ -1,6 +1,7 @@
 """Which epochs count, and what becomes of a distance (BaDLoss, section 4)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from badloss_jax.errors import UsageError
-from badloss_jax.scoring.distances import Rows, row_chunks
+from badloss_jax.scoring.distances import Rows, knn_distances, leave_one_out_distances, row_chunks
 from badloss_jax.training.mesh import process_blocks
 
 
@@ -94,13 +95,50 @@ def mean_standardised(
     """
     totals: tuple[list, list] = ([], [])
     for ours, probes in zip(distances, probe_distances, strict=True):
-        log_probes = _log(probes)
+        log_probes = log_distances(probes)
         low, median, high = np.percentile(log_probes, [16, 50, 84])
         spread = max((high - low) / 2, 1e-6)  # 0 only if most probes lie equally far
-        for total, values in zip(totals, (_log(ours), log_probes), strict=True):
+        for total, values in zip(totals, (log_distances(ours), log_probes), strict=True):
             total.append((values - median) / spread)
     return np.mean(totals[0], axis=0), np.mean(totals[1], axis=0)
 
 
-def _log(distances: np.ndarray) -> np.ndarray:
+def distances_by_kind(
+    rows_of: Callable[[str], Rows], probe_ids: Int[np.ndarray, "P"], scoring: Mapping[str, Any], kinds: Sequence[str],
+    mesh: Mesh | None = None,
+) -> dict[str, tuple[Float[np.ndarray, "N"], Float[np.ndarray, "P"]]]:  # fmt: skip
+    """Measures by each of the kinds how far every example is from the probes, and each probe from the others.
+
+    Args:
+      rows_of: kind -> its trajectories, of the epochs that count.
+      probe_ids: int [P].
+      scoring: kind -> {"k": probes in the mean distance}, as `config.scoring`; 0 for "combined" takes its parts' own.
+      kinds: of trajectories; "combined" is the mean standardised log distance of features and ranked.
+      mesh: the devices that share the rows, by default one.
+
+    Returns:
+      kind -> distances [N], and leave-one-out distances of the probes [P]; each kind is measured once.
+    """
+    measured: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
+
+    def distances_of(kind: str, k: int) -> tuple[np.ndarray, np.ndarray]:
+        if (kind, k) not in measured:
+            trajectories = rows_of(kind)
+            probes = trajectories[probe_ids]
+            measured[kind, k] = knn_distances(trajectories, probes, k, mesh), leave_one_out_distances(probes, k)
+        return measured[kind, k]
+
+    found = {}
+    for kind in kinds:
+        k = scoring[kind]["k"]
+        if kind == "combined":
+            parts = [distances_of(part, k or scoring[part]["k"]) for part in ("features", "ranked")]
+            found[kind] = mean_standardised([part[0] for part in parts], [part[1] for part in parts])
+        else:
+            found[kind] = distances_of(kind, k)
+    return found
+
+
+def log_distances(distances: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+    """Returns the logarithms, float64, with 1e-12 in place of less."""
     return np.log(np.maximum(np.asarray(distances, np.float64), 1e-12))

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from badloss_jax.errors import DataError, PreemptedError
+from badloss_jax.errors import DataError
 from badloss_jax.processes import all_of, first, on_first
 from badloss_jax.training.preemption import Preemption
 from badloss_jax.training.state import TrainState
@@ -154,10 +154,10 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
         self._saved = steps_done
-        if self._stopping:
-            raise PreemptedError(
-                f"stopped by SIGTERM after step {steps_done}; a checkpoint is saved in {self.folder}, and the same"
-                " command goes on from there"
+        if self._stopping and self._preemption is not None:
+            raise self._preemption.stopped(
+                f" after step {steps_done}; a checkpoint is saved in {self.folder}, and the same command goes on from"
+                " there"
             )
 
     def remove(self) -> None:

@@ -1,0 +1,185 @@
+"""What a scan writes for people: the suspects as Parquet and CSV, and one page to look through them."""
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Float, Int
+from markupsafe import Markup
+from matplotlib.axes import Axes
+
+from badloss_jax.data.training_set import TrainingSet
+from badloss_jax.files import printable, write_atomically, write_text
+from badloss_jax.report.gallery import data_uri, sheet, thumbnails
+from badloss_jax.report.page import COLUMNS, SPARK, environment_of_templates, spark_path, tile_place
+from badloss_jax.report.plots import Draw, svg_uri
+
+_SHOWN = 300  # suspects with their images
+_OF_EACH_CLASS = 12  # of these, at least
+_LISTED = 50_000  # suspects that the page knows, to filter and export
+_FORMULA = ("=", "+", "-", "@", "\t")  # what a spreadsheet would compute
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """What lies further out than nearly all probes, the furthest first.
+
+    Attributes:
+      ids: int64 [M].
+      names: M, as in `TrainingSet`.
+      labels: int [M].
+      scores: [M], higher is more suspicious: medians of its class's spread.
+      p_values: [M].
+      nearest: int64 [M, 3], ids of the nearest probes.
+      reasons: M.
+      removed: [M], whether it is in remove.txt.
+    """
+
+    ids: Int[np.ndarray, "M"]
+    names: list[str]
+    labels: Int[np.ndarray, "M"]
+    scores: Float[np.ndarray, "M"]
+    p_values: Float[np.ndarray, "M"]
+    nearest: Int[np.ndarray, "M 3"]
+    reasons: list[str]
+    removed: Bool[np.ndarray, "M"]
+
+
+def write_suspects(folder: Path, suspects: Suspects, examples: TrainingSet) -> None:
+    """Writes suspects.parquet and suspects.csv.
+
+    Names are valid Unicode in both. In the CSV file, one that a spreadsheet would take for a formula begins with "./".
+    """
+    classes = [printable(name) for name in examples.class_names]
+    nearest = [[printable(examples.names[probe]) for probe in row] for row in suspects.nearest.tolist()]
+    columns: dict[str, Any] = {
+        "path": pa.array([printable(name) for name in suspects.names], pa.string()),
+        "label": pa.array([classes[label] for label in suspects.labels.tolist()], pa.string()),
+        "score": suspects.scores.astype(np.float64),
+        "p_value": suspects.p_values.astype(np.float64),
+        "nearest_probes": pa.array(nearest, pa.list_(pa.string())),
+        "reason": pa.array(suspects.reasons, pa.string()),
+        "removed": suspects.removed,
+        "row": suspects.ids.astype(np.int64),
+    }
+    table = pa.table(columns)
+    write_atomically(folder / "suspects.parquet", lambda aside: pq.write_table(table, aside))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in table.to_pylist():
+        cells = row | {"nearest_probes": " ".join(row["nearest_probes"])}
+        writer.writerow([f"./{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
+                         for cell in cells.values()])  # fmt: skip
+    write_text(folder / "suspects.csv", text.getvalue())
+
+
+def render_scan(
+    results: Mapping[str, Any], suspects: Suspects, examples: TrainingSet, losses: Float[np.ndarray, "N E"],
+    scores: Float[np.ndarray, "N"], is_probe: Bool[np.ndarray, "N"],
+) -> str:  # fmt: skip
+    """Returns one self-contained HTML page: one script, which the page's own policy names by its hash; no request.
+
+    Args:
+      results: what scan.json holds.
+      suspects: of the scan.
+      examples: the training set.
+      losses: [N, E], at the epochs that count.
+      scores: [N].
+      is_probe: [N].
+    """
+    templates = environment_of_templates()
+    script = (Path(__file__).parent / "scan.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    reasons = sorted(set(suspects.reasons))
+    known = [
+        [printable(name), label, round(score, 4), round(p_value, 6), reasons.index(reason), int(removed)]
+        for name, label, score, p_value, reason, removed in zip(
+            suspects.names[:_LISTED], suspects.labels.tolist(), suspects.scores.tolist(), suspects.p_values.tolist(),
+            suspects.reasons, suspects.removed.tolist(), strict=False,
+        )
+    ]  # fmt: skip
+    classes = [printable(name) for name in examples.class_names]
+    order = sorted(range(len(classes)), key=lambda c: (-results["classes"][c]["affected"],
+                                                       -results["classes"][c]["share"]["estimate"]))  # fmt: skip
+    removed = np.bincount(suspects.labels[suspects.removed], minlength=len(classes))
+    return templates.get_template("scan.html.jinja").render(
+        results=results, script=Markup(script), script_hash=Markup(digest), reasons=reasons,
+        data=Markup(_embedded({"rows": known, "classes": classes, "reasons": reasons})),
+        classes=[results["classes"][c] | {"removed": int(removed[c])} for c in order],
+        class_names=classes, listed=len(known), with_suspects=sorted(set(suspects.labels.tolist())),
+        figures=[{"alt": "Scores of the images and of the probes", "uri": svg_uri(_histogram(scores, is_probe))}],
+        gallery=_gallery(suspects, examples, losses, is_probe) if len(suspects.ids) else None,
+        settings=json.dumps(results["config"], indent=2), environment=results["environment"],
+        left_out=[(printable(name), reason) for name, reason in list(examples.left_out.items())[:50]],
+    )  # fmt: skip
+
+
+def _embedded(value: Any) -> str:
+    """Returns JSON that cannot end the element that it stands in."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _histogram(scores: Float[np.ndarray, "N"], is_probe: Bool[np.ndarray, "N"]) -> Draw:
+    """Draws how the scores of the images and of the probes are spread."""
+
+    def draw(axis: Axes) -> None:
+        low, high = np.quantile(scores, [0.001, 0.999])
+        bins = np.linspace(low, high, 61).tolist()
+        for label, rows, colour in (("images", ~is_probe, "#0072B2"), ("probes", is_probe, "#000000")):
+            weights = np.full(rows.sum(), 100 / max(rows.sum(), 1))
+            axis.hist(
+                np.clip(scores[rows], low, high), bins, weights=weights, color=colour, histtype="step", label=label
+            )
+        axis.set(xlabel="score", ylabel="% of the group", yscale="log")
+        axis.legend(fontsize=8)
+
+    return draw
+
+
+def choose_shown(suspects: Suspects) -> Int[np.ndarray, "G"]:
+    """Returns which of the suspects, at most 300, have their image shown: evenly of the classes from the 13th on."""
+    place = np.zeros(len(suspects.ids), np.int64)  # among those of its class
+    for label in np.unique(suspects.labels):
+        rows = np.flatnonzero(suspects.labels == label)
+        place[rows] = np.arange(len(rows))
+    first = np.lexsort((np.arange(len(place)), np.maximum(place, _OF_EACH_CLASS - 1)))
+    return np.sort(first[:_SHOWN])
+
+
+def _gallery(
+    suspects: Suspects, examples: TrainingSet, losses: Float[np.ndarray, "N E"], is_probe: Bool[np.ndarray, "N"]
+) -> dict[str, Any]:  # fmt: skip
+    """What the gallery shows: sheets of tiles, and the cards in the order of rank."""
+    shown, labels, names = choose_shown(suspects), examples.split.labels, examples.class_names
+    probes = np.unique(suspects.nearest[shown])
+    place = {int(probe): number for number, probe in enumerate(probes)}
+    top = math.log(max(float(losses[suspects.ids[shown]].max()), 1.0))
+    medians = {label: spark_path(np.median(losses[labels == label], axis=0), top)
+               for label in np.unique(suspects.labels[shown]).tolist()}  # fmt: skip
+    cards = []
+    for position, row in enumerate(shown.tolist()):
+        label = int(suspects.labels[row])
+        near = [{"tile": tile_place(place[probe]), "name": printable(names[labels[probe]]),
+                 "path": printable(examples.names[probe])} for probe in suspects.nearest[row].tolist()]  # fmt: skip
+        cards.append({"row": row, "name": printable(suspects.names[row]), "label": label, "tile": tile_place(position),
+                      "score": float(suspects.scores[row]), "p_value": float(suspects.p_values[row]),
+                      "reason": suspects.reasons[row], "removed": bool(suspects.removed[row]), "near": near,
+                      "path": spark_path(losses[suspects.ids[row]], top)})  # fmt: skip
+    pictures = thumbnails(examples.split.images[suspects.ids[shown]]), thumbnails(examples.split.images[probes])
+    height, width = pictures[0].shape[1:3]
+    tile = max(56, min(80, width))
+    return {"cards": cards, "medians": medians, "tile": (tile, round(tile * height / width)), "columns": COLUMNS,
+            "size": SPARK, "suspects": data_uri(sheet(pictures[0], COLUMNS)),
+            "probes": data_uri(sheet(pictures[1], COLUMNS))}  # fmt: skip

@@ -1,0 +1,196 @@
+"""What the probes' own distances say of everybody else's: p-values, what they can support, and how much is poisoned.
+
+The guarantee behind all of it is exchangeability: were a clean example drawn as the probes were, its distance would be
+as likely to take any rank among theirs. It holds but nearly. A probe is compared with P - 1 others and an example with
+P, so probes lie slightly further off and p-values are slightly too large; and probes that somebody picked are not a
+random draw.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import stats
+
+from badloss_jax.errors import UsageError
+
+_LEVELS = (0.01, 0.02, 0.05, 0.1)  # at which `no_poison_p_value` looks
+_FEW = 20  # examples of a class, whose spread then counts as much as that of all classes
+
+
+def conformal_p_values(
+    distances: Float[np.ndarray, "N"], probe_distances: Float[np.ndarray, "P"]
+) -> Float[np.ndarray, "N"]:
+    """Computes p(x) = (1 + #{probes at a distance >= that of x}) / (P + 1), float64 in [1 / (P + 1), 1].
+
+    `probe_distances` are the probes' leave-one-out distances. They are nearly exchangeable with clean examples' (see
+    the module), so a clean example has p <= alpha with probability about alpha.
+
+    Raises:
+      UsageError: no probes, or NaN.
+    """
+    ours, probes = np.asarray(distances, np.float64), np.sort(np.asarray(probe_distances, np.float64))
+    if ours.ndim != 1 or probes.ndim != 1 or not len(probes):
+        raise UsageError(f"distances are {ours.shape} and probe distances {probes.shape}: expected [N] and [P], P >= 1")
+    if np.isnan(ours).any() or np.isnan(probes).any():
+        raise UsageError("distances or probe distances contain NaN")
+    at_least = len(probes) - np.searchsorted(probes, ours, side="left")
+    return (1 + at_least) / (len(probes) + 1)
+
+
+def standardised_by_class(
+    scores: Float[np.ndarray, "N"], labels: Int[np.ndarray, "N"],
+    probe_scores: Float[np.ndarray, "P"], probe_labels: Int[np.ndarray, "P"],
+) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "P"]]:  # fmt: skip
+    """Puts every class on one scale: (score - median) / spread, with median and spread of the class's own examples.
+
+    A hard or small class lies far from the probes as a whole, and p-values over all classes would call it poisoned.
+    Here the probes of all classes still calibrate together, which the few of one class could not: among P_c probes no
+    p-value is below 1 / (P_c + 1). The spread is the distance from the 16th percentile to the median. Both come from
+    the lower half, which poison does not reach as long as it is a minority of its class. Of small classes the spread is
+    drawn towards that of all classes, (geometrically, by n / (n + 20)).
+
+    Args:
+      scores: [N], of all examples, higher is more suspicious; log distances, or what is on such a scale.
+      labels: int [N].
+      probe_scores: [P], of the probes, leave-one-out.
+      probe_labels: int [P].
+
+    Returns:
+      float64 [N] and [P].
+
+    Raises:
+      UsageError: shapes that do not fit, or NaN.
+    """
+    scores, probe_scores = np.asarray(scores, np.float64), np.asarray(probe_scores, np.float64)
+    labels, probe_labels = np.asarray(labels), np.asarray(probe_labels)
+    if scores.shape != labels.shape or probe_scores.shape != probe_labels.shape or scores.ndim != 1 or not len(scores):
+        raise UsageError(f"scores are {scores.shape} with labels {labels.shape}, probe scores {probe_scores.shape} with"
+                         f" labels {probe_labels.shape}: expected [N], [N], [P], [P]")  # fmt: skip
+    if np.isnan(scores).any() or np.isnan(probe_scores).any():
+        raise UsageError("scores or probe scores contain NaN")
+    known, group, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    order = np.lexsort((scores, group))
+    starts = np.cumsum(sizes) - sizes
+    medians, lows = (_quantile(scores[order], starts, sizes, share) for share in (0.5, 0.16))
+    centred = scores - medians[group]
+    whole = max(-float(np.quantile(centred, 0.16)), 1e-6)
+    weight = sizes / (sizes + _FEW)
+    spreads = np.maximum(medians - lows, 1e-6) ** weight * whole ** (1 - weight)
+    place = np.minimum(np.searchsorted(known, probe_labels), len(known) - 1)
+    if (known[place] != probe_labels).any():
+        raise UsageError("a probe has a label that no example has")
+    return centred / spreads[group], (probe_scores - medians[place]) / spreads[place]
+
+
+def _quantile(values: np.ndarray, starts: np.ndarray, sizes: np.ndarray, share: float) -> np.ndarray:
+    """Returns the quantile of each run of sorted values, between two of them by their distance."""
+    place = share * (sizes - 1)
+    below = np.floor(place).astype(np.int64)
+    above = np.minimum(below + 1, sizes - 1)
+    return values[starts + below] + (place - below) * (values[starts + above] - values[starts + below])
+
+
+@dataclass(frozen=True)
+class PoisonedShare:
+    """An estimate with its interval, each in [0, 1]."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def poisoned_share(
+    p_values: Float[np.ndarray, "M"], num_probes: int, level: float = 0.1, confidence: float = 0.9
+) -> PoisonedShare:
+    """Estimates which share of the examples is poisoned: 1 - (share with p > level) / (1 - level), at least 0.
+
+    The estimate is Storey's (2002), so it counts the poison that has p <= level, and no more. Its interval counts the
+    noise of the calibration, which more examples do not lessen: among P probes the share of clean examples with
+    p <= level is Beta distributed, with a standard deviation of about sqrt(level (1 - level) / P).
+
+    Args:
+      p_values: [M], of the examples in question, probes left out.
+      num_probes: P.
+      level: is rounded down to a multiple of 1 / (P + 1), but for the first.
+      confidence: of the two-sided interval.
+
+    Raises:
+      UsageError: no examples, or a level or confidence that is not above 0 and below 1.
+    """
+    count, rank = len(p_values), _rank(level, num_probes)
+    if not count or not 0 < confidence < 1:
+        raise UsageError(f"{count} p-values and a confidence of {confidence}: expected some, and above 0 and below 1")
+    expected = rank / (num_probes + 1)
+    beyond = float((np.asarray(p_values) > expected + 1e-12).mean())
+    # Of clean examples, so many lie beyond: Beta, widened by the sampling noise of the M examples.
+    variance = expected * (1 - expected) * (1 / (num_probes + 2) + 1 / count)
+    size = expected * (1 - expected) / variance - 1
+    clean = stats.beta(size * (1 - expected), size * expected)
+    tail = (1 - confidence) / 2
+    low, middle, high = (
+        min(max(1 - beyond / clean_share, 0.0), 1.0)
+        for clean_share in (clean.ppf(tail), 1 - expected, clean.ppf(1 - tail))
+    )
+    return PoisonedShare(middle, low, high)
+
+
+def no_poison_p_value(p_values: Float[np.ndarray, "M"], num_probes: int) -> float:
+    """Tests whether these examples are as clean as the probes; small means that too many of them lie far out.
+
+    If probes and examples are exchangeable, the number of M examples among the k largest ranks of P probes is
+    beta-binomial: exact, whatever the distances look like. The smallest tail over the levels 1, 2, 5 and 10 %, times
+    their number (Bonferroni).
+
+    Args:
+      p_values: [M], by `conformal_p_values` from one set of probes.
+      num_probes: P.
+
+    Returns:
+      In [0, 1].
+    """
+    p_values, ranks = np.asarray(p_values), sorted({_rank(level, num_probes) for level in _LEVELS})
+    tails = [
+        float(stats.betabinom.sf((p_values <= rank / (num_probes + 1) + 1e-12).sum() - 1, len(p_values), rank,
+                                 num_probes + 1 - rank))
+        for rank in ranks
+    ]  # fmt: skip
+    return min(1.0, len(ranks) * min(tails))
+
+
+def detectable_share(num_probes: int, certain: float) -> float:
+    """Returns how much poison, all of it beyond every probe, makes `no_poison_p_value` fall to `certain`.
+
+    For many examples, so that the noise of the calibration alone counts; in [0, 1].
+    """
+    ranks = sorted({_rank(level, num_probes) for level in _LEVELS})
+    needed = []
+    for rank in ranks:
+        clean = rank / (num_probes + 1)
+        observed = float(stats.beta.isf(certain / len(ranks), rank, num_probes + 1 - rank))
+        needed.append((observed - clean) / (1 - clean))
+    return min(needed)
+
+
+def _rank(level: float, num_probes: int) -> int:
+    if not 0 < level < 1 or num_probes < 1:
+        raise UsageError(f"level = {level} with {num_probes} probes: expected above 0 and below 1, and a probe")
+    return min(max(1, math.floor(level * (num_probes + 1) + 1e-9)), num_probes)
+
+
+def unsupported(rule: str, level: float, num_probes: int) -> str:
+    """Says why so few probes cannot support a level of the rules "alpha" and "fdr"; "" if they can.
+
+    No p-value is below 1 / (P + 1). So "alpha" below that removes nothing, and "fdr" at q nothing unless a share of
+    1 / (q (P + 1)) of all examples lies beyond every probe; more than a fifth is called unsupported.
+    """
+    smallest = 1 / (num_probes + 1)
+    if rule == "alpha" and level < smallest:
+        return (f"alpha = {level} with {num_probes} probes removes nothing, as no p-value is below {smallest:.2g}:"
+                f" {math.ceil(1 / level) - 1} probes would do")  # fmt: skip
+    if rule == "fdr" and 0 < level < 5 * smallest:
+        share = f"{smallest / level:.0%} of the examples lie" if level >= smallest else "more than all examples lay"
+        return (f"fdr = {level} with {num_probes} probes removes nothing unless {share} beyond every probe:"
+                f" {math.ceil(5 / level) - 1} probes would do with a fifth")  # fmt: skip
+    return ""

@@ -1,0 +1,168 @@
+"""Batches of somebody else's training loop: taken from JAX, NumPy or PyTorch, checked, and written into the buffer.
+
+A batch is a dict of losses [B], example_ids [B] and, as the kinds need it, logits [B, K], labels [B], features [B, F].
+"""
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from badloss_jax.errors import UsageError
+from badloss_jax.training.mesh import by_rows, replicated
+from badloss_jax.trajectories.buffer import Buffer, write
+from badloss_jax.trajectories.kinds import Kinds
+
+Batch = dict[str, Any]
+_NAMED = 10  # ids in a message
+
+
+def named(ids: Int[np.ndarray, "M"]) -> str:
+    """Returns the first ids for a message."""
+    return ", ".join(map(str, ids[:_NAMED])) + ", ..." * (len(ids) > _NAMED)
+
+
+def reals(value: Any) -> jax.Array | np.ndarray:
+    """Takes an array of JAX, NumPy or PyTorch, or a list; by DLPack, and so without a copy, where the devices allow it.
+
+    PyTorch is not imported. Gradients do not flow back into it.
+    """
+    if isinstance(value, jax.Array):
+        return value
+    if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack__"):
+        return np.asarray(value)
+    tensor = value.detach() if hasattr(value, "detach") else value
+    try:
+        return jnp.from_dlpack(tensor)
+    except (BufferError, RuntimeError, TypeError, ValueError, NotImplementedError):
+        # With strides, or on a device that this JAX does not know. NumPy knows no bfloat16, hence the float32.
+        return tensor.cpu().float().numpy() if hasattr(tensor, "cpu") else np.asarray(tensor)
+
+
+def integers(name: str, value: Any, count: int) -> Int[np.ndarray, "M"]:
+    """Takes integers of 0 to count - 1, in any framework's array, to the host; DLPack to JAX would cut off 64-bit ones.
+
+    Raises:
+      UsageError: they are no integers, not one-dimensional or out of range.
+    """
+    array = value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise UsageError(f"{name} are {array.dtype} {array.shape}: expected integers in one dimension")
+    outside = array[(array < 0) | (array >= count)]
+    if len(outside):
+        raise UsageError(f"{len(outside)} of the {name} are not in 0 to {count - 1}: {named(outside)}")
+    return array.astype(np.int32)
+
+
+def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """Takes one integer, of any framework; raises UsageError if it is none, or out of range."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least or (most is not None and number > most):
+        upwards = f"{least} to {most}" if most is not None else f"{least} on"
+        raise UsageError(f"{name} = {value!r}: expected an integer from {upwards}")
+    return number
+
+
+def take(given: Mapping[str, Any], num_examples: int, kinds: Kinds) -> Batch:
+    """Takes a batch of any framework's arrays or lists; what is None was not given.
+
+    Raises:
+      UsageError: shapes, dtypes or values that do not fit, or something is missing.
+    """
+    bounds = {"example_ids": num_examples, "labels": kinds.num_classes or 2**31}
+    batch = {
+        name: integers(name, value, bounds[name]) if name in bounds else reals(value)
+        for name, value in given.items()
+        if value is not None
+    }
+    check(batch, kinds)
+    return batch
+
+
+def check(batch: Mapping[str, Any], kinds: Kinds) -> None:
+    """Raises UsageError unless the batch has what the kinds need, in the right shapes; inside jit, too."""
+    shape = batch["losses"].shape
+    if len(shape) != 1:
+        raise UsageError(f"losses are {shape}: expected [B], the loss of each example before any mean; in PyTorch,"
+                         " reduction='none'")  # fmt: skip
+    wanted = {"losses": shape, "example_ids": shape}
+    if kinds.num_classes:
+        wanted |= {"logits": (*shape, kinds.num_classes), "labels": shape}
+    if kinds.num_features:
+        wanted |= {"features": (*shape, kinds.num_features)}
+    for name in {**wanted, **batch}:
+        if name not in batch or name not in wanted:
+            raise UsageError(f"{name} {'are missing' if name in wanted else 'were given'}: num_classes ="
+                             f" {kinds.num_classes or None} and num_features = {kinds.num_features or None} ask for"
+                             f" {', '.join(wanted)} in every batch")  # fmt: skip
+        value, whole = batch[name], name in ("example_ids", "labels")
+        right = any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.integer, *(() if whole else (jnp.floating,))))
+        if value.shape != wanted[name] or not right:
+            raise UsageError(f"{name} are {value.dtype} {value.shape}: expected {'integers' if whole else 'floats'}"
+                             f" {wanted[name]}")  # fmt: skip
+
+
+def write_batch(buffer: Buffer, batch: Batch, epoch: Int[Array, ""], kinds: Kinds) -> Buffer:
+    """Writes a batch into column `epoch`, for use inside jit; what is out of range is dropped.
+
+    "loss" is the loop's own; of the other kinds, `Kinds.observe` says what they are.
+    """
+    ids, single = batch["example_ids"].astype(jnp.int32), {k: v.astype(jnp.float32) for k, v in batch.items()}
+    values = {"loss": single["losses"]}
+    if kinds.names:
+        nothing = jnp.zeros((len(ids), 1))  # stands for logits that no kind needs
+        labels = batch["labels"].astype(jnp.int32) if "labels" in batch else jnp.zeros_like(ids)
+        others = replace(kinds, observed=kinds.names)
+        values |= others.observe(single.get("logits", nothing), single.get("features", nothing), labels)
+    # Negative indices would count from the end.
+    ids = jnp.where((ids < 0) | (epoch < 0), len(buffer["loss"]), ids)
+    return write(buffer, ids, epoch, values)
+
+
+@lru_cache(maxsize=32)
+def make_update(kinds: Kinds, mesh: Mesh) -> Callable:
+    """Compiles (buffer, batch, epoch) -> (buffer, finite): writes the batch, or nothing if a value is not finite.
+
+    The buffer is donated. `finite` has for each of losses, logits and features bool [B].
+    """
+
+    def update(buffer: Buffer, batch: Batch, epoch: Int[Array, ""]) -> tuple[Buffer, dict[str, Array]]:
+        finite: dict[str, Array] = {
+            name: jnp.isfinite(batch[name].astype(jnp.float32)).reshape(len(batch[name]), -1).all(axis=1)
+            for name in ("losses", "logits", "features")
+            if name in batch
+        }
+        fine = jnp.stack(list(finite.values())).all()
+        chosen = batch | {"example_ids": jnp.where(fine, batch["example_ids"], len(buffer["loss"]))}
+        return write_batch(buffer, chosen, epoch, kinds), finite
+
+    return jax.jit(update, donate_argnums=0, out_shardings=(by_rows(mesh), replicated(mesh)))
+
+
+def padded(batch: Batch, padding_id: int) -> Batch:
+    """Fills a batch up to the next power of two, so that batches of all sizes compile a few programs; on the host.
+
+    The padding, and all but the last of an id that is there twice, get `padding_id`, which is dropped.
+    """
+    ids = batch["example_ids"]
+    size, last = 1 << max(0, len(ids) - 1).bit_length(), len(ids) - 1 - np.unique(ids[::-1], return_index=True)[1]
+    kept = np.full(size, padding_id, np.int32)
+    kept[last] = ids[last]
+
+    def fill(array: Any) -> Any:
+        if len(array) == size:
+            return array
+        array = np.asarray(array)
+        return np.concatenate([array, np.zeros((size - len(array), *array.shape[1:]), array.dtype)])
+
+    return {name: fill(array) for name, array in batch.items()} | {"example_ids": kept}

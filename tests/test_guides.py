@@ -1,0 +1,95 @@
+"""Every code block of the guides runs, in the order in which they stand there, in a folder with what they speak of."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from badloss_jax.attacks import ATTACKS
+from badloss_jax.defenses import DEFENSES
+from badloss_jax.scanning import suggest as original
+from tests.test_scan import write_digits
+
+GUIDES = ("badloss_jax/README.md", "badloss_jax/scoring/README.md", "badloss_jax/trajectories/README.md",
+          "badloss_jax/attacks/README.md", "badloss_jax/defenses/README.md", "configs/README.md")  # fmt: skip
+# What makes commands of the guides short; the settings that they speak of stay.
+SHORT = ("--config.recording.epochs=3", "--config.recording.batch_size=128", "--config.model.stages=(8,)")
+
+
+def blocks(guide):
+    return re.findall(r"^```(\w+)\n(.*?)^```", Path(guide).read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, finished):
+    """A folder with a training set, trusted paths, a finished run and the configs."""
+    folder = tmp_path_factory.mktemp("guide")
+    _, _, trusted = write_digits(folder / "photos", count=300, noise=12)
+    (folder / "trusted.txt").write_text("\n".join(trusted), "utf-8")
+    (folder / "clean_ids.txt").write_text("\n".join(map(str, range(500, 700))))
+    (folder / "configs").symlink_to(Path("configs").resolve())
+    shutil.copytree(finished[0], folder / "RUN")
+    return folder
+
+
+def run_shell(line, folder):
+    """Runs a command; `badloss run` and `badloss scan` train a small network for a few epochs."""
+    words = line.split()
+    assert words[0] == "badloss", line
+    if words[1] == "run":  # the folder RUN holds a finished run of another config
+        line = line.replace("--workdir RUN", "--workdir RAN --config.retraining.epochs=1 --config.model.stages=(8,)")
+    if words[1] == "scan":
+        line += " " + " ".join(SHORT)
+    line = line.replace("(", "'(").replace(")", ")'") if "'" not in line and '"' not in line else line
+    command = line.replace("badloss", f"{sys.executable} -m badloss_jax", 1)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(["bash", "-ec", command], cwd=folder, env=environment, capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_every_block_of_a_guide_runs(guide, place, monkeypatch):
+    names: dict = {"__name__": "guide"}
+    known = dict(ATTACKS), dict(DEFENSES)
+    monkeypatch.setattr("badloss_jax.scanning.suggest", shortened)
+    found = blocks(guide)
+    assert found
+    try:
+        for language, code in found:
+            with monkeypatch.context() as patch:
+                if language == "python":
+                    patch.chdir(place)
+                    exec(compile(code, guide, "exec"), names)
+                elif language == "sh":
+                    for line in code.replace("\\\n", " ").splitlines():
+                        run_shell(line, place)
+                else:
+                    assert language == "text", f"{guide} has a block of {language!r}, which nothing runs"
+    finally:
+        for registry, before in zip((ATTACKS, DEFENSES), known, strict=True):
+            for name in registry.keys() - before.keys():
+                del registry[name]
+    if guide == "badloss_jax/trajectories/README.md":
+        assert len(names["scores"].distances) == 1_000
+        assert not np.isnan(names["scores"].p_values).any()
+
+
+def shortened(config, *sizes):
+    original(config, *sizes)
+    config.recording.update(epochs=3, batch_size=128)
+    config.model.stages = (8,)
+
+
+def test_guides_are_linked_and_link_to_what_exists():
+    top = Path("README.md").read_text("utf-8")
+    for guide in (*GUIDES, "launch/README.md"):
+        assert f"]({guide})" in top or f"]({Path(guide).parent})" in top, guide
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", Path(guide).read_text("utf-8")):
+            if not target.startswith("http"):
+                assert (Path(guide).parent / target.replace("\\", "")).exists(), f"{guide}: {target}"

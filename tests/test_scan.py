@@ -1,0 +1,455 @@
+"""`badloss scan`, as its users run it: on folders, with probes of every form, stopped, resumed, and misused."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import Select, WebDriverWait
+from sklearn.datasets import load_digits
+
+from badloss_jax.cli import main
+from badloss_jax.errors import BadlossError, DataError, UsageError
+from badloss_jax.scanning import REASONS, judge, scan, sentence, write_cleaned
+from badloss_jax.scoring import conformal_p_values
+from tests.conftest import opened
+
+CLASSES = ("<img src=x onerror=alert(1)>", "=1+1", "c|d & 'e'", "\u202e f\u00fc", *"456789")
+SMALL = ("--config.model.stages=(8,)", "--config.recording.epochs=4", "--config.recording.batch_size=32")
+
+
+def write_digits(folder, count=500, noise=20):
+    """A folder of digits as PNG files, with images of noise in class 4: what stands out."""
+    draw, digits = np.random.default_rng(0), load_digits()
+    images = np.uint8(np.minimum(16 * digits.images[:count], 255))
+    labels = digits.target[:count].astype(int)
+    strange = draw.choice(count, noise, replace=False)
+    images[strange], labels[strange] = draw.integers(0, 256, (noise, 8, 8), dtype=np.uint8), 4
+    names = []
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        name = f"{CLASSES[label]}/{number:03d}.png"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / name)
+        names.append(name)
+    clean = np.setdiff1d(np.arange(count), strange)
+    return names, {names[i] for i in strange}, [names[i] for i in draw.permutation(clean)[:80]]
+
+
+def command(folder, *more, data="data", probes="probes.txt", out="out"):
+    probes = probes if probes.isdigit() else str(folder / probes)
+    return ["scan", "--data", str(folder / data), "--probes", probes, "--workdir", str(folder / out),
+            f"--config.data.cache_dir={folder / 'cache'}", *SMALL, *more]  # fmt: skip
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in folder.rglob("*") if path.is_file()}  # fmt: skip
+
+
+def lines(path):
+    return path.read_text("utf-8").splitlines()
+
+
+@pytest.fixture(scope="module")
+def scanned(tmp_path_factory):
+    """One scan, from the command line; the tests only read it."""
+    folder = tmp_path_factory.mktemp("scan")
+    names, strange, trusted = write_digits(folder / "data")
+    (folder / "data" / CLASSES[3] / "broken.png").write_bytes(b"\x89PNG")
+    (folder / "probes.txt").write_text("\n".join(trusted) + "\n\n", "utf-8")
+    before = files(folder / "data")
+    assert main(command(folder)) == 0
+    assert files(folder / "data") == before
+    return folder, names, strange, trusted
+
+
+@pytest.fixture
+def copy(scanned, tmp_path):
+    shutil.copytree(scanned[0], tmp_path / "scan", symlinks=True)
+    return tmp_path / "scan"
+
+
+def test_what_a_scan_writes(scanned):
+    folder, names, strange, trusted = scanned
+    out, results = folder / "out", json.loads((folder / "out" / "scan.json").read_text())
+    removed, kept = lines(out / "remove.txt"), lines(out / "keep.txt")
+    assert sorted(removed + kept) == sorted(names)
+    assert not set(removed) & set(trusted)
+    assert len(strange & set(removed)) > 0.9 * len(strange)
+    assert len(set(removed) - strange) < 0.2 * len(names)
+    assert results["stands_out"]
+    assert [entry["name"] for entry in results["classes"] if entry["affected"]] == ["4"]
+    assert re.fullmatch(r"About \d+ % of the images look poisoned \([\d.]+ % to \d+ %\); 4 is most affected\.",
+                        results["verdict"])  # fmt: skip
+    share = results["share"]
+    assert share["low"] <= 0.04 <= share["high"]
+    assert (results["removed_count"], results["probe_count"], results["num_examples"]) == (len(removed), 80, 500)
+    assert lines(out / "left_out.txt")[0].startswith(f"{CLASSES[3]}/broken.png\t")
+    table = pq.read_table(out / "suspects.parquet")
+    assert [n for n, r in zip(table["path"].to_pylist(), table["removed"].to_pylist(), strict=True) if r]
+    assert {
+        name for name, gone in zip(table["path"].to_pylist(), table["removed"].to_pylist(), strict=True) if gone
+    } == {name.replace("\u202e", "\\u202e") for name in removed}
+    scores, p_values = table["score"].to_numpy(), table["p_value"].to_numpy()
+    assert (np.diff(scores) <= 0).all()
+    assert (np.diff(p_values) >= 0).all()
+    assert p_values.max() <= 0.1
+    assert set(table["reason"].to_pylist()) <= set(REASONS)
+    assert all(len(near) == 3 for near in table["nearest_probes"].to_pylist())
+    assert {name for near in table["nearest_probes"].to_pylist() for name in near} <= {
+        name.replace("\u202e", "\\u202e") for name in trusted
+    }
+    for name, row in zip(table["path"].to_pylist(), table["row"].to_pylist(), strict=True):
+        assert name == sorted(names)[row].replace("\u202e", "\\u202e")
+
+
+def test_the_csv_file_says_the_same_and_holds_no_formula(scanned):
+    out = scanned[0] / "out"
+    with open(out / "suspects.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    table = pq.read_table(out / "suspects.parquet").to_pylist()
+    assert len(rows) == len(table)
+    for row, expected in zip(rows, table, strict=True):
+        assert row["path"].removeprefix("./") == expected["path"]
+        assert float(row["score"]) == expected["score"]
+        assert not any(cell.startswith(("=", "+", "@")) for cell in row.values())
+
+
+def test_scores_are_what_the_parts_say(scanned):
+    """p-values and removal from the files alone: by class, calibrated by the probes' leave-one-out distances."""
+    table = pq.read_table(scanned[0] / "out" / "suspects.parquet")
+    results = json.loads((scanned[0] / "out" / "scan.json").read_text())
+    assert table["removed"].to_numpy().sum() == results["removed_count"]
+    assert len(table) == results["suspect_count"]
+    alpha = results["config"]["rejection"]["alpha"]
+    np.testing.assert_array_equal(table["removed"].to_numpy(), table["p_value"].to_numpy() <= alpha)
+
+
+def test_the_same_command_again_only_scores(copy, capsys):
+    before = {name: (copy / "out" / name).read_bytes() for name in ("remove.txt", "keep.txt", "suspects.csv")}
+    recorded = files(copy / "out" / "trajectories")
+    assert main(command(copy)) == 0
+    assert "4 is most affected" in capsys.readouterr().out
+    assert {name: (copy / "out" / name).read_bytes() for name in before} == before
+    assert main(command(copy, "--config.rejection.alpha=0.02")) == 0
+    assert files(copy / "out" / "trajectories") == recorded
+    assert len(lines(copy / "out" / "remove.txt")) < len(before["remove.txt"].splitlines())
+
+
+def test_another_training_or_other_images_need_another_folder(copy, capsys):
+    assert main([*command(copy), "--config.recording.epochs=5"]) == 2
+    assert "recording.epochs: 4 -> 5" in capsys.readouterr().err
+    removed = (copy / "out" / "remove.txt").read_bytes()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(copy / "data" / "5" / "new.png")
+    assert main(command(copy)) == 2
+    assert "was recorded of other images" in capsys.readouterr().err
+    assert (copy / "out" / "remove.txt").read_bytes() == removed
+
+
+@pytest.mark.parametrize("links", [False, True])
+def test_a_cleaned_copy(copy, capsys, links):
+    extra = ["--apply", str(copy / "clean"), *["--links"] * links]
+    for _ in range(2):  # again does no harm, and completes what is not complete
+        assert main([*command(copy), *extra]) == 0
+        kept = lines(copy / "out" / "keep.txt")
+        found = {path.relative_to(copy / "clean").as_posix(): path for path in (copy / "clean").rglob("*.png")}
+        assert found.keys() == set(kept)
+        assert all(path.is_symlink() == links for path in found.values())
+        assert all(path.read_bytes() == (copy / "data" / name).read_bytes() for name, path in found.items())
+        found[kept[0]].unlink()
+        (copy / "clean" / Path(kept[0]).parent / ".badloss-copy").write_bytes(b"half")
+    (copy / "clean" / "mine.txt").write_text("mine")
+    assert main([*command(copy), *extra]) == 2
+    assert "holds other files, such as" in capsys.readouterr().err
+    for place in ("data/inside", "out/inside", "."):
+        assert main([*command(copy), "--apply", str(copy / place)]) == 2
+        assert "choose another folder" in capsys.readouterr().err
+    assert main([*command(copy), "--apply", str(copy / "x.npz")]) == 2
+    assert main([*command(copy), "--links"]) == 2
+
+
+def test_lists_that_lead_out_of_the_folder_are_not_followed(copy):
+    (copy / "out" / "keep.txt").write_text("../probes.txt\n")
+    with pytest.raises(DataError, match="leads out of the folder"):
+        write_cleaned(str(copy / "data"), copy / "out", copy / "clean")
+    assert not list((copy / "clean").rglob("*.txt"))
+    with pytest.raises(UsageError, match="finish the scan first"):
+        write_cleaned(str(copy / "data"), copy / "nowhere", copy / "clean")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{0}\n{0}\n", r"line 2: .* stands in line 1 too"),
+        ("{0}\nnone.png\n", r"line 2: 'none.png' is no image of the training set; expected a path relative"),
+        ("../probes.txt\n", "is no image of the training set"),
+        (CLASSES[3] + "/broken.png\n", r"which was left out: .+; expected"),
+        ("{0}\n", "1 of 500 images are probes, expected at least 10"),
+    ],
+)
+def test_wrong_probes_are_named(copy, scanned, capsys, content, message):
+    (copy / "probes.txt").write_text(content.format(scanned[3][0]), "utf-8")
+    assert main(command(copy)) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_probes_that_are_no_file_or_too_many(copy, capsys):
+    assert main(command(copy, probes="nowhere.txt")) == 2
+    assert "give a text file of trusted paths, a folder, or how many images" in capsys.readouterr().err
+    assert main(command(copy, probes="300")) == 2
+    assert "expected half of them at most" in capsys.readouterr().err
+    assert main(command(copy, probes="5")) == 2
+
+
+def test_probes_at_random_come_with_a_warning(copy, capsys):
+    assert main(command(copy, probes="80")) == 0
+    assert "nobody looked at them" in capsys.readouterr().err
+    assert json.loads((copy / "out" / "scan.json").read_text())["probe_count"] == 80
+
+
+def test_trusted_images_in_a_folder_beside(scanned, tmp_path):
+    folder, _, strange, trusted = scanned
+    shutil.copytree(folder / "data", tmp_path / "data")
+    for name in trusted:
+        (tmp_path / "trusted" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(tmp_path / "data" / name, tmp_path / "trusted" / name)
+    assert main(command(tmp_path, probes="trusted")) == 0
+    removed, kept = (set(lines(tmp_path / "out" / f"{name}.txt")) for name in ("remove", "keep"))
+    assert len(removed | kept) == 420
+    assert not (removed | kept) & set(trusted)
+    assert len(removed & strange) > 0.9 * len(strange)
+    assert json.loads((tmp_path / "out" / "scan.json").read_text())["probe_count"] == 80
+
+
+def test_trusted_images_in_a_folder_within(tmp_path):
+    names, _, trusted = write_digits(tmp_path / "data")
+    for name in trusted:
+        place = tmp_path / "data" / Path(name).parent / "trusted" / Path(name).name
+        place.parent.mkdir(exist_ok=True)
+        shutil.move(tmp_path / "data" / name, place)
+    inside = tmp_path / "data" / "5" / "trusted"
+    count = len(list(inside.iterdir()))
+    assert count >= 10
+    with pytest.warns(UserWarning, match="9 of 10 classes have no probe"):
+        results = scan(str(tmp_path / "data"), str(inside), tmp_path / "out",
+                       [f"--config.data.cache_dir={tmp_path}", *SMALL])  # fmt: skip
+    assert (results["probe_count"], results["num_examples"]) == (count, len(names))
+
+
+@pytest.mark.parametrize("out", ["data/out", "data", "."])
+def test_the_data_are_never_written(copy, capsys, out):
+    before = files(copy / "data")
+    assert main(command(copy, out=out)) == 2
+    assert "lie in one another" in capsys.readouterr().err
+    assert files(copy / "data") == before
+
+
+def test_a_folder_that_cannot_be_written(copy, capsys):
+    arguments = command(copy)
+    arguments[arguments.index("--workdir") + 1] = "/proc/badloss/out"
+    assert main(arguments) == 1
+    assert "/proc/badloss/out cannot be written" in capsys.readouterr().err
+    (copy / "mine").mkdir()
+    (copy / "mine" / "thesis.txt").write_text("words")
+    assert main(command(copy, out="mine")) == 2
+    assert "holds other files and no run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--config.recording.epoch=3"], ["--config.scoring.kinds=('loss','combined')"], ["--config.rejection.alpha=2"],
+     ["--config.rejection.rules=('fdr','alpha')"], ["--fast"], ["--config.scoring.kinds=('logits',)"]],
+)  # fmt: skip
+def test_wrong_settings_are_refused(copy, capsys, wrong):
+    try:
+        code = main([*command(copy), *wrong])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert "error" in capsys.readouterr().err
+
+
+def test_arrays(tmp_path, capsys):
+    digits = load_digits()
+    images, labels = np.uint8(np.minimum(16 * digits.images[:300], 255)), digits.target[:300]
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=labels, x_test=images[:5], y_test=labels[:5])
+    (tmp_path / "probes.txt").write_text("".join(f"{row}\n" for row in range(0, 300, 4)))
+    assert main([*command(tmp_path, data="a.npz"), "--apply", str(tmp_path / "b.npz")]) == 0
+    removed, kept = ([int(row) for row in lines(tmp_path / "out" / f"{name}.txt")] for name in ("remove", "keep"))
+    assert sorted(removed + kept) == list(range(300))
+    with np.load(tmp_path / "b.npz") as cleaned:
+        np.testing.assert_array_equal(cleaned["x_train"], images[kept])
+        np.testing.assert_array_equal(cleaned["y_train"], labels[kept])
+        np.testing.assert_array_equal(cleaned["x_test"], images[:5])
+    assert main([*command(tmp_path, data="a.npz"), "--apply", str(tmp_path / "a.npz")]) == 2
+    assert "is the file to read" in capsys.readouterr().err
+    (tmp_path / "trusted").mkdir()
+    assert main(command(tmp_path, data="a.npz", probes="trusted")) == 2
+    assert "give a text file of row numbers" in capsys.readouterr().err
+
+
+def test_a_folder_of_tfds(tmp_path, prepared, monkeypatch, capsys):
+    """By its path, and by its name; twelve images support no probes, and it says so."""
+    for name in (str(prepared / "out"), "out"):
+        monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
+        assert main(["scan", "--data", f"tfds:{name}", "--probes", "6", "--workdir", str(tmp_path / "o")]) == 2
+        assert "6 of 12 images are probes, expected at least 10" in capsys.readouterr().err
+    assert main(["scan", "--data", "tfds:nothing", "--probes", "6", "--workdir", str(tmp_path / "o")]) == 2
+
+
+def test_tiny_classes_and_classes_without_probes(tmp_path, capsys):
+    names, _, trusted = write_digits(tmp_path / "data", count=300, noise=0)
+    for name in names:
+        if name.startswith(("8/", "9/")) and name not in trusted[:0] and not name.endswith(("8.png", "9.png")):
+            (tmp_path / "data" / name).unlink()
+    left = {name for name in names if (tmp_path / "data" / name).exists()}
+    probes = [name for name in trusted if name in left and not name.startswith(("8/", "9/"))]
+    (tmp_path / "probes.txt").write_text("\n".join(probes), "utf-8")
+    assert main(command(tmp_path)) == 0
+    assert (
+        "2 of 10 classes have no probe (8, 9): their images are judged by the probes of others"
+        in capsys.readouterr().err
+    )
+    results = json.loads((tmp_path / "out" / "scan.json").read_text())
+    assert not any(entry["affected"] for entry in results["classes"])
+
+
+@pytest.mark.parametrize("seconds", [0, 1.0])
+def test_interrupted_and_taken_up_again(scanned, tmp_path, seconds):
+    """Ctrl-C in the middle of the recording: exit code 130, and the rerun ends with the same bytes."""
+    folder = scanned[0]
+    arguments = command(folder, "--config.data.workers=0", out=str(tmp_path / "out"))
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    with subprocess.Popen([sys.executable, "-m", "badloss_jax", *arguments], env=environment, text=True,
+                          stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:  # fmt: skip
+        metrics = tmp_path / "out" / "metrics.jsonl"
+        while process.poll() is None and not (metrics.is_file() and metrics.read_text()):
+            time.sleep(0.02)
+        time.sleep(0.05 * seconds)
+        process.send_signal(signal.SIGINT)
+        told = process.communicate(timeout=120)[1]
+    if process.returncode == 0:
+        pytest.skip("it was done before the signal came")
+    assert process.returncode == 130, told
+    assert "stopping as soon as all is saved; Ctrl-C again stops at once" in told
+    assert "the same command goes on from there" in told
+    assert not (tmp_path / "out" / "scan.json").exists()
+    again = subprocess.run([sys.executable, "-m", "badloss_jax", *arguments], env=environment, text=True, check=True,
+                           capture_output=True)  # fmt: skip
+    assert "recording goes on after step" in again.stderr
+    assert json.loads((tmp_path / "out" / "scan.json").read_text())["resumes"]
+    whole = tmp_path / "whole"
+    arguments[arguments.index("--workdir") + 1] = str(whole)
+    subprocess.run([sys.executable, "-m", "badloss_jax", *arguments], env=environment, check=True, capture_output=True)
+    for name in ("suspects.csv", "remove.txt"):
+        assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def planted(draw, classes=10, size=2_000, probes=250, poison=0.0, attacked=(3,)):
+    """Scores of clean images, and of poisoned ones, which lie further out, in some classes."""
+    labels = draw.integers(0, classes, size)
+    scores, is_probe = draw.normal(size=size), np.zeros(size, bool)
+    is_probe[draw.choice(size, probes, replace=False)] = True
+    bad = np.isin(labels, attacked) & ~is_probe & (draw.random(size) < poison)
+    scores[bad] += 4
+    return scores, scores[is_probe], labels, is_probe, bad
+
+
+def test_clean_data_are_called_clean():
+    draw = np.random.default_rng(1)
+    verdicts = [judge(*planted(draw)[:4], 10, "alpha", 0.1) for _ in range(300)]
+    assert sum(verdict.stands_out for verdict in verdicts) <= 8  # 1 % at most, and sampling error
+    assert not any(verdict.removed.any() for verdict in verdicts if not verdict.stands_out)
+    assert sentence(verdicts[0], list("abcdefghij"), 250).startswith("Nothing stands out")
+    assert "could have gone unnoticed" in sentence(verdicts[0], list("abcdefghij"), 250)
+
+
+def test_attacked_classes_are_named():
+    draw, missed, added = np.random.default_rng(2), 0, 0
+    for _ in range(30):
+        *given, bad = planted(draw, size=20_000, poison=0.15, attacked=(3, 7))
+        verdict = judge(*given, 10, "alpha", 0.1)
+        named = {label for label, entry in enumerate(verdict.classes) if entry["affected"]}
+        missed, added = missed + len({3, 7} - named), added + len(named - {3, 7})
+        assert verdict.removed[bad].mean() > 0.9
+        assert not verdict.removed[given[3]].any()
+    assert missed + added <= 2
+    text = sentence(verdict, list("abcdefghij"), 250)
+    assert re.search(r"look poisoned \(\d+ % to \d+ %\); [dh] and [dh] are most affected\.", text)
+
+
+def test_judging_by_hand():
+    """Nine probes: a p-value is a tenth of one more than the number of probes at least as far."""
+    scores = np.array([0.5, 9.0, *np.arange(1.0, 10.0)])
+    is_probe, labels = np.arange(11) >= 2, np.zeros(11, int)
+    verdict = judge(scores, scores[2:], labels, is_probe, 2, "alpha", 0.1)
+    np.testing.assert_allclose(verdict.p_values[:2], [1.0, 0.2])
+    np.testing.assert_array_equal(verdict.p_values, conformal_p_values(scores, scores[2:]))
+    assert not verdict.stands_out
+    assert verdict.classes[1] == {"images": 0, "probes": 0, "share": {"estimate": 0.0, "low": 0.0, "high": 0.0},
+                                  "no_poison_p_value": 1.0, "affected": False}  # fmt: skip
+
+
+def test_no_images_but_errors_are_errors():
+    with pytest.raises(BadlossError):
+        scan("nowhere", "10", Path("out"))
+
+
+def test_the_page_in_a_browser(scanned, browser, tmp_path):
+    page = scanned[0] / "out" / "report.html"
+    text = page.read_text("utf-8")
+    assert "<img src=x" not in text
+    assert "http" not in re.sub(r"http-equiv|data:[^)\"]*", "", text)
+    console, asked = opened(browser, page, 1300)
+    assert console == []
+    assert {address for address in asked if not address.startswith("data:")} == {page.as_uri()}
+    rows = pq.read_table(scanned[0] / "out" / "suspects.parquet").to_pylist()
+    cards = browser.find_elements(By.CSS_SELECTOR, ".card")
+    assert len(cards) == len(rows)
+    count = browser.find_element(By.ID, "count")
+    removed = [row for row in rows if row["removed"]]
+    assert f"{len(rows)} suspects match" in count.text
+    assert f"{len(removed)} are ticked" in count.text
+
+    Select(browser.find_element(By.ID, "class")).select_by_visible_text("4")
+    of_class = [row for row in rows if row["label"] == "4"]
+    assert f"{len(of_class)} suspects match" in count.text
+    assert sum(card.is_displayed() for card in cards) == len(of_class)
+    next(card for card in cards if card.is_displayed()).find_element(By.TAG_NAME, "input").click()
+    assert f"{len(of_class) - 1} are ticked" in count.text
+
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    browser.find_element(By.ID, "save-list").click()
+    browser.find_element(By.ID, "save-csv").click()
+    WebDriverWait(browser, 20).until(lambda _: {"selection.txt", "selection.csv"} <= set(os.listdir(tmp_path)))
+    assert lines(tmp_path / "selection.txt") == [row["path"] for row in of_class][1:]
+    with open(tmp_path / "selection.csv", newline="", encoding="utf-8") as file:
+        saved = list(csv.DictReader(file))
+    assert [row["path"] for row in saved] == [row["path"] for row in of_class][1:]
+    assert {row["label"] for row in saved} == {"4"}
+
+    least = browser.find_element(By.ID, "score")
+    least.send_keys(str(of_class[4]["score"] + 0.001))
+    assert "4 suspects match" in count.text
+    browser.find_element(By.ID, "none").click()
+    assert "0 are ticked" in count.text
+    browser.find_element(By.ID, "all").click()
+    assert "4 are ticked" in count.text
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("width", [1300, 390])
+def test_the_page_fits(scanned, browser, width):
+    opened(browser, scanned[0] / "out" / "report.html", width)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width

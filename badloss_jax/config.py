@@ -126,6 +126,8 @@ def _rebuild(stored: Any) -> ConfigDict:
         _check_key(config, key)
         group, _, leaf = key.rpartition(".")
         target = _at(config, group) if group else config
+        if value is None:  # which a ConfigDict takes for any type
+            raise UsageError(f"{key} = None: expected {_kind_of(_at(config, key))}")
         target[leaf] = tuple(value) if isinstance(value, list) else value
     if missing:
         raise UsageError(f"config key {min(missing)!r} is missing: start from badloss_jax.config.default_config()")

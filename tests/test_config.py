@@ -1,6 +1,9 @@
+import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from badloss_jax.config import (
     check_config,
@@ -275,3 +278,43 @@ def test_stored_configs_are_checked(text):
 
 def test_defaults_are_valid():
     check_config(default_config())
+
+
+values = st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=8) | st.lists(
+    st.integers(-1, 3) | st.text(max_size=5), max_size=3
+)  # fmt: skip
+
+
+def leaves(tree, path=()):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.sampled_from([*leaves(to_dict(default_config()))]), values | st.dictionaries(st.text(max_size=5), values))
+def test_any_stored_config_is_read_or_refused(path, value):
+    """Whatever stands at a key: a config that passes all checks, or an error."""
+    stored = to_dict(default_config())
+    group = stored
+    for key in path[:-1]:
+        group = group[key]
+    group[path[-1]] = value
+    try:
+        config = from_json(json.dumps(stored))
+    except UsageError:
+        return
+    check_config(config)
+    assert from_json(to_json(config)) == config
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from([".".join(path) for path in leaves(to_dict(default_config()))]), st.text(max_size=12))
+def test_any_override_is_taken_or_refused(key, text):
+    try:
+        config = override(default_config(), [f"--config.{key}={text}"])
+    except UsageError:
+        return
+    check_config(config)

@@ -1,7 +1,10 @@
 import json
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
 
 from badloss_jax.attacks import ATTACKS, make_trigger
 from badloss_jax.attacks.manifest import choose_probes, draw_manifest, load_manifest, read_manifest
@@ -277,3 +280,58 @@ def test_hostile_manifests_are_refused(tmp_path, text, message):
 def test_missing_manifest(tmp_path):
     with pytest.raises(UsageError, match="does not exist"):
         read_manifest(tmp_path / "none.json")
+
+
+# What a hostile manifest may hold where something else is expected.
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(tree, path=()):
+    """Every place in a tree of JSON."""
+    yield path
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        yield from places(value, (*path, key))
+
+
+def replaced(tree, path, value):
+    if not path:
+        return value
+    copy = dict(tree) if isinstance(tree, dict) else list(tree)
+    copy[path[0]] = replaced(tree[path[0]], path[1:], value)
+    return copy
+
+
+@hypothesis.settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_manifest_is_read_or_refused(tmp_path, data):
+    """Whatever stands anywhere in it: a manifest that can be used, or an error."""
+    whole = json.loads(draw().to_json())
+    where = data.draw(st.sampled_from([*places(whole)]))
+    text = json.dumps(replaced(whole, where, data.draw(anything)))
+    if data.draw(st.booleans()):
+        text = text[: data.draw(st.integers(0, len(text)))]
+    path = tmp_path / "m.json"
+    path.write_text(text)
+    try:
+        manifest = read_manifest(path)
+    except DataError:
+        return
+    ids = manifest.poisoned_ids
+    assert len(set(ids.tolist())) == len(ids)
+    assert ((ids >= 0) & (ids < manifest.num_examples)).all()
+    for name, plan in manifest.attacks.items():
+        assert name in ATTACKS
+        assert 0 <= plan.target < manifest.num_classes
+
+
+@hypothesis.settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=200))
+def test_bytes_are_no_manifest(tmp_path, content):
+    path = tmp_path / "m.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError):
+        read_manifest(path)

@@ -4,6 +4,9 @@ An update gathers ids and values of one batch and nothing else: every device sca
 means "not recorded".
 """
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,15 +21,18 @@ Buffer = dict[str, jax.Array]
 
 def create_buffer(kinds: Kinds, num_examples: int, num_epochs: int, mesh: Mesh) -> Buffer:
     """Returns for each kind [N', T, ...] of NaN, created in place; N' is N rounded up to a multiple of the devices."""
-    rows = round_up(num_examples, mesh)
+    return _make_empty(kinds, round_up(num_examples, mesh), num_epochs, mesh)()
 
+
+@lru_cache(maxsize=32)
+def _make_empty(kinds: Kinds, rows: int, num_epochs: int, mesh: Mesh) -> Callable[[], Buffer]:
     def empty() -> Buffer:
         return {
             name: jnp.full((rows, num_epochs, *shape), jnp.nan, dtype)
             for name, (shape, dtype) in kinds.layout().items()
         }
 
-    return jax.jit(empty, out_shardings=by_rows(mesh))()
+    return jax.jit(empty, out_shardings=by_rows(mesh))
 
 
 def padding_id(num_examples: int, mesh: Mesh) -> int:

@@ -43,10 +43,12 @@ from badloss_jax.scoring import (
     PoisonedShare,
     conformal_p_values,
     detectable_share,
+    first_seen_as,
     nearest_probes,
     no_poison_p_value,
     poisoned_share,
     reject,
+    stranger_p_values,
     unsupported,
 )
 from badloss_jax.seeding import generator
@@ -60,7 +62,6 @@ SCHEMA_VERSION = 1
 REASONS = ("learned too early", "learned too late", "unlike its class")
 _CERTAIN = 0.005  # a verdict on clean data errs this often, overall, and as often by some class
 _NAMED = 0.05  # where something stands out overall, a class is named wrongly so often
-_SHARE_LEVEL = 0.1  # at which the poisoned share is estimated
 _NEAREST = 3  # probes that are shown beside a suspect
 _FEWEST = 10  # probes
 _ASIDE = ".badloss-copy"  # a file on its way; hidden, so that nobody takes it for an image
@@ -90,10 +91,12 @@ class Verdict:
 def judge(
     scores: Float[np.ndarray, "N"], probe_scores: Float[np.ndarray, "P"], labels: Int[np.ndarray, "N"],
     is_probe: Bool[np.ndarray, "N"], num_classes: int, rule: str, level: float,
+    seen_as: Int[np.ndarray, "N"] | None = None,
 ) -> Verdict:  # fmt: skip
     """Says whether anything stands out, in which classes, how much, and what to remove.
 
-    On clean data with exchangeable probes something stands out in at most 1 % of all scans.
+    On clean data with exchangeable probes something stands out in at most 1 % of all scans. Once it does for all images
+    together, classes are named by the distances of their images or by what these looked like at first.
 
     Args:
       scores: [N], higher is more suspicious, on a scale that classes share.
@@ -102,16 +105,24 @@ def judge(
       is_probe: [N].
       num_classes: K.
       rule, level: of `badloss_jax.scoring.reject`.
+      seen_as: int [N], what each example looked like at first (`first_seen_as`), if it is known.
     """
     count, others = len(probe_scores), ~is_probe
     p_values = conformal_p_values(scores, probe_scores)
     no_poison = no_poison_p_value(p_values[others], count)
-    classes, level_of_class = [], _NAMED if no_poison < _CERTAIN else _CERTAIN
+    classes, level_of_class, strange = [], _CERTAIN, np.ones(num_classes)
+    if no_poison < _CERTAIN:
+        level_of_class = _NAMED
+        if seen_as is not None:
+            strange = stranger_p_values(labels, seen_as, is_probe, num_classes)
     for label in range(num_classes):
         chosen = p_values[others & (labels == label)]
         if len(chosen):
-            certain = min(1.0, num_classes * no_poison_p_value(chosen, count))
-            share = poisoned_share(chosen, count, _SHARE_LEVEL)
+            certain = no_poison_p_value(chosen, count)
+            if seen_as is not None and no_poison < _CERTAIN:
+                certain = 2 * min(certain, float(strange[label]))
+            certain = min(1.0, num_classes * certain)
+            share = poisoned_share(chosen, count)
         else:
             certain, share = 1.0, PoisonedShare(0.0, 0.0, 0.0)
         classes.append({"images": int((labels == label).sum()), "probes": int(is_probe[labels == label].sum()),
@@ -121,7 +132,7 @@ def judge(
     removed = np.zeros(len(scores), bool)
     if stands_out:
         removed = reject(rule, level, scores, p_values, is_probe)
-    share = poisoned_share(p_values[others], count, _SHARE_LEVEL)
+    share = poisoned_share(p_values[others], count)
     return Verdict(p_values, removed, stands_out, share, no_poison, classes)
 
 
@@ -350,7 +361,10 @@ def _report(
     found, epochs = suspicions(store, probe_ids, config.scoring, (kind,), mesh)
     scores, probe_scores = found[kind].scores, found[kind].probe_scores
     assert probe_scores is not None
-    verdict = judge(scores, probe_scores, labels, is_probe, examples.num_classes, *_rule(config))
+    seen_as = None
+    if "features" in store.layout:
+        seen_as = first_seen_as(store.rows("features", epochs[:1]), labels)
+    verdict = judge(scores, probe_scores, labels, is_probe, examples.num_classes, *_rule(config), seen_as)
     flagged = verdict.removed | (~is_probe & (verdict.p_values <= config.rejection.alpha))
     ids = np.flatnonzero(flagged)
     ids = ids[np.argsort(-scores[ids], kind="stable")]
@@ -359,7 +373,7 @@ def _report(
     suspects = Suspects(
         ids, [examples.names[number] for number in ids], labels[ids], scores[ids], verdict.p_values[ids],
         probe_ids[nearest_probes(seen[ids], seen[probe_ids], _NEAREST)], _reasons(losses, ids, probe_ids),
-        verdict.removed[ids],
+        verdict.removed[ids], labels[ids] if seen_as is None else seen_as[ids],
     )  # fmt: skip
     results = {
         "schema_version": SCHEMA_VERSION,

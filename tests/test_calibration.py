@@ -55,28 +55,40 @@ def test_the_interval_of_the_poisoned_share_covers_it(poisoned, count):
     for _ in range(400):
         p_values = conformal_p_values(draw.normal(size=count), draw.normal(size=250))
         p_values[: int(poisoned * count)] = 1 / 251
-        share = poisoned_share(p_values, 250, level=0.1, confidence=0.9)
+        share = poisoned_share(p_values, 250, confidence=0.9)
         covered.append(share.low <= poisoned <= share.high)
         estimates.append(share.estimate)
         assert 0 <= share.low <= share.estimate <= share.high <= 1
-    assert np.mean(covered) > 0.86
-    if poisoned:
-        assert np.mean(estimates) == pytest.approx(poisoned, abs=0.005)
+    assert np.mean(covered) > 0.88
+    assert np.mean(estimates) == pytest.approx(poisoned, abs=0.015)  # it is never below 0, so of clean data above
 
 
 def test_the_poisoned_share_by_hand():
     # Nine probes: level 0.1 is the p-value 0.1 itself, which one in ten clean examples has.
     p_values = np.repeat([0.1, 0.5], [46, 54])
-    assert poisoned_share(p_values, 9, level=0.1).estimate == pytest.approx(1 - 0.54 / 0.9)
+    assert poisoned_share(p_values, 9, levels=(0.1,)).estimate == pytest.approx(1 - 0.54 / 0.9)
     assert poisoned_share(np.ones(7), 9).estimate == 0
     assert poisoned_share(np.full(7, 0.1), 9).estimate == 1
-    assert poisoned_share(p_values, 9, level=0.01) == poisoned_share(p_values, 9, level=0.1)  # no lower p-value exists
+    assert poisoned_share(p_values, 9, levels=(0.01,)) == poisoned_share(
+        p_values, 9, levels=(0.1,)
+    )  # the lowest there is
+
+
+def test_few_but_certain_poison_is_estimated_at_a_low_level():
+    """At 10 % the calibration is off by 2 points and more, which drowns 2 %; at 1 % it is not."""
+    draw, widths = np.random.default_rng(17), []
+    for _ in range(50):
+        p_values = conformal_p_values(draw.normal(size=20_000), draw.normal(size=250))
+        p_values[:800] = 1 / 251
+        share, at_ten = poisoned_share(p_values, 250), poisoned_share(p_values, 250, levels=(0.1,))
+        widths.append((0.04 - share.low, 0.04 - at_ten.low))
+    assert np.mean(widths, axis=0)[0] < 0.7 * np.mean(widths, axis=0)[1]
 
 
 @pytest.mark.parametrize(("level", "confidence", "count"), [(0, 0.9, 9), (1, 0.9, 9), (0.1, 1, 9), (0.1, 0.9, 0)])
 def test_an_impossible_share_is_refused(level, confidence, count):
     with pytest.raises(UsageError, match="above 0 and below 1"):
-        poisoned_share(np.ones(count), 9, level, confidence)
+        poisoned_share(np.ones(count), 9, confidence, (level,))
     with pytest.raises(UsageError):
         poisoned_share(np.ones(3), 0)
 

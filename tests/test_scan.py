@@ -386,7 +386,7 @@ def test_attacked_classes_are_named():
         assert not verdict.removed[given[3]].any()
     assert missed + added <= 2
     text = sentence(verdict, list("abcdefghij"), 250)
-    assert re.search(r"look poisoned \(\d+ % to \d+ %\); [dh] and [dh] are most affected\.", text)
+    assert re.search(r"look poisoned \([\d.]+ % to \d+ %\); [dh] and [dh] are most affected\.", text)
 
 
 def test_judging_by_hand():

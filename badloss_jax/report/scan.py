@@ -43,6 +43,7 @@ class Suspects:
       nearest: int64 [M, 3], ids of the nearest probes.
       reasons: M.
       removed: [M], whether it is in remove.txt.
+      seen_as: int [M], the class that it looked most like after the first epoch.
     """
 
     ids: Int[np.ndarray, "M"]
@@ -53,6 +54,7 @@ class Suspects:
     nearest: Int[np.ndarray, "M 3"]
     reasons: list[str]
     removed: Bool[np.ndarray, "M"]
+    seen_as: Int[np.ndarray, "M"]
 
 
 def write_suspects(folder: Path, suspects: Suspects, examples: TrainingSet) -> None:
@@ -69,6 +71,7 @@ def write_suspects(folder: Path, suspects: Suspects, examples: TrainingSet) -> N
         "p_value": suspects.p_values.astype(np.float64),
         "nearest_probes": pa.array(nearest, pa.list_(pa.string())),
         "reason": pa.array(suspects.reasons, pa.string()),
+        "first_seen_as": pa.array([classes[label] for label in suspects.seen_as.tolist()], pa.string()),
         "removed": suspects.removed,
         "row": suspects.ids.astype(np.int64),
     }
@@ -176,6 +179,7 @@ def _gallery(
         cards.append({"row": row, "name": printable(suspects.names[row]), "label": label, "tile": tile_place(position),
                       "score": float(suspects.scores[row]), "p_value": float(suspects.p_values[row]),
                       "reason": suspects.reasons[row], "removed": bool(suspects.removed[row]), "near": near,
+                      "seen_as": int(suspects.seen_as[row]),
                       "path": spark_path(losses[suspects.ids[row]], top)})  # fmt: skip
     pictures = thumbnails(examples.split.images[suspects.ids[shown]]), thumbnails(examples.split.images[probes])
     height, width = pictures[0].shape[1:3]

@@ -10,6 +10,7 @@ from badloss_jax.scoring.calibration import (
     unsupported,
 )
 from badloss_jax.scoring.distances import knn_distances, leave_one_out_distances, nearest_probes
+from badloss_jax.scoring.impressions import first_seen_as, stranger_p_values
 from badloss_jax.scoring.rejection import (
     benjamini_hochberg,
     benjamini_hochberg_threshold,
@@ -26,6 +27,7 @@ __all__ = [
     "conformal_p_values",
     "detectable_share",
     "filter_epochs",
+    "first_seen_as",
     "knn_distances",
     "largest_threshold",
     "leave_one_out_distances",
@@ -36,5 +38,6 @@ __all__ = [
     "poisoned_share",
     "reject",
     "standardised_by_class",
+    "stranger_p_values",
     "unsupported",
 ]

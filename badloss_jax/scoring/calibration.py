@@ -7,6 +7,7 @@ random draw.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from scipy import stats
 
 from badloss_jax.errors import UsageError
 
-_LEVELS = (0.01, 0.02, 0.05, 0.1)  # at which `no_poison_p_value` looks
+LEVELS = (0.01, 0.02, 0.05, 0.1)  # at which poison is looked for
 _FEW = 20  # examples of a class, whose spread then counts as much as that of all classes
 
 
@@ -102,38 +103,45 @@ class PoisonedShare:
 
 
 def poisoned_share(
-    p_values: Float[np.ndarray, "M"], num_probes: int, level: float = 0.1, confidence: float = 0.9
+    p_values: Float[np.ndarray, "M"], num_probes: int, confidence: float = 0.9, levels: Sequence[float] = LEVELS
 ) -> PoisonedShare:
-    """Estimates which share of the examples is poisoned: 1 - (share with p > level) / (1 - level), at least 0.
+    """Estimates which share of the examples is poisoned: 1 - (share with p > level) / (1 - level) (Storey, 2002).
 
-    The estimate is Storey's (2002), so it counts the poison that has p <= level, and no more. Its interval counts the
-    noise of the calibration, which more examples do not lessen: among P probes the share of clean examples with
-    p <= level is Beta distributed, with a standard deviation of about sqrt(level (1 - level) / P).
+    That counts the poison that has p <= level. Its interval counts the noise of the calibration, which more examples do
+    not lessen: among P probes the share of clean examples with p <= level is Beta distributed, with a standard
+    deviation of about sqrt(level (1 - level) / P). A low level misses poison, a high one drowns it in that noise: each
+    of the levels has an interval (of a confidence that allows for their number), and the estimate is that of the level
+    whose interval begins highest; the end is that of the last level, which misses least.
 
     Args:
       p_values: [M], of the examples in question, probes left out.
       num_probes: P.
-      level: is rounded down to a multiple of 1 / (P + 1), but for the first.
       confidence: of the two-sided interval.
+      levels: ascending; each is rounded down to a multiple of 1 / (P + 1), but for the first.
 
     Raises:
       UsageError: no examples, or a level or confidence that is not above 0 and below 1.
     """
-    count, rank = len(p_values), _rank(level, num_probes)
-    if not count or not 0 < confidence < 1:
-        raise UsageError(f"{count} p-values and a confidence of {confidence}: expected some, and above 0 and below 1")
+    p_values, ranks = np.asarray(p_values), sorted({_rank(level, num_probes) for level in levels})
+    if not len(p_values) or not ranks or not 0 < confidence < 1:
+        raise UsageError(f"{len(p_values)} p-values, {len(ranks)} levels and a confidence of {confidence}: expected"
+                         " some, and above 0 and below 1")  # fmt: skip
+    tail = (1 - confidence) / 2
+    found = [_share_at(p_values, num_probes, rank, tail / len(ranks)) for rank in ranks]
+    best = max(reversed(found), key=lambda share: share.low)
+    high = _share_at(p_values, num_probes, ranks[-1], tail).high
+    return PoisonedShare(best.estimate, best.low, max(best.estimate, high))
+
+
+def _share_at(p_values: np.ndarray, num_probes: int, rank: int, tail: float) -> PoisonedShare:
     expected = rank / (num_probes + 1)
-    beyond = float((np.asarray(p_values) > expected + 1e-12).mean())
+    beyond = float((p_values > expected + 1e-12).mean())
     # Of clean examples, so many lie beyond: Beta, widened by the sampling noise of the M examples.
-    variance = expected * (1 - expected) * (1 / (num_probes + 2) + 1 / count)
+    variance = expected * (1 - expected) * (1 / (num_probes + 2) + 1 / len(p_values))
     size = expected * (1 - expected) / variance - 1
     clean = stats.beta(size * (1 - expected), size * expected)
-    tail = (1 - confidence) / 2
-    low, middle, high = (
-        min(max(1 - beyond / clean_share, 0.0), 1.0)
-        for clean_share in (clean.ppf(tail), 1 - expected, clean.ppf(1 - tail))
-    )
-    return PoisonedShare(middle, low, high)
+    shares = (1 - beyond / at_most for at_most in (1 - expected, clean.ppf(tail), clean.ppf(1 - tail)))
+    return PoisonedShare(*(min(max(share, 0.0), 1.0) for share in shares))
 
 
 def no_poison_p_value(p_values: Float[np.ndarray, "M"], num_probes: int) -> float:
@@ -150,7 +158,7 @@ def no_poison_p_value(p_values: Float[np.ndarray, "M"], num_probes: int) -> floa
     Returns:
       In [0, 1].
     """
-    p_values, ranks = np.asarray(p_values), sorted({_rank(level, num_probes) for level in _LEVELS})
+    p_values, ranks = np.asarray(p_values), sorted({_rank(level, num_probes) for level in LEVELS})
     tails = [
         float(stats.betabinom.sf((p_values <= rank / (num_probes + 1) + 1e-12).sum() - 1, len(p_values), rank,
                                  num_probes + 1 - rank))
@@ -164,7 +172,7 @@ def detectable_share(num_probes: int, certain: float) -> float:
 
     For many examples, so that the noise of the calibration alone counts; in [0, 1].
     """
-    ranks = sorted({_rank(level, num_probes) for level in _LEVELS})
+    ranks = sorted({_rank(level, num_probes) for level in LEVELS})
     needed = []
     for rank in ranks:
         clean = rank / (num_probes + 1)

@@ -1,0 +1,68 @@
+"""What each example looked like at first, before the network learnt the trigger: where relabelled poison came from."""
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy import stats
+
+from badloss_jax.scoring.distances import Rows, row_chunks
+
+
+def first_seen_as(features: Float[np.ndarray, "N d"] | Rows, labels: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
+    """Returns the class whose mean each example's features are nearest to, int64, at an early epoch.
+
+    Args:
+      features: [N, d], or [N, 1, d], of one epoch; in memory, or read chunk by chunk.
+      labels: int [N], as trained on; poison shifts a class's mean, but no more than its share.
+    """
+    count, width = len(labels), int(np.prod(features.shape[1:]))
+    known, group, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    means = np.zeros((len(known), width))
+    for start, stop in row_chunks(features, 0, count):
+        np.add.at(means, group[start:stop], _flat(features[start:stop]))
+    means /= sizes[:, None]
+    squares, seen = (means**2).sum(1), np.empty(count, np.int64)
+    for start, stop in row_chunks(features, 0, count):
+        seen[start:stop] = (squares - 2 * _flat(features[start:stop]) @ means.T).argmin(1)
+    return known[seen].astype(np.int64)
+
+
+def _flat(rows: np.ndarray) -> np.ndarray:
+    return np.asarray(rows).reshape(len(rows), -1).astype(np.float64)
+
+
+def stranger_p_values(
+    labels: Int[np.ndarray, "N"], seen_as: Int[np.ndarray, "N"], is_probe: Bool[np.ndarray, "N"], num_classes: int
+) -> Float[np.ndarray, "K"]:  # fmt: skip
+    """Tests of each class whether too many of its examples first looked like classes that it is hardly confused with.
+
+    An attacker who relabels images takes them from all other classes; a clean class is confused with a few. So of each
+    class the half of the others is taken that its examples looked like least, and how many of all probes are strangers
+    by that measure says how many clean examples would be. Classes differ in how well they are told apart, so this is
+    no exact test: use it to name classes once something is known to stand out. A class is not suspicious if its own
+    probes may well be strangers as often: if one is, unless it should be more of them with 95 % certainty.
+
+    Args:
+      labels: int [N].
+      seen_as: int [N], see `first_seen_as`.
+      is_probe: bool [N].
+      num_classes: K.
+
+    Returns:
+      float64 [K]; 1 where nothing can be said. Not corrected for the number of classes.
+    """
+    counts, of_probes = np.zeros((2, num_classes, num_classes), np.int64)
+    np.add.at(counts, (labels[~is_probe], seen_as[~is_probe]), 1)
+    np.add.at(of_probes, (labels[is_probe], seen_as[is_probe]), 1)
+    half, strangers, probes = (num_classes - 1) // 2, np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64)
+    for label in range(num_classes):
+        order = np.argsort(counts[label], kind="stable")
+        rare = order[order != label][:half]
+        strangers[label], probes[label] = counts[label, rare].sum(), of_probes[label, rare].sum()
+    sizes, own, among = counts.sum(1), of_probes.sum(1), int(probes.sum())
+    total = int(own.sum())
+    if not half or among >= total:
+        return np.ones(num_classes)
+    p_values = stats.betabinom.sf(strangers - 1, sizes, among + 1, total - among)
+    fewer = stats.binom.cdf(probes, own, strangers / np.maximum(sizes, 1))
+    alike = (probes > 0) & (fewer > 0.05)
+    return np.where(alike | (sizes == 0), 1.0, p_values)

@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+
+from badloss_jax.scanning import judge
+from badloss_jax.scoring import first_seen_as, stranger_p_values
+
+
+def test_first_seen_as_is_the_nearest_mean(rng):
+    labels = rng.integers(0, 4, 500) * 3 + 1
+    features = rng.normal(size=(500, 1, 6)).astype(np.float16)
+    known = np.unique(labels)
+    means = np.stack([features[labels == label, 0].astype(np.float64).mean(0) for label in known])
+    distances = ((features[:, 0, None].astype(np.float64) - means) ** 2).sum(-1)
+    got = first_seen_as(features, labels)
+    np.testing.assert_array_equal(got, known[distances.argmin(1)])
+    np.testing.assert_array_equal(first_seen_as(features[:, 0], labels), got)
+
+
+def impressions(rng, attacked=(), poison=0.1, hard=(), size=20_000, probes=250, classes=10):
+    """Each class is confused with the next two; hard ones with all. Poison looks like the class that it came from."""
+    labels = rng.integers(0, classes, size)
+    is_probe = np.zeros(size, bool)
+    is_probe[rng.choice(size, probes, replace=False)] = True
+    seen, chance = labels.copy(), rng.random(size)
+    seen = np.where(chance < 0.1, (labels + 1) % classes, np.where(chance < 0.15, (labels + 2) % classes, seen))
+    bad = np.isin(labels, attacked) & ~is_probe & (rng.random(size) < poison)
+    lost = np.isin(labels, hard) & (rng.random(size) < 0.4)
+    anywhere = rng.integers(0, classes, size)
+    return labels, np.where(bad | lost, anywhere, seen), is_probe
+
+
+def test_classes_with_relabelled_images_are_found(rng):
+    for _ in range(20):
+        p_values = 10 * stranger_p_values(*impressions(rng, attacked=(2, 3, 5, 7, 8)), 10)
+        assert (p_values[[2, 3, 5, 7, 8]] < 0.05).sum() >= 4
+        assert p_values[[0, 1, 4, 6, 9]].min() > 0.05
+
+
+def test_a_class_that_is_confused_with_all_is_seldom_called_strange(rng):
+    """Its own probes are strangers, too."""
+    named = [stranger_p_values(*impressions(rng, hard=(4,)), 10)[4] < 0.005 for _ in range(100)]
+    assert np.mean(named) < 0.1
+
+
+def test_clean_classes_are_not_strange(rng):
+    for size in (2_000, 20_000):
+        p_values = [10 * stranger_p_values(*impressions(rng, size=size), 10).min() for _ in range(100)]
+        assert np.mean(np.array(p_values) < 0.05) <= 0.05
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_two_classes_say_nothing(rng, classes):
+    labels = rng.integers(0, classes, 100)
+    assert (stranger_p_values(labels, 0 * labels, np.arange(100) < 20, classes) == 1).all()
+
+
+def test_no_probes_and_empty_classes_say_nothing(rng):
+    labels, seen, is_probe = impressions(rng)
+    assert (stranger_p_values(labels, seen, 0 * is_probe > 1, 10) == 1).all()
+    assert stranger_p_values(labels, seen, is_probe, 12)[10:].tolist() == [1, 1]
+
+
+def test_impressions_count_only_where_something_stands_out(rng):
+    labels, seen, is_probe = impressions(rng, attacked=(2, 5))
+    scores = rng.normal(size=len(labels))
+    verdict = judge(scores, scores[is_probe], labels, is_probe, 10, "alpha", 0.1, seen)
+    assert verdict.stands_out or not any(entry["affected"] for entry in verdict.classes)
+    scores[np.flatnonzero((labels == 7) & ~is_probe)[:600]] += 9
+    named = judge(scores, scores[is_probe], labels, is_probe, 10, "alpha", 0.1, seen).classes
+    assert {label for label, entry in enumerate(named) if entry["affected"]} == {2, 5, 7}

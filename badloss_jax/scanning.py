@@ -41,6 +41,7 @@ from badloss_jax.report.scan import Suspects, render_scan, write_suspects
 from badloss_jax.report.writers import open_writers
 from badloss_jax.scoring import (
     PoisonedShare,
+    common_excess,
     conformal_p_values,
     detectable_share,
     first_seen_as,
@@ -96,7 +97,8 @@ def judge(
     """Says whether anything stands out, in which classes, how much, and what to remove.
 
     On clean data with exchangeable probes something stands out in at most 1 % of all scans. Once it does for all images
-    together, classes are named by the distances of their images or by what these looked like at first.
+    together, classes are named by the distances of their images, or by what these looked like at first; what they have
+    in common with three quarters of the classes is put down to the calibration.
 
     Args:
       scores: [N], higher is more suspicious, on a scale that classes share.
@@ -110,6 +112,7 @@ def judge(
     count, others = len(probe_scores), ~is_probe
     p_values = conformal_p_values(scores, probe_scores)
     no_poison = no_poison_p_value(p_values[others], count)
+    excess = common_excess(p_values[others], labels[others], count)
     classes, level_of_class, strange = [], _CERTAIN, np.ones(num_classes)
     if no_poison < _CERTAIN:
         level_of_class = _NAMED
@@ -118,7 +121,7 @@ def judge(
     for label in range(num_classes):
         chosen = p_values[others & (labels == label)]
         if len(chosen):
-            certain = no_poison_p_value(chosen, count)
+            certain = no_poison_p_value(chosen, count, excess)
             if seen_as is not None and no_poison < _CERTAIN:
                 certain = 2 * min(certain, float(strange[label]))
             certain = min(1.0, num_classes * certain)

@@ -9,6 +9,7 @@ from scipy import stats
 
 from badloss_jax.errors import UsageError
 from badloss_jax.scoring import (
+    common_excess,
     conformal_p_values,
     detectable_share,
     knn_distances,
@@ -196,3 +197,24 @@ def test_the_noise_of_the_calibration_is_beta():
     shares = [(conformal_p_values(draw.normal(size=5_000), draw.normal(size=50)) <= 5 / 51 + 1e-9).mean()
               for _ in range(300)]  # fmt: skip
     assert stats.kstest(shares, stats.beta(5, 46).cdf).pvalue > 0.001
+
+
+def test_what_classes_have_in_common_is_not_held_against_one():
+    """Probes that lie too near make every class look poisoned; against the others only the poisoned one does."""
+    draw = np.random.default_rng(19)
+    labels, scores = draw.integers(0, 10, 20_000), draw.normal(size=20_000)
+    scores[np.flatnonzero(labels == 6)[:200]] += 5
+    p_values = conformal_p_values(scores, draw.normal(size=250) - 0.3)
+    excess = common_excess(p_values, labels, 250)
+    assert (excess > 0).any()
+    alone = [no_poison_p_value(p_values[labels == label], 250) for label in range(10)]
+    beside = [no_poison_p_value(p_values[labels == label], 250, excess) for label in range(10)]
+    assert sum(p_value < 0.05 for p_value in alone) > 5
+    assert [label for label, p_value in enumerate(beside) if p_value < 0.005] == [6]
+
+
+def test_common_excess_by_hand():
+    p_values, labels = np.array([0.1, 0.1, 0.5, 0.1, 0.9, 0.9, 0.9, 0.1]), np.repeat([0, 1, 2, 9], 2)
+    # With nine probes all levels are 0.1; the rates of the classes are 1, 1/2, 0 and 1/2, their lower quartile 0.375.
+    np.testing.assert_allclose(common_excess(p_values, labels, 9), 0.275)
+    assert not common_excess(np.ones(8), labels, 9).any()

@@ -2,6 +2,7 @@
 
 from badloss_jax.scoring.calibration import (
     PoisonedShare,
+    common_excess,
     conformal_p_values,
     detectable_share,
     no_poison_p_value,
@@ -24,6 +25,7 @@ __all__ = [
     "anomaly_scores",
     "benjamini_hochberg",
     "benjamini_hochberg_threshold",
+    "common_excess",
     "conformal_p_values",
     "detectable_share",
     "filter_epochs",

@@ -144,7 +144,26 @@ def _share_at(p_values: np.ndarray, num_probes: int, rank: int, tail: float) -> 
     return PoisonedShare(*(min(max(share, 0.0), 1.0) for share in shares))
 
 
-def no_poison_p_value(p_values: Float[np.ndarray, "M"], num_probes: int) -> float:
+def common_excess(
+    p_values: Float[np.ndarray, "M"], labels: Int[np.ndarray, "M"], num_probes: int
+) -> Float[np.ndarray, "L"]:  # fmt: skip
+    """Returns by how much nearly all classes exceed each of the `LEVELS`: what the calibration is off by, float64.
+
+    That is the lower quartile over classes of the share with p <= level, less the level, and at least 0. Where more
+    than three quarters of the classes are poisoned, it counts some of that.
+    """
+    _, group, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    excess = []
+    for level in LEVELS:
+        expected = _rank(level, num_probes) / (num_probes + 1)
+        rates = np.bincount(group, p_values <= expected + 1e-12) / sizes
+        excess.append(max(0.0, float(np.quantile(rates, 0.25)) - expected))
+    return np.array(excess)
+
+
+def no_poison_p_value(
+    p_values: Float[np.ndarray, "M"], num_probes: int, excess: Float[np.ndarray, "L"] | None = None
+) -> float:  # fmt: skip
     """Tests whether these examples are as clean as the probes; small means that too many of them lie far out.
 
     If probes and examples are exchangeable, the number of M examples among the k largest ranks of P probes is
@@ -154,17 +173,18 @@ def no_poison_p_value(p_values: Float[np.ndarray, "M"], num_probes: int) -> floa
     Args:
       p_values: [M], by `conformal_p_values` from one set of probes.
       num_probes: P.
+      excess: [L], shares of the examples at each of the `LEVELS` that are not to count (`common_excess`).
 
     Returns:
       In [0, 1].
     """
-    p_values, ranks = np.asarray(p_values), sorted({_rank(level, num_probes) for level in LEVELS})
-    tails = [
-        float(stats.betabinom.sf((p_values <= rank / (num_probes + 1) + 1e-12).sum() - 1, len(p_values), rank,
-                                 num_probes + 1 - rank))
-        for rank in ranks
-    ]  # fmt: skip
-    return min(1.0, len(ranks) * min(tails))
+    p_values, count = np.asarray(p_values), len(p_values)
+    ranks = [_rank(level, num_probes) for level in LEVELS]
+    tails = []
+    for rank, spared in zip(ranks, np.zeros(len(ranks)) if excess is None else excess, strict=True):
+        found = int((p_values <= rank / (num_probes + 1) + 1e-12).sum() - spared * count)
+        tails.append(float(stats.betabinom.sf(found - 1, count, rank, num_probes + 1 - rank)))
+    return min(1.0, len(set(ranks)) * min(tails))
 
 
 def detectable_share(num_probes: int, certain: float) -> float:

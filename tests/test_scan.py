@@ -23,7 +23,7 @@ from badloss_jax.cli import main
 from badloss_jax.errors import BadlossError, DataError, UsageError
 from badloss_jax.scanning import REASONS, judge, scan, sentence, write_cleaned
 from badloss_jax.scoring import conformal_p_values
-from tests.conftest import opened
+from tests.conftest import opened, prepare_in_shards
 
 CLASSES = ("<img src=x onerror=alert(1)>", "=1+1", "c|d & 'e'", "\u202e f\u00fc", *"456789")
 SMALL = ("--config.model.stages=(8,)", "--config.recording.epochs=4", "--config.recording.batch_size=32")
@@ -299,12 +299,27 @@ def test_arrays(tmp_path, capsys):
     assert "give a text file of row numbers" in capsys.readouterr().err
 
 
-def test_a_folder_of_tfds(tmp_path, prepared, monkeypatch, capsys):
-    """By its path, and by its name; twelve images support no probes, and it says so."""
-    for name in (str(prepared / "out"), "out"):
-        monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
-        assert main(["scan", "--data", f"tfds:{name}", "--probes", "6", "--workdir", str(tmp_path / "o")]) == 2
-        assert "6 of 12 images are probes, expected at least 10" in capsys.readouterr().err
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_folder_of_tfds(tmp_path, monkeypatch, streamed):
+    """By its path, and by its name below TFDS_DATA_DIR; in memory, and streamed by the hosts."""
+    names, _, _ = write_digits(tmp_path / "images" / "train", count=120, noise=0)
+    (tmp_path / "images" / "test").symlink_to(tmp_path / "images" / "train")
+    prepare_in_shards(tmp_path / "images", tmp_path / "prepared")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    (tmp_path / "probes.txt").write_text("".join(f"{row}\n" for row in range(0, 120, 3)))
+    how = ["--config.data.input=streamed"] * streamed
+    for name in (str(tmp_path / "prepared"), "prepared"):
+        arguments = command(tmp_path, *how)
+        arguments[arguments.index("--data") + 1] = f"tfds:{name}"
+        assert main(arguments) == 0
+    removed, kept = ([int(row) for row in lines(tmp_path / "out" / f"{name}.txt")] for name in ("remove", "keep"))
+    assert sorted(removed + kept) == list(range(len(names)))
+    assert "data:image/png" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_small_or_missing_folder_of_tfds(tmp_path, prepared, capsys):
+    assert main(["scan", "--data", f"tfds:{prepared / 'out'}", "--probes", "6", "--workdir", str(tmp_path / "o")]) == 2
+    assert "6 of 12 images are probes, expected at least 10" in capsys.readouterr().err
     assert main(["scan", "--data", "tfds:nothing", "--probes", "6", "--workdir", str(tmp_path / "o")]) == 2
 
 

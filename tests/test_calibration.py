@@ -169,8 +169,11 @@ def test_by_class_by_hand():
     scores, labels = np.array([1.0, 2.0, 3.0, 40.0]), np.array([0, 0, 0, 7])
     ours, probes = standardised_by_class(scores, labels, np.array([3.0, 41.0]), np.array([0, 7]))
     assert ours[[1, 3]].tolist() == [0, 0]
-    lows, whole = np.quantile(scores[:3], 0.16), -np.quantile([-1, 0, 1, 0], 0.16)
-    assert ours[2] == pytest.approx(1 / ((2 - lows) ** (3 / 23) * whole ** (20 / 23)))
+    low, high = np.quantile(scores[:3], [0.16, 0.84])
+    own = ((2 - low) + (high - 2)) / 2
+    low, high = np.quantile([-1, 0, 1, 0], [0.16, 0.84])
+    whole = (-low + min(high, -2 * low)) / 2
+    assert ours[2] == pytest.approx(1 / (own ** (3 / 23) * whole ** (20 / 23)))
     assert probes[0] == ours[2]
     assert probes[1] == pytest.approx(1 / (1e-6 ** (1 / 21) * whole ** (20 / 21)))
 

@@ -9,6 +9,7 @@ random draw.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -48,9 +49,10 @@ def standardised_by_class(
 
     A hard or small class lies far from the probes as a whole, and p-values over all classes would call it poisoned.
     Here the probes of all classes still calibrate together, which the few of one class could not: among P_c probes no
-    p-value is below 1 / (P_c + 1). The spread is the distance from the 16th percentile to the median. Both come from
-    the lower half, which poison does not reach as long as it is a minority of its class. Of small classes the spread is
-    drawn towards that of all classes, (geometrically, by n / (n + 20)).
+    p-value is below 1 / (P_c + 1). The spread is the mean of the distances from the median to the 16th and to the 84th
+    percentile, the latter counted as twice the former at most: poison that is a minority of its class then moves
+    neither median nor spread by much. Of small classes the spread is drawn towards that of all classes (geometrically,
+    by n / (n + 20)).
 
     Args:
       scores: [N], of all examples, higher is more suspicious; log distances, or what is on such a scale.
@@ -74,15 +76,19 @@ def standardised_by_class(
     known, group, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     order = np.lexsort((scores, group))
     starts = np.cumsum(sizes) - sizes
-    medians, lows = (_quantile(scores[order], starts, sizes, share) for share in (0.5, 0.16))
+    lows, medians, highs = (_quantile(scores[order], starts, sizes, share) for share in (0.16, 0.5, 0.84))
     centred = scores - medians[group]
-    whole = max(-float(np.quantile(centred, 0.16)), 1e-6)
+    low, high = np.quantile(centred, [0.16, 0.84])
     weight = sizes / (sizes + _FEW)
-    spreads = np.maximum(medians - lows, 1e-6) ** weight * whole ** (1 - weight)
+    spreads = _spread(medians - lows, highs - medians) ** weight * _spread(-low, high) ** (1 - weight)
     place = np.minimum(np.searchsorted(known, probe_labels), len(known) - 1)
     if (known[place] != probe_labels).any():
         raise UsageError("a probe has a label that no example has")
     return centred / spreads[group], (probe_scores - medians[place]) / spreads[place]
+
+
+def _spread(below: Any, above: Any) -> Any:
+    return np.maximum((below + np.minimum(above, 2 * below)) / 2, 1e-6)
 
 
 def _quantile(values: np.ndarray, starts: np.ndarray, sizes: np.ndarray, share: float) -> np.ndarray:

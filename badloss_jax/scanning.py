@@ -187,6 +187,9 @@ def scan(
       PreemptedError: it was told to stop; the same call goes on.
     """
     started, progress, mesh = time.monotonic(), progress or Progress(None), mesh or make_mesh()
+    guess = default_config()  # refuses wrong settings before anything is read
+    suggest(guess, 1_000, (32, 32, 3), 10, 1_000_000)
+    override(guess, overrides)
     examples, config = _read(data, probes, workdir, overrides, follow_links)
     split, count, shape = examples.split, len(examples.names), examples.image_shape
     probe_ids = choose_probes(probes, examples, config.seed)

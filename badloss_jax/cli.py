@@ -287,10 +287,12 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _scan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from badloss_jax.progress import Progress
     from badloss_jax.report.tables import as_text, class_table
-    from badloss_jax.scanning import scan, write_cleaned
+    from badloss_jax.scanning import check_target, scan, write_cleaned
 
     if arguments.links and not arguments.apply:
         raise UsageError("--links needs --apply DIR2")
+    if arguments.apply:
+        check_target(arguments.data, arguments.workdir, arguments.apply)
     _set_up_jax()
     results = scan(arguments.data, arguments.probes, arguments.workdir, overrides,
                    follow_links=arguments.follow_links, progress=Progress())  # fmt: skip

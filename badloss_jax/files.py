@@ -57,6 +57,11 @@ def write_lines(path: Path, lines: Sequence[str]) -> None:
     write_atomically(path, lambda aside: aside.write_bytes(content))
 
 
+def as_unicode(name: str) -> str:
+    """Returns the name of a file as UTF-8 can hold it: bytes that are none become backslash escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def printable(name: str) -> str:
     """Returns the name of a file as text to show: bytes that are no UTF-8, and control characters, become escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

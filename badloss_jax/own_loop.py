@@ -233,9 +233,12 @@ class TrajectoryRecorder:
             columns = read_column(self.buffer, epoch, self.num_examples)
             store.write_epoch(epoch, {kind: run for kind, (run,) in columns.items()})
         write_text(beside / "recorder.json", json.dumps(settings))
+        before = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(before, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(before)
         beside.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: Path | str, *, mesh: Mesh | None = None) -> "TrajectoryRecorder":

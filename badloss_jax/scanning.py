@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from badloss_jax.artefacts import Artefacts
 from badloss_jax.attacks.poisoning import unpoisoned
-from badloss_jax.config import default_config, override, parse_rule, to_dict
+from badloss_jax.config import default_config, override, parse_rule, settled, to_dict
 from badloss_jax.data.arrays import write_arrays_without
 from badloss_jax.data.training_set import TrainingSet, list_folder, read_arrays, read_folder, read_tfds, suggested_size
 from badloss_jax.defenses.badloss import suspicions
@@ -40,6 +40,7 @@ from badloss_jax.report.results import environment
 from badloss_jax.report.scan import Suspects, render_scan, write_suspects
 from badloss_jax.report.writers import open_writers
 from badloss_jax.scoring import (
+    LEVELS,
     PoisonedShare,
     common_excess,
     conformal_p_values,
@@ -62,9 +63,13 @@ from badloss_jax.workdir import claim, read_resumes
 SCHEMA_VERSION = 1
 REASONS = ("learned too early", "learned too late", "unlike its class")
 _CERTAIN = 0.005  # a verdict on clean data errs this often, overall, and as often by some class
+_HEAVIER = 2  # times as many again of a clean class may lie far out as of all: some have heavier tails
 _NAMED = 0.05  # where something stands out overall, a class is named wrongly so often
 _NEAREST = 3  # probes that are shown beside a suspect
 _FEWEST = 10  # probes
+# Settings of a run that mean nothing here, at their only value.
+_UNUSED = {"data.train_examples": 0, "data.test_examples": 0, "data.pad": 0, "data.class_names": [],
+           "attacks.names": [], "defenses.names": [], "retraining.enabled": False}  # fmt: skip
 _ASIDE = ".badloss-copy"  # a file on its way; hidden, so that nobody takes it for an image
 
 
@@ -96,9 +101,10 @@ def judge(
 ) -> Verdict:  # fmt: skip
     """Says whether anything stands out, in which classes, how much, and what to remove.
 
-    On clean data with exchangeable probes something stands out in at most 1 % of all scans. Once it does for all images
-    together, classes are named by the distances of their images, or by what these looked like at first; what they have
-    in common with three quarters of the classes is put down to the calibration.
+    On clean data whose classes are alike, something stands out in at most 1 % of all scans; a class alone makes it so
+    only if three times as many of its images lie far out as should, and more than chance explains. Once it does for all
+    images together, classes are named by the distances of their images, or by what these looked like at first; what
+    they have in common with three quarters of the classes is put down to the calibration.
 
     Args:
       scores: [N], higher is more suspicious, on a scale that classes share.
@@ -114,7 +120,9 @@ def judge(
     no_poison = no_poison_p_value(p_values[others], count)
     excess = common_excess(p_values[others], labels[others], count)
     classes, level_of_class, strange = [], _CERTAIN, np.ones(num_classes)
-    if no_poison < _CERTAIN:
+    if no_poison >= _CERTAIN:  # a class alone has to convince
+        excess += _HEAVIER * np.array(LEVELS)
+    else:
         level_of_class = _NAMED
         if seen_as is not None:
             strange = stranger_p_values(labels, seen_as, is_probe, num_classes)
@@ -194,9 +202,15 @@ def scan(
     split, count, shape = examples.split, len(examples.names), examples.image_shape
     probe_ids = choose_probes(probes, examples, config.seed)
     suggest(config, count, shape, examples.num_classes, len(probe_ids))
-    config.recording.batch_size = round_up(config.recording.batch_size, mesh)
+    batch = round_up(config.recording.batch_size, mesh)
+    config.recording.batch_size = config.retraining.batch_size = batch
     config = override(config, overrides)
     check_devices(config, mesh)
+    told = settled(config)
+    unused = [key for key, value in _UNUSED.items() if told[key] != value]
+    if unused:
+        raise UsageError(f"a scan has no use for {unused[0]}: it takes the training set as it is, and neither attacks"
+                         " nor retrains; `badloss run` does")  # fmt: skip
     if len(config.scoring.kinds) != 1 or len(config.rejection.rules) != 1:
         raise UsageError(f"scoring.kinds = {config.scoring.kinds} and rejection.rules = {config.rejection.rules}:"
                          " a scan has one kind and one rule")  # fmt: skip
@@ -204,7 +218,7 @@ def scan(
     _tell(examples, probes, is_probe, config, progress)
     with (
         Preemption() as preemption,
-        claim(workdir, config, free=("scoring", "rejection", "report")),
+        claim(workdir, config, free=("probes", "scoring", "rejection", "report")),
         open_writers(workdir, config) as writers,
     ):
         trainer = Trainer(config, workdir, Artefacts(workdir), mesh, progress, writers, preemption)
@@ -222,11 +236,15 @@ def scan(
             recording.train(trainer, placed, split.labels, is_probe, folder)
             seconds["recording"] = trainer.seconds_before + time.monotonic() - begun
         trainer.finish("recording", recording.identity)
-        begun = time.monotonic()
-        results = _report(TrajectoryStore.open(folder), examples, probe_ids, config, workdir, mesh)
+        preemption.stop_if_reached()
+        begun, store = time.monotonic(), TrajectoryStore.open(folder)
+        if not np.array_equal(store.probe_ids(), probe_ids):
+            store.mark_probes(probe_ids)
+        results = _report(store, examples, probe_ids, config, workdir, mesh)
         seconds["scoring"] = time.monotonic() - begun
         results |= {"seconds": seconds, "resumes": read_resumes(workdir)}
         write_text(workdir / "scan.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+        preemption.stop_if_reached()
     return results
 
 
@@ -253,10 +271,13 @@ def _read(
         if trusted.is_dir() and not trusted.resolve().is_relative_to(listing.root):
             beside = list_folder(trusted, follow_links, listing.class_names)
         read = partial(read_folder, listing, trusted=beside)
-    root, out = Path(config.data.dir).expanduser().resolve(), workdir.resolve()
-    if out.is_relative_to(root) or root.is_relative_to(out):
-        raise UsageError(f"--workdir {workdir} and --data {data} lie in one another: the data's folder is never"
-                         " written, choose another for the scan")  # fmt: skip
+    out, own = workdir.resolve(), {"--data": Path(config.data.dir).expanduser()}
+    if trusted.is_dir():
+        own["--probes"] = trusted
+    for option, folder in own.items():
+        if out.is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(out):
+            raise UsageError(f"--workdir {workdir} and {option} {folder} lie in one another: your images' folders are"
+                             " never written, choose another for the scan")  # fmt: skip
     return read(override(config, of_data).data), config
 
 
@@ -379,7 +400,7 @@ def _report(
     suspects = Suspects(
         ids, [examples.names[number] for number in ids], labels[ids], scores[ids], verdict.p_values[ids],
         probe_ids[nearest_probes(seen[ids], seen[probe_ids], _NEAREST)], _reasons(losses, ids, probe_ids),
-        verdict.removed[ids], labels[ids] if seen_as is None else seen_as[ids],
+        verdict.removed[ids], None if seen_as is None else seen_as[ids],
     )  # fmt: skip
     results = {
         "schema_version": SCHEMA_VERSION,
@@ -387,6 +408,8 @@ def _report(
         "stands_out": verdict.stands_out,
         "num_examples": count,
         "probe_count": len(probe_ids),
+        "probe_rows": probe_ids.tolist(),
+        "trusted_count": count - examples.own,
         "removed_count": int(verdict.removed.sum()),
         "suspect_count": len(ids),
         "left_out_count": len(examples.left_out),
@@ -410,6 +433,22 @@ def _report(
     return results
 
 
+def check_target(data: str, workdir: Path, target: Path) -> None:
+    """Raises UsageError if a cleaned copy of the training set cannot lie there, before a scan takes its time."""
+    source = Path(data).expanduser()
+    if data.startswith("tfds:") or (source.suffix == ".npz") != (target.suffix == ".npz"):
+        raise UsageError(f"--apply {target} for --data {data}: a folder of images becomes a folder, an .npz file"
+                         " another .npz file; of TFDS, leave out the rows of remove.txt when reading it")  # fmt: skip
+    if source.suffix == ".npz":
+        if target.exists():
+            raise UsageError(f"--apply {target} exists: choose another file")
+        return
+    root, end, out = source.resolve(), target.resolve(), workdir.resolve()
+    if end.is_relative_to(root) or root.is_relative_to(end) or end.is_relative_to(out) or out.is_relative_to(end):
+        raise UsageError(f"--apply {target} lies in --data {data} or --workdir {workdir}, or one of them in it: choose"
+                         " another folder")  # fmt: skip
+
+
 def write_cleaned(data: str, workdir: Path, target: Path, links: bool = False, progress: Progress | None = None) -> int:
     """Makes a copy of the training set without what a scan removed; a test set is not copied.
 
@@ -427,6 +466,7 @@ def write_cleaned(data: str, workdir: Path, target: Path, links: bool = False, p
       UsageError: the scan is not finished, or the target lies in the data's folder or holds something else.
       DataError: a file cannot be read or written.
     """
+    check_target(data, workdir, target)
     progress, source, lists = progress or Progress(None), Path(data).expanduser(), {}
     for name in ("keep.txt", "remove.txt"):
         try:
@@ -434,16 +474,10 @@ def write_cleaned(data: str, workdir: Path, target: Path, links: bool = False, p
         except OSError as error:
             raise UsageError(f"{workdir / name} cannot be read ({error}): finish the scan first") from error
     keep = lists["keep.txt"]
-    if data.startswith("tfds:") or (source.suffix == ".npz") != (target.suffix == ".npz"):
-        raise UsageError(f"--apply {target} for --data {data}: a folder of images becomes a folder, an .npz file"
-                         " another .npz file; of TFDS, leave out the rows of remove.txt when reading it")  # fmt: skip
     if source.suffix == ".npz":
         write_arrays_without(source, target, np.array([int(row) for row in lists["remove.txt"]], np.int64))
         return len(keep)
-    root, end = source.resolve(), target.resolve()
-    if end.is_relative_to(root) or root.is_relative_to(end) or end.is_relative_to(workdir.resolve()):
-        raise UsageError(f"--apply {target} lies in --data {data} or --workdir {workdir}, or one of them in it: choose"
-                         " another folder")  # fmt: skip
+    root = source.resolve()
     wanted = {*keep, *(str(Path(name).with_name(_ASIDE)) for name in keep)}
     found = (path for path in target.rglob("*") if path.is_symlink() or not path.is_dir())
     strangers = [path for path in found if path.relative_to(target).as_posix() not in wanted]
@@ -457,10 +491,10 @@ def write_cleaned(data: str, workdir: Path, target: Path, links: bool = False, p
         old, new = root / name, target / name
         try:
             new.parent.mkdir(parents=True, exist_ok=True)
-            if links:
-                if not new.is_symlink():
-                    new.symlink_to(old)
-            elif not new.is_file():
+            if links and not new.is_symlink():
+                new.unlink(missing_ok=True)
+                new.symlink_to(old)
+            elif not links and (new.is_symlink() or not new.is_file()):
                 aside = new.with_name(_ASIDE)
                 shutil.copyfile(old, aside)
                 aside.replace(new)

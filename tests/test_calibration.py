@@ -9,6 +9,7 @@ from scipy import stats
 
 from badloss_jax.errors import UsageError
 from badloss_jax.scoring import (
+    PoisonedShare,
     common_excess,
     conformal_p_values,
     detectable_share,
@@ -70,6 +71,7 @@ def test_the_poisoned_share_by_hand():
     assert poisoned_share(p_values, 9, levels=(0.1,)).estimate == pytest.approx(1 - 0.54 / 0.9)
     assert poisoned_share(np.ones(7), 9).estimate == 0
     assert poisoned_share(np.full(7, 0.1), 9).estimate == 1
+    assert poisoned_share(np.ones(1), 250) == PoisonedShare(0.0, 0.0, 1.0)  # of one example nothing is known
     assert poisoned_share(p_values, 9, levels=(0.01,)) == poisoned_share(
         p_values, 9, levels=(0.1,)
     )  # the lowest there is
@@ -116,7 +118,7 @@ def test_the_test_of_no_poison_sees_what_it_says_it_sees():
 
 def test_one_probe_supports_little_and_says_so():
     assert no_poison_p_value(np.full(10, 0.5), 1) == 1.0 or no_poison_p_value(np.full(10, 0.5), 1) > 0.05
-    assert unsupported("alpha", 0.1, 9) == ""
+    assert unsupported("alpha", 0.1, 9) == unsupported("alpha", 0.0, 9) == ""
     assert "no p-value is below 0.11: 9 probes would do" in unsupported("alpha", 0.1, 8)
     assert unsupported("fdr", 0.1, 49) == ""
     assert "20% of the examples lie beyond every probe" not in unsupported("fdr", 0.1, 49)

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +24,9 @@ from sklearn.datasets import load_digits
 from badloss_jax.cli import main
 from badloss_jax.errors import BadlossError, DataError, UsageError
 from badloss_jax.scanning import REASONS, judge, scan, sentence, write_cleaned
-from badloss_jax.scoring import conformal_p_values
+from badloss_jax.scoring import conformal_p_values, standardised_by_class
+from badloss_jax.training.mesh import make_mesh
+from badloss_jax.trajectories.store import TrajectoryStore
 from tests.conftest import opened, prepare_in_shards
 
 CLASSES = ("<img src=x onerror=alert(1)>", "=1+1", "c|d & 'e'", "\u202e f\u00fc", *"456789")
@@ -97,21 +101,16 @@ def test_what_a_scan_writes(scanned):
     assert (results["removed_count"], results["probe_count"], results["num_examples"]) == (len(removed), 80, 500)
     assert lines(out / "left_out.txt")[0].startswith(f"{CLASSES[3]}/broken.png\t")
     table = pq.read_table(out / "suspects.parquet")
-    assert [n for n, r in zip(table["path"].to_pylist(), table["removed"].to_pylist(), strict=True) if r]
-    assert {
-        name for name, gone in zip(table["path"].to_pylist(), table["removed"].to_pylist(), strict=True) if gone
-    } == {name.replace("\u202e", "\\u202e") for name in removed}
+    assert {row["path"] for row in table.to_pylist() if row["removed"]} == set(removed)
     scores, p_values = table["score"].to_numpy(), table["p_value"].to_numpy()
     assert (np.diff(scores) <= 0).all()
     assert (np.diff(p_values) >= 0).all()
     assert p_values.max() <= 0.1
     assert set(table["reason"].to_pylist()) <= set(REASONS)
     assert all(len(near) == 3 for near in table["nearest_probes"].to_pylist())
-    assert {name for near in table["nearest_probes"].to_pylist() for name in near} <= {
-        name.replace("\u202e", "\\u202e") for name in trusted
-    }
+    assert {name for near in table["nearest_probes"].to_pylist() for name in near} <= set(trusted)
     for name, row in zip(table["path"].to_pylist(), table["row"].to_pylist(), strict=True):
-        assert name == sorted(names)[row].replace("\u202e", "\\u202e")
+        assert name == sorted(names)[row]
 
 
 def test_the_csv_file_says_the_same_and_holds_no_formula(scanned):
@@ -126,14 +125,36 @@ def test_the_csv_file_says_the_same_and_holds_no_formula(scanned):
         assert not any(cell.startswith(("=", "+", "@")) for cell in row.values())
 
 
-def test_scores_are_what_the_parts_say(scanned):
-    """p-values and removal from the files alone: by class, calibrated by the probes' leave-one-out distances."""
-    table = pq.read_table(scanned[0] / "out" / "suspects.parquet")
+def nearest(rows, probes, k, leave_out=False):
+    """Mean distances to the k nearest probes, in float64."""
+    distances = np.sqrt(((rows[:, None] - probes[None]) ** 2).sum(-1))
+    if leave_out:
+        np.fill_diagonal(distances, np.inf)
+    return np.sort(distances, axis=1)[:, :k].mean(1)
+
+
+def test_scores_are_what_the_definition_says(scanned):
+    """From the trajectories alone: combined, on the scale of each class, calibrated by leave-one-out distances."""
     results = json.loads((scanned[0] / "out" / "scan.json").read_text())
-    assert table["removed"].to_numpy().sum() == results["removed_count"]
-    assert len(table) == results["suspect_count"]
-    alpha = results["config"]["rejection"]["alpha"]
-    np.testing.assert_array_equal(table["removed"].to_numpy(), table["p_value"].to_numpy() <= alpha)
+    store, probes = TrajectoryStore.open(scanned[0] / "out" / "trajectories"), np.array(results["probe_rows"])
+    totals, of_probes = [], []
+    for kind in ("features", "ranked"):
+        rows = store.read(kind, np.array(results["epochs_kept"])).astype(np.float64).reshape(store.num_examples, -1)
+        k = results["config"]["scoring"][kind]["k"]
+        ours = np.log(nearest(rows, rows[probes], k))
+        theirs = np.log(nearest(rows[probes], rows[probes], k, leave_out=True))
+        low, middle, high = np.percentile(theirs, [16, 50, 84])
+        totals.append((ours - middle) / ((high - low) / 2))
+        of_probes.append((theirs - middle) / ((high - low) / 2))
+    scores, own = np.mean(totals, axis=0), np.mean(of_probes, axis=0)
+    scores[probes] = own
+    scores, own = standardised_by_class(scores, store.labels(), own, store.labels()[probes])
+    p_values = np.array([(1 + (own >= score).sum()) / (len(own) + 1) for score in scores])
+    table = pq.read_table(scanned[0] / "out" / "suspects.parquet")
+    rows = table["row"].to_numpy()
+    np.testing.assert_allclose(table["score"].to_numpy(), scores[rows], rtol=1e-3, atol=1e-3)
+    expected = set(np.flatnonzero(p_values <= 0.1)) - set(probes)
+    assert len(expected ^ set(rows)) <= 2  # two probes that lie equally far, to float32
 
 
 def test_the_same_command_again_only_scores(copy, capsys):
@@ -169,6 +190,8 @@ def test_a_cleaned_copy(copy, capsys, links):
         assert all(path.read_bytes() == (copy / "data" / name).read_bytes() for name, path in found.items())
         found[kept[0]].unlink()
         (copy / "clean" / Path(kept[0]).parent / ".badloss-copy").write_bytes(b"half")
+    assert main([*command(copy), "--apply", str(copy / "clean"), *["--links"] * (not links)]) == 0
+    assert all((copy / "clean" / name).is_symlink() != links for name in kept)
     (copy / "clean" / "mine.txt").write_text("mine")
     assert main([*command(copy), *extra]) == 2
     assert "holds other files, such as" in capsys.readouterr().err
@@ -247,12 +270,67 @@ def test_trusted_images_in_a_folder_within(tmp_path):
     assert (results["probe_count"], results["num_examples"]) == (count, len(names))
 
 
+def test_other_probes_need_no_other_training(copy, scanned):
+    before = (copy / "out" / "trajectories" / "loss" / "epoch_0000-00000-of-00001.npy").stat().st_mtime_ns
+    (copy / "probes.txt").write_text("\n".join(scanned[3][:70]), "utf-8")
+    assert main(command(copy)) == 0
+    results = json.loads((copy / "out" / "scan.json").read_text())
+    assert results["probe_count"] == 70
+    store = TrajectoryStore.open(copy / "out" / "trajectories")
+    assert store.probe_ids().tolist() == results["probe_rows"]
+    assert (store.folder / "loss" / "epoch_0000-00000-of-00001.npy").stat().st_mtime_ns == before
+
+
+def test_a_class_of_one_image(copy):
+    (copy / "data" / "odd").mkdir()
+    shutil.copy(copy / "data" / "5" / Path(next(n for n in lines(copy / "out" / "keep.txt") if n[:2] == "5/")).name,
+                copy / "data" / "odd" / "one.png")  # fmt: skip
+    assert main(command(copy, out="other")) == 0
+    results = json.loads((copy / "other" / "scan.json").read_text())
+    (entry,) = [entry for entry in results["classes"] if entry["name"] == "odd"]
+    assert (entry["share"]["low"], entry["share"]["high"], entry["affected"]) == (0, 1, False)
+
+
+def test_a_number_of_devices_that_divides_no_usual_batch(copy):
+    results = scan(str(copy / "data"), str(copy / "probes.txt"), copy / "three",
+                   [f"--config.data.cache_dir={copy / 'cache'}", "--config.model.stages=(8,)",
+                    "--config.recording.epochs=3"], mesh=make_mesh(jax.devices()[:3]))  # fmt: skip
+    assert results["config"]["recording"]["batch_size"] == 18
+
+
+def test_the_page_says_what_it_does_not_hold(copy, monkeypatch):
+    monkeypatch.setattr("badloss_jax.report.scan._LISTED", 5)
+    assert main(command(copy)) == 0
+    assert "This page knows the first 5 of" in (copy / "out" / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_heavier_tails_of_a_class_are_no_poison(odd):
+    """Of more probes, too, which see every class more exactly."""
+    draw, found = np.random.default_rng(23), 0
+    for _ in range(20):
+        labels, scores = draw.integers(0, 10, 20_000), draw.normal(size=20_000)
+        scores = np.where((labels < odd) & (scores > 0), 1.5 * scores, scores)
+        is_probe = np.isin(np.arange(20_000), draw.choice(20_000, 1_000, replace=False))
+        both = standardised_by_class(scores, labels, scores[is_probe], labels[is_probe])
+        found += judge(*both, labels, is_probe, 10, "alpha", 0.1).stands_out
+    assert found <= 1
+
+
 @pytest.mark.parametrize("out", ["data/out", "data", "."])
 def test_the_data_are_never_written(copy, capsys, out):
     before = files(copy / "data")
     assert main(command(copy, out=out)) == 2
     assert "lie in one another" in capsys.readouterr().err
     assert files(copy / "data") == before
+
+
+def test_trusted_images_are_never_written(copy, scanned, capsys):
+    shutil.copytree(copy / "data" / "5", copy / "trusted" / "5")
+    shutil.copytree(copy / "data" / "6", copy / "trusted" / "6")
+    assert main(command(copy, probes="trusted", out="trusted/out")) == 2
+    assert "--probes" in capsys.readouterr().err
+    assert not (copy / "trusted" / "out").exists()
 
 
 def test_a_folder_that_cannot_be_written(copy, capsys):
@@ -269,7 +347,8 @@ def test_a_folder_that_cannot_be_written(copy, capsys):
 @pytest.mark.parametrize(
     "wrong",
     [["--config.recording.epoch=3"], ["--config.scoring.kinds=('loss','combined')"], ["--config.rejection.alpha=2"],
-     ["--config.rejection.rules=('fdr','alpha')"], ["--fast"], ["--config.scoring.kinds=('logits',)"]],
+     ["--config.rejection.rules=('fdr','alpha')"], ["--fast"], ["--config.scoring.kinds=('logits',)"],
+     ["--config.data.train_examples=100"], ["--config.data.pad=2"], ["--config.attacks.names=('patch',)"]],
 )  # fmt: skip
 def test_wrong_settings_are_refused(copy, capsys, wrong):
     try:
@@ -283,7 +362,10 @@ def test_wrong_settings_are_refused(copy, capsys, wrong):
 def test_arrays(tmp_path, capsys):
     digits = load_digits()
     images, labels = np.uint8(np.minimum(16 * digits.images[:300], 255)), digits.target[:300]
-    np.savez(tmp_path / "a.npz", x_train=images, y_train=labels, x_test=images[:5], y_test=labels[:5])
+    arrays = {"x_train": images, "y_train": labels, "x_test": images[:5], "y_test": labels[:5]}
+    np.savez(tmp_path / "a.npz", **arrays)
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive, archive.open("file.npy", "w") as member:
+        np.lib.format.write_array(member, np.arange(3))
     (tmp_path / "probes.txt").write_text("".join(f"{row}\n" for row in range(0, 300, 4)))
     assert main([*command(tmp_path, data="a.npz"), "--apply", str(tmp_path / "b.npz")]) == 0
     removed, kept = ([int(row) for row in lines(tmp_path / "out" / f"{name}.txt")] for name in ("remove", "keep"))
@@ -292,8 +374,9 @@ def test_arrays(tmp_path, capsys):
         np.testing.assert_array_equal(cleaned["x_train"], images[kept])
         np.testing.assert_array_equal(cleaned["y_train"], labels[kept])
         np.testing.assert_array_equal(cleaned["x_test"], images[:5])
+        assert cleaned["file"].tolist() == [0, 1, 2]
     assert main([*command(tmp_path, data="a.npz"), "--apply", str(tmp_path / "a.npz")]) == 2
-    assert "is the file to read" in capsys.readouterr().err
+    assert "exists: choose another file" in capsys.readouterr().err
     (tmp_path / "trusted").mkdir()
     assert main(command(tmp_path, data="a.npz", probes="trusted")) == 2
     assert "give a text file of row numbers" in capsys.readouterr().err
@@ -326,7 +409,7 @@ def test_a_small_or_missing_folder_of_tfds(tmp_path, prepared, capsys):
 def test_tiny_classes_and_classes_without_probes(tmp_path, capsys):
     names, _, trusted = write_digits(tmp_path / "data", count=300, noise=0)
     for name in names:
-        if name.startswith(("8/", "9/")) and name not in trusted[:0] and not name.endswith(("8.png", "9.png")):
+        if name.startswith(("8/", "9/")) and not name.endswith(("8.png", "9.png")):
             (tmp_path / "data" / name).unlink()
     left = {name for name in names if (tmp_path / "data" / name).exists()}
     probes = [name for name in trusted if name in left and not name.startswith(("8/", "9/"))]
@@ -344,7 +427,7 @@ def test_tiny_classes_and_classes_without_probes(tmp_path, capsys):
 def test_interrupted_and_taken_up_again(scanned, tmp_path, seconds):
     """Ctrl-C in the middle of the recording: exit code 130, and the rerun ends with the same bytes."""
     folder = scanned[0]
-    arguments = command(folder, "--config.data.workers=0", out=str(tmp_path / "out"))
+    arguments = command(folder, "--config.recording.epochs=40", out=str(tmp_path / "out"))
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
     with subprocess.Popen([sys.executable, "-m", "badloss_jax", *arguments], env=environment, text=True,
                           stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:  # fmt: skip
@@ -354,8 +437,6 @@ def test_interrupted_and_taken_up_again(scanned, tmp_path, seconds):
         time.sleep(0.05 * seconds)
         process.send_signal(signal.SIGINT)
         told = process.communicate(timeout=120)[1]
-    if process.returncode == 0:
-        pytest.skip("it was done before the signal came")
     assert process.returncode == 130, told
     assert "stopping as soon as all is saved; Ctrl-C again stops at once" in told
     assert "the same command goes on from there" in told

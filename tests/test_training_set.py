@@ -2,12 +2,15 @@
 
 import os
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from badloss_jax.config import default_config
+from badloss_jax.data import tfds
+from badloss_jax.data.pixels import decode_pixels
 from badloss_jax.data.training_set import list_folder, read_arrays, read_folder, read_tfds, suggested_size
 from badloss_jax.errors import DataError, UsageError
 from tests.conftest import encoded, unpack
@@ -87,10 +90,36 @@ def test_links_do_not_lead_out_of_the_folder(tmp_path, picture):
     assert listing.left_out == {
         "ant/out.png": "a link that leads out of the folder",
         "ant/nothing.png": "not a file, or a link to nothing",
+        "ant/folder": "a link to a folder",
         "cat": "a link that leads out of the folder",
     }
     followed = list_folder(data, follow_links=True)
     assert {"ant/out.png", "ant/folder/1.png", "cat/secret.png"} <= set(followed.names)
+
+
+def test_train_is_no_way_out_of_the_folder(tmp_path, picture):
+    unpack(tmp_path / "secret", small(picture))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "secret")
+    with pytest.raises(UsageError, match="train is a link that leads out of the folder: --follow_links"):
+        list_folder(tmp_path / "data")
+    assert len(list_folder(tmp_path / "data", follow_links=True).names) == 6
+
+
+def test_links_in_a_circle_end(tmp_path, picture):
+    data = unpack(tmp_path / "data", small(picture))
+    (data / "ant" / "again").symlink_to(data)
+    (data / "bee" / "self").symlink_to(data / "bee")
+    listing = list_folder(data, follow_links=True)
+    assert len(listing.names) < 20
+    assert "a link to a folder that was read already" in listing.left_out.values()
+    assert list_folder(data).left_out == {"ant/again": "a link to a folder", "bee/self": "a link to a folder"}
+
+
+def test_sixteen_bits_become_eight(tmp_path, rng):
+    wide = rng.integers(0, 2**16, (200, 9)).astype(np.uint16)
+    Image.fromarray(wide).save(tmp_path / "x.png")
+    np.testing.assert_array_equal(decode_pixels(tmp_path / "x.png", 0, 1)[..., 0], np.round(wide / 257))
 
 
 def test_bombs_are_not_decoded(tmp_path, picture):
@@ -177,6 +206,19 @@ def test_arrays_need_no_test_set(tmp_path, rng):
     np.savez(tmp_path / "c.npz", x_train=images)
     with pytest.raises(DataError, match="lacks y_train"):
         read_arrays(data_settings(tmp_path, dir=str(tmp_path / "c.npz")))
+
+
+@pytest.mark.parametrize("wrong", [-1, 2])
+def test_labels_that_are_no_classes_are_named(tmp_path, prepared, monkeypatch, wrong):
+    real = tfds.load_training
+
+    def load(settings):
+        split, names = real(settings)
+        return replace(split, labels=np.where(np.arange(12) == 7, wrong, split.labels).astype(np.int32)), names
+
+    monkeypatch.setattr(tfds, "load_training", load)
+    with pytest.raises(DataError, match=rf"1 labels are no classes, the first in row 7: {wrong}; expected 0 to 1"):
+        read_tfds(data_settings(tmp_path, dir=str(prepared / "out")))
 
 
 def test_tfds_needs_no_test_set(tmp_path, prepared):

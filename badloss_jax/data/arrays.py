@@ -2,6 +2,7 @@
 
 import zipfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,11 @@ def write_arrays_without(source: Path, target: Path, rows: Int[np.ndarray, "M"])
     """Writes an .npz file that is the same but for these rows of x_train and y_train.
 
     Raises:
-      UsageError: it would be written over the source.
+      UsageError: the target exists.
       DataError: a file cannot be read or written, or has no such rows.
     """
-    if target.resolve() == source.resolve():
-        raise UsageError(f"{target} is the file to read: choose another")
+    if target.exists():
+        raise UsageError(f"{target} exists: choose another file")
     try:
         with np.load(source, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
@@ -54,7 +55,15 @@ def write_arrays_without(source: Path, target: Path, rows: Int[np.ndarray, "M"])
             arrays[key] = np.delete(arrays[key], rows, axis=0)
     except NPZ_ERRORS as error:
         raise DataError(f"{source} cannot be used: {error}") from error
-    write_atomically(target, lambda aside: np.savez_compressed(aside, **arrays))
+    write_atomically(target, partial(_write_members, arrays))
+
+
+def _write_members(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    """Writes an .npz file; np.savez would not take an array of the name "file"."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
 
 
 def _load(settings: Mapping[str, Any], wanted: Sequence[str]) -> tuple[dict[str, Split], tuple[str, ...]]:

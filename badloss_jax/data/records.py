@@ -213,7 +213,8 @@ def check_memory(needed: int, what: str) -> None:
     """Raises DataError if `needed` bytes are more than the machine's memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
-        raise DataError(f"{what} take {needed:,} bytes, and the machine has {memory:,} of memory")
+        raise DataError(f"{what} take {needed:,} bytes, and the machine has {memory:,} of memory: take fewer or smaller"
+                        " images, or prepare them by `badloss prepare`, which are then streamed")  # fmt: skip
 
 
 def _allow_open_files(shards: int) -> None:

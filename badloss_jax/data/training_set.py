@@ -97,6 +97,8 @@ def list_folder(root: Path, follow_links: bool = False, class_names: tuple[str, 
         raise UsageError(f"{root} is not a folder; expected one with <class>/<image>, or train/<class>/<image>")
     root = root.resolve()
     base, inner = root / "train", root / "train"
+    if _outside(inner, root) and not follow_links:
+        raise UsageError(f"{inner} is a link that leads out of the folder: --follow_links reads such files")
     if not (inner.is_dir() and any(path.is_dir() for path in _visible(inner))):
         base = root
     left_out: dict[str, str] = {}
@@ -112,8 +114,8 @@ def list_folder(root: Path, follow_links: bool = False, class_names: tuple[str, 
     if len(names) < 2:
         raise UsageError(f"{base} has {len(names)} class folders, expected two or more: <class>/<image>")
     for name, files in found.items():
-        if not files and not (base / name).is_symlink():
-            left_out[(base / name).relative_to(root).as_posix()] = "a class folder without images"
+        if not files:
+            left_out.setdefault((base / name).relative_to(root).as_posix(), "a class folder without images")
     if not any(found.values()):
         raise DataError(f"{base} has class folders, and no file in any of them")
     if not class_names:  # an empty folder is no class
@@ -132,8 +134,22 @@ def _walk(folder: Path, root: Path, follow_links: bool, left_out: dict[str, str]
     if _outside(folder, root) and not follow_links:
         left_out[folder.relative_to(root).as_posix()] = "a link that leads out of the folder"
         return
-    for place, folders, files in os.walk(folder, followlinks=follow_links):
+    seen: set[Path] = set()  # links may lead in a circle
+
+    def unreadable(error: OSError) -> None:
+        left_out[Path(error.filename).relative_to(root).as_posix()] = f"a folder that cannot be read: {error.strerror}"
+
+    for place, folders, files in os.walk(folder, onerror=unreadable, followlinks=follow_links):
+        real = Path(place).resolve() if follow_links else Path(place)
+        if real in seen:
+            left_out[Path(place).relative_to(root).as_posix()] = "a link to a folder that was read already"
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in [] if follow_links else folders:
+            if (Path(place) / name).is_symlink():
+                left_out[(Path(place) / name).relative_to(root).as_posix()] = "a link to a folder"
         for file in files:
             path = Path(place) / file
             name = path.relative_to(root).as_posix()
@@ -158,7 +174,7 @@ def suggested_size(listing: Listing) -> tuple[int, int]:
     sides, grey = [], True
     for number in np.unique(np.linspace(0, len(listing.names) - 1, _LOOKED_AT).astype(int)):
         try:
-            with Image.open(listing.files[number], formats=FORMATS) as image:
+            with Image.open(listing.root / listing.names[number], formats=FORMATS) as image:
                 sides.append(min(image.size))
                 grey &= image.mode in ("1", "L", "I;16", "LA")
         except Exception:  # Pillow raises nearly anything; such files are named when they are decoded
@@ -225,6 +241,10 @@ def read_tfds(settings: Mapping[str, Any]) -> TrainingSet:
 
 
 def _numbered(split: Split, class_names: tuple[str, ...], settings: Mapping[str, Any]) -> TrainingSet:
+    wrong = np.flatnonzero((split.labels < 0) | (split.labels >= len(class_names)))
+    if len(wrong):
+        raise DataError(f"{settings['dir']}: {len(wrong)} labels are no classes, the first in row {wrong[0]}:"
+                        f" {split.labels[wrong[0]]}; expected 0 to {len(class_names) - 1}")  # fmt: skip
     if not is_streamed(split, settings["input"]):
         split = split.materialised()
     count = len(split.labels)

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from badloss_jax.data.training_set import TrainingSet
-from badloss_jax.files import printable, write_atomically, write_text
+from badloss_jax.files import as_unicode, printable, write_atomically, write_text
 from badloss_jax.report.gallery import data_uri, sheet, thumbnails
 from badloss_jax.report.page import COLUMNS, SPARK, environment_of_templates, spark_path, tile_place
 from badloss_jax.report.plots import Draw, svg_uri
@@ -43,7 +43,7 @@ class Suspects:
       nearest: int64 [M, 3], ids of the nearest probes.
       reasons: M.
       removed: [M], whether it is in remove.txt.
-      seen_as: int [M], the class that it looked most like after the first epoch.
+      seen_as: int [M], the class that it looked most like after the first epoch, if features were recorded.
     """
 
     ids: Int[np.ndarray, "M"]
@@ -54,24 +54,27 @@ class Suspects:
     nearest: Int[np.ndarray, "M 3"]
     reasons: list[str]
     removed: Bool[np.ndarray, "M"]
-    seen_as: Int[np.ndarray, "M"]
+    seen_as: Int[np.ndarray, "M"] | None
 
 
 def write_suspects(folder: Path, suspects: Suspects, examples: TrainingSet) -> None:
-    """Writes suspects.parquet and suspects.csv.
+    """Writes suspects.parquet and suspects.csv, whose nearest probes have a column each.
 
     Names are valid Unicode in both. In the CSV file, one that a spreadsheet would take for a formula begins with "./".
     """
-    classes = [printable(name) for name in examples.class_names]
-    nearest = [[printable(examples.names[probe]) for probe in row] for row in suspects.nearest.tolist()]
+    classes = [as_unicode(name) for name in examples.class_names]
+    nearest = [[as_unicode(examples.names[probe]) for probe in row] for row in suspects.nearest.tolist()]
     columns: dict[str, Any] = {
-        "path": pa.array([printable(name) for name in suspects.names], pa.string()),
+        "path": pa.array([as_unicode(name) for name in suspects.names], pa.string()),
         "label": pa.array([classes[label] for label in suspects.labels.tolist()], pa.string()),
         "score": suspects.scores.astype(np.float64),
         "p_value": suspects.p_values.astype(np.float64),
         "nearest_probes": pa.array(nearest, pa.list_(pa.string())),
         "reason": pa.array(suspects.reasons, pa.string()),
-        "first_seen_as": pa.array([classes[label] for label in suspects.seen_as.tolist()], pa.string()),
+        "first_seen_as": pa.array(
+            [None] * len(suspects.ids) if suspects.seen_as is None else [classes[c] for c in suspects.seen_as.tolist()],
+            pa.string(),
+        ),
         "removed": suspects.removed,
         "row": suspects.ids.astype(np.int64),
     }
@@ -79,11 +82,14 @@ def write_suspects(folder: Path, suspects: Suspects, examples: TrainingSet) -> N
     write_atomically(folder / "suspects.parquet", lambda aside: pq.write_table(table, aside))
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
+    width = suspects.nearest.shape[1]
+    titles = {"nearest_probes": [f"nearest_probe_{place + 1}" for place in range(width)]}
+    writer.writerow([title for name in columns for title in titles.get(name, [name])])
     for row in table.to_pylist():
-        cells = row | {"nearest_probes": " ".join(row["nearest_probes"])}
-        writer.writerow([f"./{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
-                         for cell in cells.values()])  # fmt: skip
+        cells = [cell for value in row.values() for cell in (value if isinstance(value, list) else [value])]
+        writer.writerow(
+            [f"./{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell for cell in cells]
+        )
     write_text(folder / "suspects.csv", text.getvalue())
 
 
@@ -106,13 +112,13 @@ def render_scan(
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     reasons = sorted(set(suspects.reasons))
     known = [
-        [printable(name), label, round(score, 4), round(p_value, 6), reasons.index(reason), int(removed)]
+        [as_unicode(name), label, round(score, 4), round(p_value, 6), reasons.index(reason), int(removed)]
         for name, label, score, p_value, reason, removed in zip(
             suspects.names[:_LISTED], suspects.labels.tolist(), suspects.scores.tolist(), suspects.p_values.tolist(),
             suspects.reasons, suspects.removed.tolist(), strict=False,
         )
     ]  # fmt: skip
-    classes = [printable(name) for name in examples.class_names]
+    classes = [as_unicode(name) for name in examples.class_names]
     order = sorted(range(len(classes)), key=lambda c: (-results["classes"][c]["affected"],
                                                        -results["classes"][c]["share"]["estimate"]))  # fmt: skip
     removed = np.bincount(suspects.labels[suspects.removed], minlength=len(classes))
@@ -120,7 +126,8 @@ def render_scan(
         results=results, script=Markup(script), script_hash=Markup(digest), reasons=reasons,
         data=Markup(_embedded({"rows": known, "classes": classes, "reasons": reasons})),
         classes=[results["classes"][c] | {"removed": int(removed[c])} for c in order],
-        class_names=classes, listed=len(known), with_suspects=sorted(set(suspects.labels.tolist())),
+        class_names=[printable(name) for name in examples.class_names], listed=len(known),
+        with_suspects=sorted(set(suspects.labels.tolist())),
         figures=[{"alt": "Scores of the images and of the probes", "uri": svg_uri(_histogram(scores, is_probe))}],
         gallery=_gallery(suspects, examples, losses, is_probe) if len(suspects.ids) else None,
         settings=json.dumps(results["config"], indent=2), environment=results["environment"],
@@ -179,7 +186,7 @@ def _gallery(
         cards.append({"row": row, "name": printable(suspects.names[row]), "label": label, "tile": tile_place(position),
                       "score": float(suspects.scores[row]), "p_value": float(suspects.p_values[row]),
                       "reason": suspects.reasons[row], "removed": bool(suspects.removed[row]), "near": near,
-                      "seen_as": int(suspects.seen_as[row]),
+                      "seen_as": label if suspects.seen_as is None else int(suspects.seen_as[row]),
                       "path": spark_path(losses[suspects.ids[row]], top)})  # fmt: skip
     pictures = thumbnails(examples.split.images[suspects.ids[shown]]), thumbnails(examples.split.images[probes])
     height, width = pictures[0].shape[1:3]

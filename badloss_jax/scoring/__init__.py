@@ -1,6 +1,7 @@
 """Scoring: trajectories in, distances to the probes, scores, p-values and removal lists out."""
 
 from badloss_jax.scoring.calibration import (
+    LEVELS,
     PoisonedShare,
     common_excess,
     conformal_p_values,
@@ -21,6 +22,7 @@ from badloss_jax.scoring.rejection import (
 from badloss_jax.scoring.scores import anomaly_scores, filter_epochs, log_distances, mean_standardised
 
 __all__ = [
+    "LEVELS",
     "PoisonedShare",
     "anomaly_scores",
     "benjamini_hochberg",

@@ -144,6 +144,8 @@ def _share_at(p_values: np.ndarray, num_probes: int, rank: int, tail: float) -> 
     beyond = float((p_values > expected + 1e-12).mean())
     # Of clean examples, so many lie beyond: Beta, widened by the sampling noise of the M examples.
     variance = expected * (1 - expected) * (1 / (num_probes + 2) + 1 / len(p_values))
+    if variance >= expected * (1 - expected):  # of a single example nothing is known
+        return PoisonedShare(min(max(1 - beyond / (1 - expected), 0.0), 1.0), 0.0, 1.0)
     size = expected * (1 - expected) / variance - 1
     clean = stats.beta(size * (1 - expected), size * expected)
     shares = (1 - beyond / at_most for at_most in (1 - expected, clean.ppf(tail), clean.ppf(1 - tail)))
@@ -220,7 +222,7 @@ def unsupported(rule: str, level: float, num_probes: int) -> str:
     1 / (q (P + 1)) of all examples lies beyond every probe; more than a fifth is called unsupported.
     """
     smallest = 1 / (num_probes + 1)
-    if rule == "alpha" and level < smallest:
+    if rule == "alpha" and 0 < level < smallest:
         return (f"alpha = {level} with {num_probes} probes removes nothing, as no p-value is below {smallest:.2g}:"
                 f" {math.ceil(1 / level) - 1} probes would do")  # fmt: skip
     if rule == "fdr" and 0 < level < 5 * smallest:

@@ -6,6 +6,9 @@ from scipy import stats
 
 from badloss_jax.scoring.distances import Rows, row_chunks
 
+_VALUES = 2**22  # held at a time
+_MOST_CLASSES = 5_000  # whose confusions are counted, in 400 MB
+
 
 def first_seen_as(features: Float[np.ndarray, "N d"] | Rows, labels: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
     """Returns the class whose mean each example's features are nearest to, int64, at an early epoch.
@@ -21,8 +24,10 @@ def first_seen_as(features: Float[np.ndarray, "N d"] | Rows, labels: Int[np.ndar
         np.add.at(means, group[start:stop], _flat(features[start:stop]))
     means /= sizes[:, None]
     squares, seen = (means**2).sum(1), np.empty(count, np.int64)
-    for start, stop in row_chunks(features, 0, count):
-        seen[start:stop] = (squares - 2 * _flat(features[start:stop]) @ means.T).argmin(1)
+    rows = max(1, _VALUES // max(width, len(known)))
+    for start in range(0, count, rows):
+        chunk = _flat(features[start : start + rows])
+        seen[start : start + rows] = (squares - 2 * chunk @ means.T).argmin(1)
     return known[seen].astype(np.int64)
 
 
@@ -48,8 +53,10 @@ def stranger_p_values(
       num_classes: K.
 
     Returns:
-      float64 [K]; 1 where nothing can be said. Not corrected for the number of classes.
+      float64 [K]; 1 where nothing can be said, as of more than 5,000 classes. Not corrected for their number.
     """
+    if num_classes > _MOST_CLASSES:
+        return np.ones(num_classes)
     counts, of_probes = np.zeros((2, num_classes, num_classes), np.int64)
     np.add.at(counts, (labels[~is_probe], seen_as[~is_probe]), 1)
     np.add.at(of_probes, (labels[is_probe], seen_as[is_probe]), 1)

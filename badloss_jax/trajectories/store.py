@@ -154,6 +154,11 @@ class TrajectoryStore:
             raise DataError(f"{path} does not hold ids, ascending, of {self.num_examples} examples")
         return ids
 
+    def mark_probes(self, ids: Int[np.ndarray, "P"]) -> None:
+        """Notes other probes than those it was created with."""
+        ids = np.sort(np.asarray(ids, np.int64))
+        write_atomically(self.folder / "probes.npy", partial(np.save, arr=ids, allow_pickle=False))
+
     def _column(self, kind: str, epoch: int) -> list[np.ndarray]:
         """Maps the shards of one column."""
         paths = self._shards(kind, epoch)

@@ -202,8 +202,8 @@ def scan(
     split, count, shape = examples.split, len(examples.names), examples.image_shape
     probe_ids = choose_probes(probes, examples, config.seed)
     suggest(config, count, shape, examples.num_classes, len(probe_ids))
-    batch = round_up(config.recording.batch_size, mesh)
-    config.recording.batch_size = config.retraining.batch_size = batch
+    for group in (config.recording, config.retraining):
+        group.batch_size = round_up(group.batch_size, mesh)
     config = override(config, overrides)
     check_devices(config, mesh)
     told = settled(config)

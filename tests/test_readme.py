@@ -4,8 +4,10 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from badloss_jax.benchmarks.command import scan_table
 from badloss_jax.cli import main
 from badloss_jax.config import default_config, differences, load_config
 from badloss_jax.report.sweep import read_runs, tables
@@ -67,6 +69,25 @@ def test_the_scorers_are_as_fast_as_was_measured():
     best = min(taken[f"sklearn {way}", 1_281_167]["seconds"]["median"] for way in ("brute", "kd_tree", "ball_tree"))
     assert best > 5 * ours
     assert taken["jax top_k", 1_281_167]["seconds"]["median"] > 5 * ours
+
+
+def test_scans_found_what_the_guide_says():
+    guide = Path("badloss_jax/README.md").read_text("utf-8")
+    found, lost, missed, added = [], [], [], []
+    for name in ("fashion_mnist", "cifar10"):
+        figures = json.loads((RESULTS / "benchmarks" / f"scan-{name}.json").read_text("utf-8"))["figures"]
+        assert as_markdown(scan_table(figures)) in guide
+        found.append(np.mean([figure["found_share"] for figure in figures]))
+        lost.append(np.mean([figure["clean_removed_share"] for figure in figures]))
+        missed.append(np.mean([len(figure["missed_classes"]) for figure in figures]))
+        added.append(np.mean([len(figure["added_classes"]) for figure in figures]))
+    assert f"{100 * found[0]:.1f} and {100 * found[1]:.1f} % of the poison" in guide
+    assert f"with {100 * lost[0]:.1f} and {100 * lost[1]:.1f} % of the clean" in guide
+    assert added == [0, 0]
+    assert f"{missed[0]:.1f} of 6" in guide
+    assert f"{missed[1]:.1f} of 6" in guide
+    clean = json.loads((RESULTS / "benchmarks" / "scan-clean.json").read_text("utf-8"))["figures"]
+    assert [figure["stands_out"] for figure in clean] == [False] * 20
 
 
 def test_narcissus_does_what_noise_of_its_size_does_not():

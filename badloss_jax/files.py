@@ -5,13 +5,14 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -106,6 +107,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _holder(file: TextIO) -> str:
+    """Returns the process that holds a lock; it writes its number just after it has it."""
+    for _ in range(50):
+        file.seek(0)
+        if number := file.read().strip():
+            return number
+        time.sleep(0.01)
+    return "unknown"
+
+
 @contextmanager
 def locked(folder: Path, wait: Callable[[str], object] | None = None) -> Iterator[None]:
     """Makes the folder and holds its lock, which goes with the process, however that ends.
@@ -127,8 +138,7 @@ def locked(folder: Path, wait: Callable[[str], object] | None = None) -> Iterato
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
+            holder = _holder(file)
             if wait is None:
                 raise BusyError(f"another run (process {holder}) is at work in {folder}: wait for it") from error
             wait(holder)

@@ -246,7 +246,7 @@ def _guarded(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(f"badloss: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        places = {"run": "checkpoint", "scan": "checkpoint", "sweep": "checkpoint", "prepare": "shard"} | (
+        places = {"run": "checkpoint", "scan": "checkpoint or part of the images", "sweep": "checkpoint", "prepare": "shard"} | (
             {"score": "part"} if getattr(arguments, "trajectories", None) else {}
         )
         place = places.get(arguments.command)

@@ -1,5 +1,8 @@
 import gzip
+import os
+import signal
 import struct
+import time
 import zipfile
 from collections import Counter
 
@@ -381,6 +384,49 @@ def test_a_cache_that_cannot_be_written_is_said_and_survived(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="not cached"):
         load_dataset(settings("image_folder", folder, cache_dir=str(tmp_path / "file")), 0)
+
+
+def test_decoding_goes_on_after_ctrl_c(tmp_path, monkeypatch):
+    """The third part of four is interrupted: the first two are not decoded again, and the images are the same."""
+    files = [tmp_path / f"{number}.png" for number in range(13)]
+    for number, path in enumerate(files):
+        Image.new("L", (4, 4), number).save(path)
+    for path in (files[3], *files[9:12]):  # the last part but one has no image that decodes
+        path.write_bytes(b"no image")
+    chosen = settings("image_folder", image_size=4, channels=1, skip_corrupt=True)
+    images, kept = decoding.decode_files(tmp_path, files, chosen)
+    assert images[:, 0, 0, 0].tolist() == kept.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 12]
+    monkeypatch.setattr(decoding, "_PART", 3)
+    decode, decoded = decoding.decode_pixels, []
+
+    def interrupted(path, *rest):
+        decoded.append(int(path.stem))
+        if path == files[8] and len(decoded) < 10:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        return decode(path, *rest)
+
+    monkeypatch.setattr(decoding, "decode_pixels", interrupted)
+    cached = chosen | {"cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(KeyboardInterrupt):
+        decoding.decode_files(tmp_path, files, cached)
+    decoded.clear()
+    decoded.extend([0] * 10)
+    for _ in range(2):  # decoded, then from the cache
+        again = decoding.decode_files(tmp_path, files, cached)
+        np.testing.assert_array_equal(again[0], images)
+        np.testing.assert_array_equal(again[1], kept)
+    assert sorted(decoded[10:]) == [6, 7, 8, 9, 10, 11, 12]
+    assert [path.name for path in (tmp_path / "cache" / "images").iterdir() if "-" in path.name] == []
+
+
+def test_parts_of_images_of_several_sizes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "_PART", 2)
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(files):
+        Image.new("L", (4, 5 + number // 2)).save(path)
+    with pytest.raises(DataError, match=r"0.png is \(5, 4\) and .*2.png is \(6, 4\) \(height, width\)"):
+        decoding.decode_files(tmp_path, files, settings("image_folder", cache_dir=str(tmp_path / "cache")))
 
 
 # --- augmentation

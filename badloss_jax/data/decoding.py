@@ -1,4 +1,7 @@
-"""Image files decoded to arrays of one size, kept in a cache that is keyed by their content."""
+"""Image files decoded to arrays of one size, kept in a cache that is keyed by their content.
+
+Many files are decoded and kept in parts, so that a reading that was interrupted goes on after the last of them.
+"""
 
 import hashlib
 import os
@@ -17,6 +20,8 @@ from tqdm import tqdm
 from badloss_jax.data.dataset import Split
 from badloss_jax.data.pixels import MAX_BYTES, decode_pixels
 from badloss_jax.errors import DataError
+
+_PART = 5_000  # files
 
 
 def decode_split(folder: Path, files: list[Path], labels: Sequence[int], settings: Mapping[str, Any]) -> Split:
@@ -48,14 +53,39 @@ def decode_files(
       The images, and which of the files they are: all, unless `skip_corrupt` leaves some out.
     """
     if not settings["cache_dir"]:
-        return _decode(files, settings)
+        return _decode(files, settings, None)
     entry = Path(settings["cache_dir"]).expanduser() / "images" / _content_key(folder, files, settings)
-    return _read_cache(entry) or _write_cache(entry, *_decode(files, settings))
+    if (cached := _read_cache(entry)) is not None:
+        return cached
+    parts = entry.with_name(f"{entry.name}-parts")
+    decoded = _decode(files, settings, parts if len(files) > _PART else None)
+    _write_cache(entry, *decoded)
+    shutil.rmtree(parts, ignore_errors=True)
+    return decoded
 
 
-def _decode(files: list[Path], settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the images, uint8 [N, H, W, C], and which of the files they are, int64 [N]."""
+def _decode(files: list[Path], settings: Mapping[str, Any], parts: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images, uint8 [N, H, W, C], and which of the files they are, int64 [N]; keeps and takes parts."""
+    images, kept = [], []
+    with tqdm(total=len(files), desc="decoding", unit=" images", leave=False, disable=None) as bar:
+        for start in range(0, len(files), _PART):
+            some, place = files[start : start + _PART], parts and parts / f"{start}"
+            part = _read_cache(place) if place else None
+            if part is None:
+                part = _decode_part(some, settings, bar)
+                if place and not _write_cache(place, *part):
+                    parts = None
+            if len(part[1]):
+                images.append(part[0])
+                kept.append(start + part[1])
+                _check_size(files[kept[0][0]], images[0][0], files[kept[-1][0]], images[-1][0])
+            bar.update(start + len(some) - bar.n)
+    if not kept:
+        raise DataError(f"no file under {files[0].parent.parent} decodes")
+    return (np.concatenate(images), np.concatenate(kept)) if len(kept) > 1 else (images[0], kept[0])
 
+
+def _decode_part(files: list[Path], settings: Mapping[str, Any], bar: tqdm) -> tuple[np.ndarray, np.ndarray]:
     def decode(path: Path) -> np.ndarray | None:
         try:
             return decode_pixels(path, settings["image_size"], settings["channels"])
@@ -66,19 +96,21 @@ def _decode(files: list[Path], settings: Mapping[str, Any]) -> tuple[np.ndarray,
                 f"{path} does not decode: {error}; --config.data.skip_corrupt=True leaves such files out"
             ) from error
 
+    decoded = []
     with ThreadPoolExecutor() as pool:
-        decoded = list(tqdm(pool.map(decode, files), "decoding", len(files), unit=" images", leave=False, disable=None))
+        for pixels in pool.map(decode, files):
+            decoded.append(pixels)
+            bar.update()
     kept = [i for i, pixels in enumerate(decoded) if pixels is not None]
-    if not kept:
-        raise DataError(f"no file under {files[0].parent.parent} decodes")
-    first = kept[0]
     for i in kept:
-        if decoded[i].shape != decoded[first].shape:
-            raise DataError(
-                f"{files[first]} is {decoded[first].shape[:2]} and {files[i]} is {decoded[i].shape[:2]}"
-                " (height, width): --config.data.image_size=PIXELS resizes all images to one size"
-            )
-    return np.stack([decoded[i] for i in kept]), np.array(kept)
+        _check_size(files[kept[0]], decoded[kept[0]], files[i], decoded[i])
+    return np.stack([decoded[i] for i in kept]) if kept else np.empty((0, 1, 1, 1), np.uint8), np.array(kept, np.int64)
+
+
+def _check_size(first: Path, pixels: np.ndarray, other: Path, others: np.ndarray) -> None:
+    if pixels.shape != others.shape:
+        raise DataError(f"{first} is {pixels.shape[:2]} and {other} is {others.shape[:2]} (height, width):"
+                        " --config.data.image_size=PIXELS resizes all images to one size")  # fmt: skip
 
 
 def _content_key(folder: Path, files: list[Path], settings: Mapping[str, Any]) -> str:
@@ -114,7 +146,8 @@ def _read_cache(entry: Path) -> tuple[np.ndarray, np.ndarray] | None:
         return None
 
 
-def _write_cache(entry: Path, images: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _write_cache(entry: Path, images: np.ndarray, kept: np.ndarray) -> bool:
+    """Keeps decoded images; returns whether that could be done."""
     aside = None
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
@@ -128,4 +161,5 @@ def _write_cache(entry: Path, images: np.ndarray, kept: np.ndarray) -> tuple[np.
                       stacklevel=2)  # fmt: skip
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
-    return images, kept
+        return False
+    return True

@@ -246,9 +246,10 @@ def _guarded(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(f"badloss: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        places = {"run": "checkpoint", "scan": "checkpoint or part of the images", "sweep": "checkpoint", "prepare": "shard"} | (
-            {"score": "part"} if getattr(arguments, "trajectories", None) else {}
-        )
+        places = {"run": "checkpoint", "scan": "checkpoint or part of the images", "sweep": "checkpoint",
+                  "prepare": "shard"}  # fmt: skip
+        if getattr(arguments, "trajectories", None):
+            places["score"] = "part"
         place = places.get(arguments.command)
         told = f"; the same command goes on from the last {place}" if place else ""
         print(f"badloss: interrupted{told}", file=sys.stderr)
@@ -285,9 +286,10 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _scan(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from badloss_jax.data.cleaned import check_target, write_cleaned
     from badloss_jax.progress import Progress
     from badloss_jax.report.tables import as_text, class_table
-    from badloss_jax.scanning import check_target, scan, write_cleaned
+    from badloss_jax.scanning import scan
 
     if arguments.links and not arguments.apply:
         raise UsageError("--links needs --apply DIR2")

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from badloss_jax.scanning import judge
-from badloss_jax.scoring import first_seen_as, stranger_p_values
+from badloss_jax.scoring import first_seen_as, judge, stranger_p_values
 
 
 def test_first_seen_as_is_the_nearest_mean(rng):

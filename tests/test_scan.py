@@ -22,9 +22,11 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 from sklearn.datasets import load_digits
 
 from badloss_jax.cli import main
+from badloss_jax.data.cleaned import write_cleaned
 from badloss_jax.errors import BadlossError, DataError, UsageError
-from badloss_jax.scanning import REASONS, judge, scan, sentence, write_cleaned
-from badloss_jax.scoring import conformal_p_values, standardised_by_class
+from badloss_jax.report.scan import REASONS, sentence
+from badloss_jax.scanning import scan
+from badloss_jax.scoring import conformal_p_values, judge, standardised_by_class
 from badloss_jax.training.mesh import make_mesh
 from badloss_jax.trajectories.store import TrajectoryStore
 from tests.conftest import opened, prepare_in_shards
@@ -218,7 +220,7 @@ def test_lists_that_lead_out_of_the_folder_are_not_followed(copy):
         ("{0}\nnone.png\n", r"line 2: 'none.png' is no image of the training set; expected a path relative"),
         ("../probes.txt\n", "is no image of the training set"),
         (CLASSES[3] + "/broken.png\n", r"which was left out: .+; expected"),
-        ("{0}\n", "1 of 500 images are probes, expected at least 10"),
+        ("{0}\n", "1 of 500 images are probes, expected 10 or more"),
     ],
 )
 def test_wrong_probes_are_named(copy, scanned, capsys, content, message):
@@ -402,7 +404,7 @@ def test_a_folder_of_tfds(tmp_path, monkeypatch, streamed):
 
 def test_a_small_or_missing_folder_of_tfds(tmp_path, prepared, capsys):
     assert main(["scan", "--data", f"tfds:{prepared / 'out'}", "--probes", "6", "--workdir", str(tmp_path / "o")]) == 2
-    assert "6 of 12 images are probes, expected at least 10" in capsys.readouterr().err
+    assert "6 of 12 images are probes, expected 10 or more" in capsys.readouterr().err
     assert main(["scan", "--data", "tfds:nothing", "--probes", "6", "--workdir", str(tmp_path / "o")]) == 2
 
 

@@ -31,23 +31,15 @@ def load(settings: Mapping[str, Any]) -> Dataset:
 def load_training(settings: Mapping[str, Any]) -> tuple[Split, tuple[str, ...]]:
     """Reads x_train and y_train alone, and the names of the classes; raises as `load` does."""
     splits, class_names = _load(settings, ("train",))
-    highest = int(splits["train"].labels.max())
-    if highest >= len(class_names):
-        raise DataError(
-            f"{settings['dir']}: y_train goes up to {highest}, and class_names has {len(class_names)} names"
-        )
     return splits["train"], class_names
 
 
 def write_arrays_without(source: Path, target: Path, rows: Int[np.ndarray, "M"]) -> None:
-    """Writes an .npz file that is the same but for these rows of x_train and y_train.
+    """Writes an .npz file that is the same but for these rows of x_train and y_train; one that exists is replaced.
 
     Raises:
-      UsageError: the target exists.
       DataError: a file cannot be read or written, or has no such rows.
     """
-    if target.exists():
-        raise UsageError(f"{target} exists: choose another file")
     try:
         with np.load(source, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}

@@ -96,15 +96,15 @@ def _decode_part(files: list[Path], settings: Mapping[str, Any], bar: tqdm) -> t
                 f"{path} does not decode: {error}; --config.data.skip_corrupt=True leaves such files out"
             ) from error
 
-    decoded = []
+    images, kept = [], []
     with ThreadPoolExecutor() as pool:
-        for pixels in pool.map(decode, files):
-            decoded.append(pixels)
+        for number, pixels in enumerate(pool.map(decode, files)):
             bar.update()
-    kept = [i for i, pixels in enumerate(decoded) if pixels is not None]
-    for i in kept:
-        _check_size(files[kept[0]], decoded[kept[0]], files[i], decoded[i])
-    return np.stack([decoded[i] for i in kept]) if kept else np.empty((0, 1, 1, 1), np.uint8), np.array(kept, np.int64)
+            if pixels is not None:
+                images.append(pixels)
+                kept.append(number)
+                _check_size(files[kept[0]], images[0], files[number], pixels)
+    return np.stack(images) if kept else np.empty((0, 1, 1, 1), np.uint8), np.array(kept, np.int64)
 
 
 def _check_size(first: Path, pixels: np.ndarray, other: Path, others: np.ndarray) -> None:

@@ -19,10 +19,13 @@ from badloss_jax.data.decoding import decode_files
 from badloss_jax.data.pixels import FORMATS, decode_pixels
 from badloss_jax.data.records import check_memory
 from badloss_jax.errors import DataError, UsageError
+from badloss_jax.files import printable
+from badloss_jax.seeding import generator
 
 _LARGEST = 64  # pixels a side that images are brought to, unless told otherwise
 _LOOKED_AT = 200  # headers, to choose a size by
 _EXPLAINED = 1000  # files that do not decode, for which the reason is looked up
+_FEWEST_PROBES = 10
 
 
 @dataclass(frozen=True)
@@ -249,3 +252,56 @@ def _numbered(split: Split, class_names: tuple[str, ...], settings: Mapping[str,
         split = split.materialised()
     count = len(split.labels)
     return TrainingSet(split, class_names, tuple(map(str, range(count))), None, count)
+
+
+def trusted_ids(probes: str, examples: TrainingSet, seed: int) -> Int[np.ndarray, "P"]:
+    """Returns the ids of the probes, ascending; see `badloss_jax.scan` for how they are given.
+
+    Raises:
+      UsageError: there is no such file, it names something twice or what the training set does not have, or the probes
+        are fewer than 10 or more than half of all.
+    """
+    count, path = len(examples.names), Path(probes).expanduser()
+    if examples.own < count:  # images of a folder beside the training set
+        ids = np.arange(examples.own, count)
+    elif path.is_dir() and not examples.root:
+        raise UsageError(f"--probes {path} is a folder, and the training set has no paths: give a text file of row"
+                         " numbers, or how many to draw and to trust")  # fmt: skip
+    elif path.is_dir():
+        inside = path.resolve().relative_to(examples.root.resolve()).as_posix() + "/"  # type: ignore[union-attr]
+        ids = np.array([number for number, name in enumerate(examples.names) if name.startswith(inside)], np.int64)
+    elif probes.isascii() and probes.isdigit():
+        if not int(probes) <= count / 2:
+            raise UsageError(f"--probes {probes} of {count:,} images: expected half of them at most")
+        ids = np.sort(generator(seed, "probes").choice(count, int(probes), replace=False))
+    else:
+        ids = _named_probes(path, examples)
+    if not _FEWEST_PROBES <= len(ids) <= count / 2:
+        raise UsageError(f"--probes {probes}: {len(ids)} of {count:,} images are probes, expected"
+                         f" {_FEWEST_PROBES} or more, and half of them at most; 250 are usual")  # fmt: skip
+    return ids
+
+
+def _named_probes(path: Path, examples: TrainingSet) -> Int[np.ndarray, "P"]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UsageError(f"--probes {path} cannot be read ({error}): give a text file of trusted paths, a folder, or"
+                         " how many images to draw and to trust") from error  # fmt: skip
+    place = {name: number for number, name in enumerate(examples.names)}
+    ids: dict[int, int] = {}
+    for number, line in enumerate(lines, start=1):
+        name = os.fsdecode(line).strip("\r\n").removeprefix("./")
+        if not name.strip():
+            continue
+        if name not in place:
+            why = f", which was left out: {examples.left_out[name]}" if name in examples.left_out else ""
+            what = "a path relative to the data's folder" if examples.root else "a row number"
+            raise UsageError(f"--probes {path}, line {number}: {printable(name)!r} is no image of the training set"
+                             f"{why}; expected {what}")  # fmt: skip
+        if place[name] in ids:
+            raise UsageError(
+                f"--probes {path}, line {number}: {printable(name)!r} stands in line {ids[place[name]]} too"
+            )
+        ids[place[name]] = number
+    return np.array(sorted(ids), np.int64)

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from badloss_jax.data.training_set import TrainingSet
 from badloss_jax.files import as_unicode, printable, write_atomically, write_text
 from badloss_jax.report.gallery import data_uri, sheet, thumbnails
 from badloss_jax.report.page import COLUMNS, SPARK, environment_of_templates, spark_path, tile_place
-from badloss_jax.report.plots import Draw, svg_uri
+from badloss_jax.report.plots import LOW_LOSS, Draw, svg_uri
+from badloss_jax.scoring import CERTAIN, Verdict, detectable_share
 
+REASONS = ("learned too early", "learned too late", "unlike its class")
 _SHOWN = 300  # suspects with their images
 _OF_EACH_CLASS = 12  # of these, at least
 _LISTED = 50_000  # suspects that the page knows, to filter and export
@@ -194,3 +196,36 @@ def _gallery(
     return {"cards": cards, "medians": medians, "tile": (tile, round(tile * height / width)), "columns": COLUMNS,
             "size": SPARK, "suspects": data_uri(sheet(pictures[0], COLUMNS)),
             "probes": data_uri(sheet(pictures[1], COLUMNS))}  # fmt: skip
+
+
+def reasons(
+    losses: Float[np.ndarray, "N E"], ids: Int[np.ndarray, "M"], probe_ids: Int[np.ndarray, "P"]
+) -> list[str]:  # fmt: skip
+    """Says of each suspect whether its mean log loss lies among the lowest or highest twentieth of the probes'."""
+    means = np.log(np.maximum(losses, LOW_LOSS)).mean(axis=1)
+    low, high = np.quantile(means[probe_ids], [0.05, 0.95])
+    early, late, unlike = REASONS
+    return [early if mean < low else late if mean > high else unlike for mean in means[ids]]
+
+
+def sentence(verdict: Verdict, class_names: Sequence[str], num_probes: int) -> str:
+    """Returns the verdict in a sentence or two."""
+    if not verdict.stands_out:
+        floor = detectable_share(num_probes, CERTAIN)
+        return (f"Nothing stands out: no more images lie far from the {num_probes} probes than clean ones would. Poison"
+                f" of less than about {_percent(floor)} of the images could have gone unnoticed.")  # fmt: skip
+    share, worst = verdict.share, [number for number, entry in enumerate(verdict.classes) if entry["affected"]]
+    worst.sort(key=lambda number: -verdict.classes[number]["share"]["estimate"])
+    text = (f"About {_percent(share.estimate)} of the images look poisoned ({_percent(share.low)} to"
+            f" {_percent(share.high)})")  # fmt: skip
+    if not worst:
+        return f"{text}; no class in particular."
+    names = [printable(class_names[number]) for number in worst]
+    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    if len(names) > 6:
+        listed = f"{len(names)} of {len(class_names)} classes"
+    return f"{text}; {listed} {'is' if len(names) == 1 else 'are'} most affected."
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if 0.0005 < share < 0.02 else f"{100 * share:.0f} %"

@@ -20,10 +20,13 @@ from badloss_jax.scoring.rejection import (
     reject,
 )
 from badloss_jax.scoring.scores import anomaly_scores, filter_epochs, log_distances, mean_standardised
+from badloss_jax.scoring.verdict import CERTAIN, Verdict, judge
 
 __all__ = [
+    "CERTAIN",
     "LEVELS",
     "PoisonedShare",
+    "Verdict",
     "anomaly_scores",
     "benjamini_hochberg",
     "benjamini_hochberg_threshold",
@@ -32,6 +35,7 @@ __all__ = [
     "detectable_share",
     "filter_epochs",
     "first_seen_as",
+    "judge",
     "knn_distances",
     "largest_threshold",
     "leave_one_out_distances",

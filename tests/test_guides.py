@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,10 @@ def place(tmp_path_factory, finished):
     _, _, trusted = write_digits(folder / "photos", count=300, noise=12)
     (folder / "trusted.txt").write_text("\n".join(trusted), "utf-8")
     (folder / "clean_ids.txt").write_text("\n".join(map(str, range(500, 700))))
+    for number, name in enumerate(sorted((folder / "photos").rglob("*.png"))):
+        copy = folder / "images" / ("train" if number % 4 else "test") / name.parent.name / name.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.symlink_to(name)
     (folder / "configs").symlink_to(Path("configs").resolve())
     shutil.copytree(finished[0], folder / "RUN")
     return folder
@@ -42,10 +47,11 @@ def run_shell(line, folder):
     words = line.split()
     assert words[0] == "badloss", line
     if words[1] == "run":  # the folder RUN holds a finished run of another config
-        line = line.replace("--workdir RUN", "--workdir RAN --config.retraining.epochs=1 --config.model.stages=(8,)")
+        line = line.replace("--workdir RUN", "--workdir RAN")
+        trains = "retraining" in line
+        line += f" {shlex.join((*SHORT, '--config.retraining.epochs=1', f'--config.retraining.enabled={trains}'))}"
     if words[1] == "scan":
-        line += " " + " ".join(SHORT)
-    line = line.replace("(", "'(").replace(")", ")'") if "'" not in line and '"' not in line else line
+        line += f" {shlex.join(SHORT)}"
     command = line.replace("badloss", f"{sys.executable} -m badloss_jax", 1)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path.cwd())}
     done = subprocess.run(["bash", "-ec", command], cwd=folder, env=environment, capture_output=True, text=True,

@@ -47,7 +47,19 @@ def test_every_table_of_a_sweep_is_what_was_measured(folder):
     assert all(row["git_commit"] and "dirty" not in row["git_commit"] for row in rows)
     if folder.name.startswith("paper_table"):
         for _, table in tables(rows, per_attack=False):
-            assert as_markdown(table) in README
+            assert as_markdown(table) in (RESULTS / "README.md").read_text("utf-8")
+
+
+def test_the_table_of_defences_is_what_was_measured():
+    wanted, found = ("removed", "CA", "mean ASR"), {}
+    for name in ("fashion_mnist", "cifar10"):
+        rows = read_runs(RESULTS / "sweeps" / f"paper_table-{name}" / "runs.csv")
+        ((_, (head, *body)),) = tables(rows, per_attack=False)
+        for cells in (dict(zip(head, row, strict=True)) for row in body):
+            if cells["CA"]:
+                found.setdefault(cells["defence"], []).extend(cells[key] for key in wanted)
+    head = [f"{key}, {name}" for name in ("Fashion-MNIST", "CIFAR-10") for key in wanted]
+    assert as_markdown([["defence", *head], *([name, *cells] for name, cells in found.items())]) in README
 
 
 def test_the_scorers_are_as_fast_as_was_measured():
@@ -121,13 +133,14 @@ def with_newer_defaults(shipped, ran, default=None):
 
 
 def test_every_command_of_the_readme_parses(capsys):
-    commands = re.findall(r"^badloss (\w+)", README, re.MULTILINE)
+    text = README + Path("configs/README.md").read_text("utf-8")
+    commands = re.findall(r"(?:^|`)badloss (\w+)", text, re.MULTILINE)
     assert {"run", "scan", "score", "summary", "report", "attacks", "prepare", "bench", "sweep"} <= set(commands)
     for command in set(commands):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0
-    for spec in re.findall(r"--config (configs/[^\s`]+)", README):
+    for spec in re.findall(r"--config (configs/[^\s`]+)", text):
         if spec.startswith("configs/sweeps/"):
             load_sweep(spec, seeds=(0,))
         else:
@@ -143,14 +156,14 @@ def test_the_python_of_the_readme_runs():
 
 
 def test_the_arithmetic_of_imagenet():
-    config = load_config("configs/imagenet.py")
+    config, guide = load_config("configs/imagenet.py"), Path("launch/README.md").read_text("utf-8")
     assert config.recording.kinds == ("ranked", "features")
     images, recording, retraining = 1_281_167, config.recording, config.retraining
     example = 4 + 2 * (1 + recording.ranked_others) + 2 * recording.feature_dim
-    assert f"N T {example} bytes" in README
+    assert f"N T {example} bytes" in guide
     trajectories = images * recording.epochs * example
     networks = 1 + len(retraining.variants) + len(config.controls)
-    row = {name: cells for name, *cells in (line.strip("| ").split(" | ") for line in README.splitlines())}
+    row = {name: cells for name, *cells in (line.strip("| ").split(" | ") for line in guide.splitlines())}
     assert row[f"trajectories N T {example} bytes, in all"][0] == f"{trajectories / 1e9:.2f} GB"
     assert row["on each GPU"][:2] == [f"{trajectories / 8 / 1e6:.0f} MB", f"{trajectories / 64 / 1e6:.0f} MB"]
     assert row["the same with 1,000 logits (float16)"][0].startswith(f"{images * recording.epochs * 2e-6:.0f} GB")

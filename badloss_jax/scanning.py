@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from badloss_jax.artefacts import Artefacts
 from badloss_jax.attacks.poisoning import unpoisoned
 from badloss_jax.config import default_config, override, parse_rule, settled, to_dict
+from badloss_jax.data import is_streamed
 from badloss_jax.data.training_set import (
     TrainingSet,
     list_folder,
@@ -44,7 +45,15 @@ from badloss_jax.progress import Progress
 from badloss_jax.report.results import environment
 from badloss_jax.report.scan import Suspects, reasons, render_scan, sentence, write_suspects
 from badloss_jax.report.writers import open_writers
-from badloss_jax.scoring import CERTAIN, detectable_share, first_seen_as, judge, nearest_probes, unsupported
+from badloss_jax.scoring import (
+    CERTAIN,
+    detectable_share,
+    first_seen_as,
+    judge,
+    nearest_probes,
+    pixels_seen_as,
+    unsupported,
+)
 from badloss_jax.trainer import Recording, Trainer, check_devices, place_examples, spec_of
 from badloss_jax.training.mesh import make_mesh, round_up
 from badloss_jax.training.preemption import Preemption
@@ -246,10 +255,13 @@ def _report(
     found, epochs = suspicions(store, probe_ids, config.scoring, (kind,), mesh)
     scores, probe_scores = found[kind].scores, found[kind].probe_scores
     assert probe_scores is not None
-    seen_as = None
+    seen_as, impressions = None, []
     if "features" in store.layout:
         seen_as = first_seen_as(store.rows("features", epochs[:1]), labels)
-    verdict = judge(scores, probe_scores, labels, is_probe, examples.num_classes, *_rule(config), seen_as)
+        impressions.append(seen_as)
+    if not is_streamed(examples.split, config.data.input):  # else they would all be read once more
+        impressions.append(pixels_seen_as(examples.split.images, labels))
+    verdict = judge(scores, probe_scores, labels, is_probe, examples.num_classes, *_rule(config), impressions)
     flagged = verdict.removed | (~is_probe & (verdict.p_values <= config.rejection.alpha))
     ids = np.flatnonzero(flagged)
     ids = ids[np.argsort(-scores[ids], kind="stable")]

@@ -222,4 +222,14 @@ def test_common_excess_by_hand():
     p_values, labels = np.array([0.1, 0.1, 0.5, 0.1, 0.9, 0.9, 0.9, 0.1]), np.repeat([0, 1, 2, 9], 2)
     # With nine probes all levels are 0.1; the rates of the classes are 1, 1/2, 0 and 1/2, their lower quartile 0.375.
     np.testing.assert_allclose(common_excess(p_values, labels, 9), 0.275)
+    np.testing.assert_allclose(common_excess(p_values, labels, 9, share=0.5), 0.4)
     assert not common_excess(np.ones(8), labels, 9).any()
+
+
+def test_more_noise_to_allow_for_is_less_evidence():
+    """As of fewer probes, whose ranks are as many times fewer: exactly so where these are whole numbers."""
+    p_values = np.repeat([5 / 500, 10 / 500, 25 / 500, 50 / 500, 0.5], [6, 4, 8, 30, 152])
+    assert no_poison_p_value(p_values, 499, noise_of=499) == no_poison_p_value(p_values, 499)
+    fewer = np.repeat([1 / 100, 2 / 100, 5 / 100, 10 / 100, 0.5], [6, 4, 8, 30, 152])
+    assert no_poison_p_value(p_values, 499, noise_of=99) == pytest.approx(no_poison_p_value(fewer, 99))
+    assert no_poison_p_value(p_values, 499, noise_of=99) > no_poison_p_value(p_values, 499)

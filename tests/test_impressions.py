@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from badloss_jax.scoring import first_seen_as, judge, stranger_p_values
+from badloss_jax.scoring import first_seen_as, judge, pixels_seen_as, stranger_p_values
 
 
 def test_first_seen_as_is_the_nearest_mean(rng):
@@ -26,6 +26,41 @@ def impressions(rng, attacked=(), poison=0.1, hard=(), size=20_000, probes=250, 
     lost = np.isin(labels, hard) & (rng.random(size) < 0.4)
     anywhere = rng.integers(0, classes, size)
     return labels, np.where(bad | lost, anywhere, seen), is_probe
+
+
+def pictures(draw, labels, height=17, width=30):
+    """A faint pattern a class, under noise, in RGB."""
+    patterns = draw.integers(0, 60, (labels.max() + 1, height, width, 3))
+    return np.uint8(patterns[labels] + draw.integers(0, 190, (len(labels), height, width, 3)))
+
+
+def test_pixels_tell_where_relabelled_images_come_from(rng):
+    """And a faint trigger that all of them have, of a fortieth of a random image, does not hide it."""
+    came_from = rng.integers(0, 5, 2_000)
+    labels, images = came_from * 2 + 1, pictures(rng, came_from)
+    relabelled = np.flatnonzero(came_from != 2)[:80]
+    labels[relabelled] = 5
+    trigger = rng.integers(0, 256, images.shape[1:])
+    images[relabelled] = np.round(0.975 * images[relabelled] + 0.025 * trigger)
+    seen = pixels_seen_as(images, labels)
+    assert seen.dtype == np.int64
+    assert (seen == 2 * came_from + 1).mean() > 0.95
+    assert (seen[relabelled] != 5).mean() > 0.8
+    np.testing.assert_array_equal(pixels_seen_as(images, labels), seen)
+
+
+def test_the_linear_classifier_learns_from_some_and_sees_all(rng, monkeypatch):
+    labels = rng.integers(0, 3, 900)
+    images = pictures(rng, labels, 8, 8)
+    monkeypatch.setattr("badloss_jax.scoring.impressions._FITTED", 300)
+    monkeypatch.setattr("badloss_jax.scoring.impressions._VALUES", 5_000)
+    assert (pixels_seen_as(images, labels) == labels).mean() > 0.95
+
+
+@pytest.mark.parametrize("labels", [[3, 3, 3], [0, 1, 2]])
+def test_where_pixels_can_say_nothing_labels_are_believed(rng, labels):
+    images = rng.integers(0, 256, (3, 4, 4, 1), dtype=np.uint8)
+    assert pixels_seen_as(images, np.array(labels)).tolist() == labels
 
 
 def test_classes_with_relabelled_images_are_found(rng):
@@ -62,8 +97,8 @@ def test_no_probes_and_empty_classes_say_nothing(rng):
 def test_impressions_count_only_where_something_stands_out(rng):
     labels, seen, is_probe = impressions(rng, attacked=(2, 5))
     scores = rng.normal(size=len(labels))
-    verdict = judge(scores, scores[is_probe], labels, is_probe, 10, "alpha", 0.1, seen)
+    verdict = judge(scores, scores[is_probe], labels, is_probe, 10, "alpha", 0.1, [seen])
     assert verdict.stands_out or not any(entry["affected"] for entry in verdict.classes)
     scores[np.flatnonzero((labels == 7) & ~is_probe)[:600]] += 9
-    named = judge(scores, scores[is_probe], labels, is_probe, 10, "alpha", 0.1, seen).classes
+    named = judge(scores, scores[is_probe], labels, is_probe, 10, "alpha", 0.1, [seen]).classes
     assert {label for label, entry in enumerate(named) if entry["affected"]} == {2, 5, 7}

@@ -459,7 +459,8 @@ def planted(draw, classes=10, size=2_000, probes=250, poison=0.0, attacked=(3,))
     labels = draw.integers(0, classes, size)
     scores, is_probe = draw.normal(size=size), np.zeros(size, bool)
     is_probe[draw.choice(size, probes, replace=False)] = True
-    bad = np.isin(labels, attacked) & ~is_probe & (draw.random(size) < poison)
+    share = np.broadcast_to(poison, classes)[labels]
+    bad = np.isin(labels, attacked) & ~is_probe & (draw.random(size) < share)
     scores[bad] += 4
     return scores, scores[is_probe], labels, is_probe, bad
 
@@ -485,6 +486,19 @@ def test_attacked_classes_are_named():
     assert missed + added <= 2
     text = sentence(verdict, list("abcdefghij"), 250)
     assert re.search(r"look poisoned \([\d.]+ % to \d+ %\); [dh] and [dh] are most affected\.", text)
+
+
+def test_most_classes_can_be_attacked():
+    """Two classes of six less than the others: beside those that are certain, the rest is compared with its median."""
+    draw, missed, added = np.random.default_rng(5), 0, 0
+    attacked = (1, 2, 3, 5, 6, 8)
+    for _ in range(20):
+        *given, _ = planted(draw, size=20_000, poison=np.array([0, 0.06, 0.06, 0.15, 0, 0.15, 0.15, 0, 0.15, 0]),
+                            attacked=attacked)  # fmt: skip
+        named = {label for label, entry in enumerate(judge(*given, 10, "alpha", 0.1).classes) if entry["affected"]}
+        missed, added = missed + len(set(attacked) - named), added + len(named - set(attacked))
+    assert missed <= 10  # of 120
+    assert added <= 8  # of 80
 
 
 def test_judging_by_hand():

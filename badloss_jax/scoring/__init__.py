@@ -12,7 +12,7 @@ from badloss_jax.scoring.calibration import (
     unsupported,
 )
 from badloss_jax.scoring.distances import knn_distances, leave_one_out_distances, nearest_probes
-from badloss_jax.scoring.impressions import first_seen_as, stranger_p_values
+from badloss_jax.scoring.impressions import first_seen_as, pixels_seen_as, stranger_p_values
 from badloss_jax.scoring.rejection import (
     benjamini_hochberg,
     benjamini_hochberg_threshold,
@@ -43,6 +43,7 @@ __all__ = [
     "mean_standardised",
     "nearest_probes",
     "no_poison_p_value",
+    "pixels_seen_as",
     "poisoned_share",
     "reject",
     "standardised_by_class",

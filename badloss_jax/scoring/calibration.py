@@ -153,24 +153,25 @@ def _share_at(p_values: np.ndarray, num_probes: int, rank: int, tail: float) -> 
 
 
 def common_excess(
-    p_values: Float[np.ndarray, "M"], labels: Int[np.ndarray, "M"], num_probes: int
+    p_values: Float[np.ndarray, "M"], labels: Int[np.ndarray, "M"], num_probes: int, share: float = 0.25
 ) -> Float[np.ndarray, "L"]:  # fmt: skip
-    """Returns by how much nearly all classes exceed each of the `LEVELS`: what the calibration is off by, float64.
+    """Returns by how much classes exceed each of the `LEVELS` in common: what the calibration is off by, float64.
 
-    That is the lower quartile over classes of the share with p <= level, less the level, and at least 0. Where more
-    than three quarters of the classes are poisoned, it counts some of that.
+    That is a quantile over classes, by default the lower quartile, of the share with p <= level, less the level, and at
+    least 0. Where more than three quarters of the classes are poisoned, the lower quartile counts some of that.
     """
     _, group, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     excess = []
     for level in LEVELS:
         expected = _rank(level, num_probes) / (num_probes + 1)
         rates = np.bincount(group, p_values <= expected + 1e-12) / sizes
-        excess.append(max(0.0, float(np.quantile(rates, 0.25)) - expected))
+        excess.append(max(0.0, float(np.quantile(rates, share)) - expected))
     return np.array(excess)
 
 
 def no_poison_p_value(
-    p_values: Float[np.ndarray, "M"], num_probes: int, excess: Float[np.ndarray, "L"] | None = None
+    p_values: Float[np.ndarray, "M"], num_probes: int, excess: Float[np.ndarray, "L"] | None = None,
+    noise_of: float | None = None,
 ) -> float:  # fmt: skip
     """Tests whether these examples are as clean as the probes; small means that too many of them lie far out.
 
@@ -182,16 +183,18 @@ def no_poison_p_value(
       p_values: [M], by `conformal_p_values` from one set of probes.
       num_probes: P.
       excess: [L], shares of the examples at each of the `LEVELS` that are not to count (`common_excess`).
+      noise_of: so many probes would calibrate with the noise to allow for, by default as many as there are.
 
     Returns:
       In [0, 1].
     """
     p_values, count = np.asarray(p_values), len(p_values)
-    ranks = [_rank(level, num_probes) for level in LEVELS]
+    ranks, scale = [_rank(level, num_probes) for level in LEVELS], ((noise_of or num_probes) + 1) / (num_probes + 1)
     tails = []
     for rank, spared in zip(ranks, np.zeros(len(ranks)) if excess is None else excess, strict=True):
         found = int((p_values <= rank / (num_probes + 1) + 1e-12).sum() - spared * count)
-        tails.append(float(stats.betabinom.sf(found - 1, count, rank, num_probes + 1 - rank)))
+        beyond = rank * scale
+        tails.append(float(stats.betabinom.sf(found - 1, count, beyond, (num_probes + 1) * scale - beyond)))
     return min(1.0, len(set(ranks)) * min(tails))
 
 

@@ -1,5 +1,6 @@
 """What all distances together say: whether anything stands out, in which classes, how much, and what to remove."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,11 +16,13 @@ from badloss_jax.scoring.calibration import (
     poisoned_share,
 )
 from badloss_jax.scoring.impressions import stranger_p_values
-from badloss_jax.scoring.rejection import reject
+from badloss_jax.scoring.rejection import benjamini_hochberg, reject
 
 CERTAIN = 0.005  # a verdict on clean data errs this often, overall, and as often by some class
 _HEAVIER = 2  # times as many again of a clean class may lie far out as of all: some have heavier tails
-_NAMED = 0.05  # where something stands out overall, a class is named wrongly so often
+_NAMED = 0.1  # where something stands out overall, about this share of the named classes is clean
+_SURELY = 0.05  # of all classes, one is so named though clean, before the others are compared with the rest
+_NOISE = 0.7  # clean classes differ from each other as the calibration would by this share of the probes
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Verdict:
       stands_out: whether more lies far out than in clean data.
       share: of the examples that are no probes, how many look poisoned.
       no_poison: p-value of the hypothesis that nothing is poisoned.
-      classes: of each class its share, that p-value (times K), and whether it is affected.
+      classes: of each class its share, a p-value of the same kind, and whether it is affected.
     """
 
     p_values: Float[np.ndarray, "N"]
@@ -46,14 +49,16 @@ class Verdict:
 def judge(
     scores: Float[np.ndarray, "N"], probe_scores: Float[np.ndarray, "P"], labels: Int[np.ndarray, "N"],
     is_probe: Bool[np.ndarray, "N"], num_classes: int, rule: str, level: float,
-    seen_as: Int[np.ndarray, "N"] | None = None,
+    impressions: Sequence[Int[np.ndarray, "N"]] = (),
 ) -> Verdict:  # fmt: skip
     """Says whether anything stands out, in which classes, how much, and what to remove.
 
     On clean data whose classes are alike, something stands out in at most 1 % of all scans; a class alone makes it so
-    only if three times as many of its images lie far out as should, and more than chance explains. Once it does for all
-    images together, classes are named by the distances of their images, or by what these looked like at first; what
-    they have in common with three quarters of the classes is put down to the calibration.
+    only if three times as many of its images lie far out as should, and more than chance explains.
+
+    Once it does for all images together, classes are named at a false discovery rate of 10 %, by the distances of their
+    images, or by what these look like. What classes have in common is put down to the calibration: at first what three
+    quarters of them have, and then, beside those that are certain, the median of the rest.
 
     Args:
       scores: [N], higher is more suspicious, on a scale that classes share.
@@ -62,35 +67,41 @@ def judge(
       is_probe: [N].
       num_classes: K.
       rule, level: of `badloss_jax.scoring.reject`.
-      seen_as: int [N], what each example looked like at first (`first_seen_as`), if it is known.
+      impressions: each int [N], what the examples look like (`first_seen_as`, `pixels_seen_as`).
     """
     count, others = len(probe_scores), ~is_probe
     p_values = conformal_p_values(scores, probe_scores)
-    no_poison = no_poison_p_value(p_values[others], count)
-    excess = common_excess(p_values[others], labels[others], count)
-    classes, level_of_class, strange = [], CERTAIN, np.ones(num_classes)
+    ours, theirs = p_values[others], labels[others]
+    by_class = [ours[theirs == label] for label in range(num_classes)]
+
+    def far_out(excess: Float[np.ndarray, "L"], probes: float) -> Float[np.ndarray, "K"]:
+        return np.array([no_poison_p_value(chosen, count, excess, probes) if len(chosen) else 1.0
+                         for chosen in by_class])  # fmt: skip
+
+    no_poison, excess = no_poison_p_value(ours, count), common_excess(ours, theirs, count)
     if no_poison >= CERTAIN:  # a class alone has to convince
-        excess += _HEAVIER * np.array(LEVELS)
+        evidence = far_out(excess + _HEAVIER * np.array(LEVELS), count)
+        affected = num_classes * evidence < CERTAIN
     else:
-        level_of_class = _NAMED
-        if seen_as is not None:
-            strange = stranger_p_values(labels, seen_as, is_probe, num_classes)
-    for label in range(num_classes):
-        chosen = p_values[others & (labels == label)]
-        if len(chosen):
-            certain = no_poison_p_value(chosen, count, excess)
-            if seen_as is not None and no_poison < CERTAIN:
-                certain = 2 * min(certain, float(strange[label]))
-            certain = min(1.0, num_classes * certain)
-            share = poisoned_share(chosen, count)
-        else:
-            certain, share = 1.0, PoisonedShare(0.0, 0.0, 0.0)
-        classes.append({"images": int((labels == label).sum()), "probes": int(is_probe[labels == label].sum()),
-                        "share": asdict(share), "no_poison_p_value": certain,
-                        "affected": certain < level_of_class})  # fmt: skip
-    stands_out = no_poison < CERTAIN or any(entry["affected"] for entry in classes)
-    removed = np.zeros(len(scores), bool)
-    if stands_out:
-        removed = reject(rule, level, scores, p_values, is_probe)
-    share = poisoned_share(p_values[others], count)
-    return Verdict(p_values, removed, stands_out, share, no_poison, classes)
+        looks = [stranger_p_values(labels, seen, is_probe, num_classes) for seen in impressions]
+        strange = np.min([np.ones(num_classes), *looks], axis=0)
+
+        def either(excess: Float[np.ndarray, "L"]) -> Float[np.ndarray, "K"]:
+            return np.minimum(1.0, (1 + len(looks)) * np.minimum(far_out(excess, _NOISE * count), strange))
+
+        evidence = either(excess)
+        affected = num_classes * evidence < _SURELY
+        rest = np.isin(theirs, np.flatnonzero(~affected))
+        if rest.any():
+            evidence = np.minimum(evidence, either(common_excess(ours[rest], theirs[rest], count, share=0.5)))
+            affected |= benjamini_hochberg(evidence, _NAMED)
+    stands_out = no_poison < CERTAIN or bool(affected.any())
+    nothing = PoisonedShare(0.0, 0.0, 0.0)
+    classes = [
+        {"images": int((labels == label).sum()), "probes": int(is_probe[labels == label].sum()),
+         "share": asdict(poisoned_share(chosen, count) if len(chosen) else nothing),
+         "no_poison_p_value": float(evidence[label]), "affected": bool(affected[label])}
+        for label, chosen in enumerate(by_class)
+    ]  # fmt: skip
+    removed = reject(rule, level, scores, p_values, is_probe) if stands_out else np.zeros(len(scores), bool)
+    return Verdict(p_values, removed, stands_out, poisoned_share(ours, count), no_poison, classes)

@@ -102,3 +102,16 @@ def test_impressions_count_only_where_something_stands_out(rng):
     scores[np.flatnonzero((labels == 7) & ~is_probe)[:600]] += 9
     named = judge(scores, scores[is_probe], labels, is_probe, 10, "alpha", 0.1, [seen]).classes
     assert {label for label, entry in enumerate(named) if entry["affected"]} == {2, 5, 7}
+
+
+def test_two_impressions_that_agree_stand_out(rng):
+    found, alarms = [], 0
+    for _ in range(20):
+        labels, seen, is_probe = impressions(rng, attacked=(2, 5))
+        clean, scores = np.where(np.isin(labels, (2, 5)), labels, seen), rng.normal(size=len(labels))
+        given = scores, scores[is_probe], labels, is_probe, 10, "alpha", 0.1
+        found.append([entry["affected"] for entry in judge(*given, [seen, seen]).classes])
+        alarms += judge(*given, [seen, clean]).stands_out + judge(*given, [clean, clean]).stands_out
+    assert np.mean(found, axis=0)[[2, 5]].min() > 0.7
+    assert np.mean(found, axis=0)[[0, 1, 3, 4, 6, 7, 8, 9]].max() < 0.2
+    assert alarms <= 2

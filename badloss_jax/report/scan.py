@@ -218,6 +218,8 @@ def sentence(verdict: Verdict, class_names: Sequence[str], num_probes: int) -> s
     worst.sort(key=lambda number: -verdict.classes[number]["share"]["estimate"])
     text = (f"About {_percent(share.estimate)} of the images look poisoned ({_percent(share.low)} to"
             f" {_percent(share.high)})")  # fmt: skip
+    if share.estimate <= 0.0005:  # a few images of a class, which all images together do not show
+        text = f"Up to {_percent(share.high)} of the images look poisoned"
     if not worst:
         return f"{text}; no class in particular."
     names = [printable(class_names[number]) for number in worst]

@@ -18,7 +18,7 @@ from badloss_jax.scoring.calibration import (
 from badloss_jax.scoring.impressions import stranger_p_values
 from badloss_jax.scoring.rejection import benjamini_hochberg, reject
 
-CERTAIN = 0.005  # a verdict on clean data errs this often, overall, and as often by some class
+CERTAIN = 0.005  # a verdict on clean data errs this often by each sign
 _HEAVIER = 2  # times as many again of a clean class may lie far out as of all: some have heavier tails
 _NAMED = 0.1  # where something stands out overall, about this share of the named classes is clean
 _SURELY = 0.05  # of all classes, one is so named though clean, before the others are compared with the rest
@@ -53,12 +53,13 @@ def judge(
 ) -> Verdict:  # fmt: skip
     """Says whether anything stands out, in which classes, how much, and what to remove.
 
-    On clean data whose classes are alike, something stands out in at most 1 % of all scans; a class alone makes it so
-    only if three times as many of its images lie far out as should, and more than chance explains.
+    Something stands out if more of all images lie far out than chance explains; if three times as many of a class do as
+    of others, and more than chance explains; or if all impressions agree on what a class looks like. On clean data
+    whose classes are alike, each happens in at most 0.5 % of all scans.
 
-    Once it does for all images together, classes are named at a false discovery rate of 10 %, by the distances of their
-    images, or by what these look like. What classes have in common is put down to the calibration: at first what three
-    quarters of them have, and then, beside those that are certain, the median of the rest.
+    Then classes are named at a false discovery rate of 10 %, by the distances of their images, or by what these look
+    like. What classes have in common is put down to the calibration: at first what three quarters of them have, and
+    then, beside those that are certain, the median of the rest.
 
     Args:
       scores: [N], higher is more suspicious, on a scale that classes share.
@@ -79,23 +80,22 @@ def judge(
                          for chosen in by_class])  # fmt: skip
 
     no_poison, excess = no_poison_p_value(ours, count), common_excess(ours, theirs, count)
-    if no_poison >= CERTAIN:  # a class alone has to convince
-        evidence = far_out(excess + _HEAVIER * np.array(LEVELS), count)
-        affected = num_classes * evidence < CERTAIN
-    else:
-        looks = [stranger_p_values(labels, seen, is_probe, num_classes) for seen in impressions]
-        strange = np.min([np.ones(num_classes), *looks], axis=0)
+    looks = [stranger_p_values(labels, seen, is_probe, num_classes) for seen in impressions]
+    strange = np.min([np.ones(num_classes), *looks], axis=0)
 
-        def either(excess: Float[np.ndarray, "L"]) -> Float[np.ndarray, "K"]:
-            return np.minimum(1.0, (1 + len(looks)) * np.minimum(far_out(excess, _NOISE * count), strange))
+    def either(excess: Float[np.ndarray, "L"]) -> Float[np.ndarray, "K"]:
+        return np.minimum(1.0, (1 + len(looks)) * np.minimum(far_out(excess, _NOISE * count), strange))
 
-        evidence = either(excess)
-        affected = num_classes * evidence < _SURELY
+    affected = num_classes * far_out(excess + _HEAVIER * np.array(LEVELS), count) < CERTAIN
+    if len(looks) > 1:
+        affected |= num_classes * np.max(looks, axis=0) < CERTAIN
+    stands_out, evidence = no_poison < CERTAIN or bool(affected.any()), either(excess)
+    if stands_out:
+        affected |= num_classes * evidence < _SURELY
         rest = np.isin(theirs, np.flatnonzero(~affected))
         if rest.any():
             evidence = np.minimum(evidence, either(common_excess(ours[rest], theirs[rest], count, share=0.5)))
             affected |= benjamini_hochberg(evidence, _NAMED)
-    stands_out = no_poison < CERTAIN or bool(affected.any())
     nothing = PoisonedShare(0.0, 0.0, 0.0)
     classes = [
         {"images": int((labels == label).sum()), "probes": int(is_probe[labels == label].sum()),

@@ -32,7 +32,8 @@ def named(ids: Int[np.ndarray, "M"]) -> str:
 def reals(value: Any) -> jax.Array | np.ndarray:
     """Takes an array of JAX, NumPy or PyTorch, or a list; by DLPack, and so without a copy, where the devices allow it.
 
-    PyTorch is not imported. Gradients do not flow back into it.
+    Else, as with strides, it is copied through the host, as float32. PyTorch is not imported. Gradients do not flow
+    back into it.
     """
     if isinstance(value, jax.Array):
         return value

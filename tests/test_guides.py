@@ -16,7 +16,7 @@ from badloss_jax.defenses import DEFENSES
 from badloss_jax.scanning import suggest as original
 from tests.test_scan import write_digits
 
-GUIDES = ("badloss_jax/README.md", "badloss_jax/scoring/README.md", "badloss_jax/trajectories/README.md",
+GUIDES = ("README.md", "badloss_jax/README.md", "badloss_jax/scoring/README.md", "badloss_jax/trajectories/README.md",
           "badloss_jax/attacks/README.md", "badloss_jax/defenses/README.md", "configs/README.md")  # fmt: skip
 # What makes commands of the guides short; the settings that they speak of stay.
 SHORT = ("--config.recording.epochs=3", "--config.recording.batch_size=128", "--config.model.stages=(8,)")
@@ -45,9 +45,11 @@ def place(tmp_path_factory, finished):
 def run_shell(line, folder):
     """Runs a command; `badloss run` and `badloss scan` train a small network for a few epochs."""
     words = line.split()
+    if line.startswith("pip install") or words[0] == "launch/local.sh":  # .ci/run does the one, tests/cluster the other
+        return
     assert words[0] == "badloss", line
     if words[1] == "run":  # the folder RUN holds a finished run of another config
-        line = line.replace("--workdir RUN", "--workdir RAN")
+        line = line.replace("--workdir RUN", "--workdir RAN").replace("/tmp/digits", "DIGITS")
         trains = "retraining" in line
         line += f" {shlex.join((*SHORT, '--config.retraining.epochs=1', f'--config.retraining.enabled={trains}'))}"
     if words[1] == "scan":
@@ -94,7 +96,7 @@ def shortened(config, *sizes):
 
 def test_guides_are_linked_and_link_to_what_exists():
     top = Path("README.md").read_text("utf-8")
-    for guide in (*GUIDES, "launch/README.md"):
+    for guide in (*GUIDES[1:], "launch/README.md"):
         assert f"]({guide})" in top or f"]({Path(guide).parent})" in top, guide
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", Path(guide).read_text("utf-8")):
             if not target.startswith("http"):

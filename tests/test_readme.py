@@ -147,14 +147,6 @@ def test_every_command_of_the_readme_parses(capsys):
             load_config(spec)
 
 
-def test_the_python_of_the_readme_runs():
-    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    names: dict = {}
-    exec(code, names)
-    assert len(names["distances"]) == 1000
-    assert not set(names["suspects"]) & set(names["probe_ids"])
-
-
 def test_the_arithmetic_of_imagenet():
     config, guide = load_config("configs/imagenet.py"), Path("launch/README.md").read_text("utf-8")
     assert config.recording.kinds == ("ranked", "features")

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from badloss_jax.scoring import first_seen_as, judge, pixels_seen_as, stranger_p_values
+from badloss_jax.scoring import SIGNS, first_seen_as, judge, pixels_seen_as, stranger_p_values
 
 
 def test_first_seen_as_is_the_nearest_mean(rng):
@@ -102,6 +102,10 @@ def test_impressions_count_only_where_something_stands_out(rng):
     scores[np.flatnonzero((labels == 7) & ~is_probe)[:600]] += 9
     named = judge(scores, scores[is_probe], labels, is_probe, 10, "alpha", 0.1, [seen]).classes
     assert {label for label, entry in enumerate(named) if entry["affected"]} == {2, 5, 7}
+    signs = [tuple(entry["signs"]) for entry in named]
+    assert signs[2] == signs[5] == SIGNS[1:]
+    assert signs[7] == SIGNS[:1]
+    assert signs[0] == ()
 
 
 def test_two_impressions_that_agree_stand_out(rng):

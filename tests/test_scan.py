@@ -96,6 +96,8 @@ def test_what_a_scan_writes(scanned):
     assert len(set(removed) - strange) < 0.2 * len(names)
     assert results["stands_out"]
     assert [entry["name"] for entry in results["classes"] if entry["affected"]] == ["4"]
+    assert all(bool(entry["signs"]) == entry["affected"] for entry in results["classes"])
+    assert "lies far out" in next(entry["signs"] for entry in results["classes"] if entry["name"] == "4")
     assert re.fullmatch(r"About \d+ % of the images look poisoned \([\d.]+ % to \d+ %\); 4 is most affected\.",
                         results["verdict"])  # fmt: skip
     share = results["share"]
@@ -510,7 +512,7 @@ def test_judging_by_hand():
     np.testing.assert_array_equal(verdict.p_values, conformal_p_values(scores, scores[2:]))
     assert not verdict.stands_out
     assert verdict.classes[1] == {"images": 0, "probes": 0, "share": {"estimate": 0.0, "low": 0.0, "high": 0.0},
-                                  "no_poison_p_value": 1.0, "affected": False}  # fmt: skip
+                                  "no_poison_p_value": 1.0, "affected": False, "signs": []}  # fmt: skip
 
 
 def test_no_images_but_errors_are_errors():

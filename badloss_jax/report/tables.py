@@ -326,5 +326,5 @@ def class_table(results: Mapping[str, Any], most: int = 20) -> list[list[str]]:
         share = entry["share"]
         rows.append([entry["name"], f"{entry['images']:,}", str(entry["probes"]), f"{100 * share['estimate']:.1f} %",
                      f"{100 * share['low']:.0f} to {100 * share['high']:.0f} %",
-                     "affected" if entry["affected"] else ""])  # fmt: skip
+                     f"affected: {', '.join(entry['signs'])}" if entry["affected"] else ""])  # fmt: skip
     return rows

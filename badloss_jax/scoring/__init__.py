@@ -20,11 +20,12 @@ from badloss_jax.scoring.rejection import (
     reject,
 )
 from badloss_jax.scoring.scores import anomaly_scores, filter_epochs, log_distances, mean_standardised
-from badloss_jax.scoring.verdict import CERTAIN, Verdict, judge
+from badloss_jax.scoring.verdict import CERTAIN, SIGNS, Verdict, judge
 
 __all__ = [
     "CERTAIN",
     "LEVELS",
+    "SIGNS",
     "PoisonedShare",
     "Verdict",
     "anomaly_scores",

@@ -18,6 +18,7 @@ from badloss_jax.scoring.calibration import (
 from badloss_jax.scoring.impressions import stranger_p_values
 from badloss_jax.scoring.rejection import benjamini_hochberg, reject
 
+SIGNS = ("lies far out", "looks like other classes")  # what may be said of an affected class
 CERTAIN = 0.005  # a verdict on clean data errs this often by each sign
 _HEAVIER = 2  # times as many again of a clean class may lie far out as of all: some have heavier tails
 _NAMED = 0.1  # where something stands out overall, about this share of the named classes is clean
@@ -35,7 +36,7 @@ class Verdict:
       stands_out: whether more lies far out than in clean data.
       share: of the examples that are no probes, how many look poisoned.
       no_poison: p-value of the hypothesis that nothing is poisoned.
-      classes: of each class its share, a p-value of the same kind, and whether it is affected.
+      classes: of each class its share, a p-value of the same kind, whether it is affected, and the signs of it.
     """
 
     p_values: Float[np.ndarray, "N"]
@@ -81,27 +82,27 @@ def judge(
 
     no_poison, excess = no_poison_p_value(ours, count), common_excess(ours, theirs, count)
     looks = [stranger_p_values(labels, seen, is_probe, num_classes) for seen in impressions]
-    strange = np.min([np.ones(num_classes), *looks], axis=0)
-
-    def either(excess: Float[np.ndarray, "L"]) -> Float[np.ndarray, "K"]:
-        return np.minimum(1.0, (1 + len(looks)) * np.minimum(far_out(excess, _NOISE * count), strange))
-
     affected = num_classes * far_out(excess + _HEAVIER * np.array(LEVELS), count) < CERTAIN
     if len(looks) > 1:
         affected |= num_classes * np.max(looks, axis=0) < CERTAIN
-    stands_out, evidence = no_poison < CERTAIN or bool(affected.any()), either(excess)
+    stands_out, tests = no_poison < CERTAIN or bool(affected.any()), 1 + len(looks)
+    by_sign = np.array([far_out(excess, _NOISE * count), np.min([np.ones(num_classes), *looks], axis=0)])
     if stands_out:
-        affected |= num_classes * evidence < _SURELY
+        affected |= num_classes * tests * by_sign.min(0) < _SURELY
         rest = np.isin(theirs, np.flatnonzero(~affected))
         if rest.any():
-            evidence = np.minimum(evidence, either(common_excess(ours[rest], theirs[rest], count, share=0.5)))
-            affected |= benjamini_hochberg(evidence, _NAMED)
+            excess = common_excess(ours[rest], theirs[rest], count, share=0.5)
+            by_sign[0] = np.minimum(by_sign[0], far_out(excess, _NOISE * count))
+            affected |= benjamini_hochberg(np.minimum(1.0, tests * by_sign.min(0)), _NAMED)
     nothing = PoisonedShare(0.0, 0.0, 0.0)
-    classes = [
-        {"images": int((labels == label).sum()), "probes": int(is_probe[labels == label].sum()),
-         "share": asdict(poisoned_share(chosen, count) if len(chosen) else nothing),
-         "no_poison_p_value": float(evidence[label]), "affected": bool(affected[label])}
-        for label, chosen in enumerate(by_class)
-    ]  # fmt: skip
+    classes = []
+    for label, chosen in enumerate(by_class):
+        told = by_sign[:, label] <= max(_SURELY, by_sign[:, label].min())
+        classes.append({
+            "images": int((labels == label).sum()), "probes": int(is_probe[labels == label].sum()),
+            "share": asdict(poisoned_share(chosen, count) if len(chosen) else nothing),
+            "no_poison_p_value": min(1.0, tests * float(by_sign[:, label].min())), "affected": bool(affected[label]),
+            "signs": [sign for sign, seen in zip(SIGNS, told, strict=True) if affected[label] and seen],
+        })  # fmt: skip
     removed = reject(rule, level, scores, p_values, is_probe) if stands_out else np.zeros(len(scores), bool)
     return Verdict(p_values, removed, stands_out, poisoned_share(ours, count), no_poison, classes)

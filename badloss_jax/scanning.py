@@ -28,7 +28,6 @@ from ml_collections import ConfigDict
 from badloss_jax.artefacts import Artefacts
 from badloss_jax.attacks.poisoning import unpoisoned
 from badloss_jax.config import default_config, override, parse_rule, settled, to_dict
-from badloss_jax.data import is_streamed
 from badloss_jax.data.training_set import (
     TrainingSet,
     list_folder,
@@ -259,7 +258,7 @@ def _report(
     if "features" in store.layout:
         seen_as = first_seen_as(store.rows("features", epochs[:1]), labels)
         impressions.append(seen_as)
-    if not is_streamed(examples.split, config.data.input):  # else they would all be read once more
+    if isinstance(examples.split.images, np.ndarray):  # else they would all be read once more
         impressions.append(pixels_seen_as(examples.split.images, labels))
     verdict = judge(scores, probe_scores, labels, is_probe, examples.num_classes, *_rule(config), impressions)
     flagged = verdict.removed | (~is_probe & (verdict.p_values <= config.rejection.alpha))

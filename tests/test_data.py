@@ -417,7 +417,31 @@ def test_decoding_goes_on_after_ctrl_c(tmp_path, monkeypatch):
         np.testing.assert_array_equal(again[0], images)
         np.testing.assert_array_equal(again[1], kept)
     assert sorted(decoded[10:]) == [6, 7, 8, 9, 10, 11, 12]
-    assert [path.name for path in (tmp_path / "cache" / "images").iterdir() if "-" in path.name] == []
+    assert not list((tmp_path / "cache" / "images").glob("*-parts"))
+
+
+def test_parts_stay_where_the_whole_cannot_be_written(tmp_path, monkeypatch):
+    """Also where another length of parts wrote them; a later reading, with room, tidies up."""
+    files = [tmp_path / f"{number}.png" for number in range(7)]
+    for number, path in enumerate(files):
+        Image.new("L", (4, 4), number).save(path)
+    monkeypatch.setattr(decoding, "_PART", 3)
+    cached = settings("image_folder", channels=1, cache_dir=str(tmp_path / "cache"))
+    save = np.save
+
+    def full(path, array, **rest):
+        if len(array) == 7:
+            raise OSError("no space left")
+        save(path, array, **rest)
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.warns(UserWarning, match="not cached: no space left"):
+        decoding.decode_files(tmp_path, files, cached)
+    assert len(list((tmp_path / "cache" / "images").glob("*-parts/*"))) == 3
+    monkeypatch.setattr(np, "save", save)
+    monkeypatch.setattr(decoding, "_PART", 2)
+    assert decoding.decode_files(tmp_path, files, cached)[0][:, 0, 0, 0].tolist() == list(range(7))
+    assert not list((tmp_path / "cache" / "images").glob("*-parts"))
 
 
 def test_parts_of_images_of_several_sizes_are_refused(tmp_path, monkeypatch):

@@ -96,8 +96,13 @@ def shortened(config, *sizes):
 
 def test_guides_are_linked_and_link_to_what_exists():
     top = Path("README.md").read_text("utf-8")
-    for guide in (*GUIDES[1:], "launch/README.md"):
-        assert f"]({guide})" in top or f"]({Path(guide).parent})" in top, guide
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", Path(guide).read_text("utf-8")):
-            if not target.startswith("http"):
-                assert (Path(guide).parent / target.replace("\\", "")).exists(), f"{guide}: {target}"
+    for guide in (*GUIDES, "launch/README.md", "configs/results/README.md"):
+        assert guide == "README.md" or f"]({guide})" in top or f"]({Path(guide).parent})" in top, guide
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", Path(guide).read_text("utf-8")):
+            if target.startswith("http"):
+                continue
+            path = Path(guide).parent / target.replace("\\", "") if target else Path(guide)
+            assert path.exists(), f"{guide}: {target}"
+            if anchor:
+                titles = re.findall(r"^#+ (.*)$", path.read_text("utf-8"), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, anchor

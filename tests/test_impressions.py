@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from badloss_jax.scoring import SIGNS, first_seen_as, judge, pixels_seen_as, stranger_p_values
+from badloss_jax.report.scan import sentence
+from badloss_jax.scoring import SIGNS, PoisonedShare, first_seen_as, judge, pixels_seen_as, stranger_p_values
 
 
 def test_first_seen_as_is_the_nearest_mean(rng):
@@ -15,11 +18,11 @@ def test_first_seen_as_is_the_nearest_mean(rng):
     np.testing.assert_array_equal(first_seen_as(features[:, 0], labels), got)
 
 
-def impressions(rng, attacked=(), poison=0.1, hard=(), size=20_000, probes=250, classes=10):
+def impressions(rng, attacked=(), poison=0.1, hard=(), size=20_000, probes=250, classes=10, unprobed=()):
     """Each class is confused with the next two; hard ones with all. Poison looks like the class that it came from."""
     labels = rng.integers(0, classes, size)
     is_probe = np.zeros(size, bool)
-    is_probe[rng.choice(size, probes, replace=False)] = True
+    is_probe[rng.choice(np.flatnonzero(~np.isin(labels, unprobed)), probes, replace=False)] = True
     seen, chance = labels.copy(), rng.random(size)
     seen = np.where(chance < 0.1, (labels + 1) % classes, np.where(chance < 0.15, (labels + 2) % classes, seen))
     bad = np.isin(labels, attacked) & ~is_probe & (rng.random(size) < poison)
@@ -57,6 +60,14 @@ def test_the_linear_classifier_learns_from_some_and_sees_all(rng, monkeypatch):
     assert (pixels_seen_as(images, labels) == labels).mean() > 0.95
 
 
+def test_a_tiny_class_hides_no_other(rng, monkeypatch, recwarn):
+    labels = np.repeat([0, 1, 2], [300, 1, 300])
+    images = pictures(rng, labels, 8, 8)
+    monkeypatch.setattr("badloss_jax.scoring.impressions._FITTED", 200)
+    assert (pixels_seen_as(images, labels) == labels)[labels != 1].mean() > 0.95
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("labels", [[3, 3, 3], [0, 1, 2]])
 def test_where_pixels_can_say_nothing_labels_are_believed(rng, labels):
     images = rng.integers(0, 256, (3, 4, 4, 1), dtype=np.uint8)
@@ -74,6 +85,14 @@ def test_a_class_that_is_confused_with_all_is_seldom_called_strange(rng):
     """Its own probes are strangers, too."""
     named = [stranger_p_values(*impressions(rng, hard=(4,)), 10)[4] < 0.005 for _ in range(100)]
     assert np.mean(named) < 0.1
+
+
+def test_relabelled_images_of_one_class_among_many_are_found(rng):
+    """Although each of the other classes gives it none or one."""
+    given = impressions(rng, attacked=(7,), classes=200, size=100_000, probes=2_000)
+    p_values = stranger_p_values(*given, 200)
+    assert p_values[7] < 1e-3
+    assert np.delete(p_values, 7).min() > 1e-3
 
 
 def test_clean_classes_are_not_strange(rng):
@@ -98,7 +117,8 @@ def test_impressions_count_only_where_something_stands_out(rng):
     labels, seen, is_probe = impressions(rng, attacked=(2, 5))
     scores = rng.normal(size=len(labels))
     verdict = judge(scores, scores[is_probe], labels, is_probe, 10, "alpha", 0.1, [seen])
-    assert verdict.stands_out or not any(entry["affected"] for entry in verdict.classes)
+    assert not verdict.stands_out
+    assert not any(entry["affected"] for entry in verdict.classes)
     scores[np.flatnonzero((labels == 7) & ~is_probe)[:600]] += 9
     named = judge(scores, scores[is_probe], labels, is_probe, 10, "alpha", 0.1, [seen]).classes
     assert {label for label, entry in enumerate(named) if entry["affected"]} == {2, 5, 7}
@@ -119,3 +139,23 @@ def test_two_impressions_that_agree_stand_out(rng):
     assert np.mean(found, axis=0)[[2, 5]].min() > 0.7
     assert np.mean(found, axis=0)[[0, 1, 3, 4, 6, 7, 8, 9]].max() < 0.2
     assert alarms <= 2
+
+
+def test_a_class_without_probes_raises_no_alarm_by_looks(rng):
+    labels, seen, is_probe = impressions(rng, attacked=(4,), unprobed=(4,))
+    scores = rng.normal(size=len(labels))
+    assert not judge(scores, scores[is_probe], labels, is_probe, 10, "alpha", 0.1, [seen, seen]).stands_out
+
+
+def test_where_one_class_stands_out_nothing_is_removed_of_others(rng):
+    labels, seen, is_probe = impressions(rng, attacked=(4,), poison=0.15)
+    scores = rng.normal(size=len(labels))
+    verdict = judge(scores, scores[is_probe], labels, is_probe, 10, "alpha", 0.1, [seen, seen])
+    assert [label for label, entry in enumerate(verdict.classes) if entry["affected"]] == [4]
+    assert verdict.removed.any()
+    assert set(labels[verdict.removed].tolist()) == {4}
+    nothing = PoisonedShare(0.0, 0.0, 0.01)
+    assert sentence(replace(verdict, share=nothing), list("abcdefghij"), 250).startswith(
+        "e has images that look relabel"
+    )
+    assert "; e is most affected" in sentence(replace(verdict, share=PoisonedShare(0.01, 0, 0.1)), "abcdefghij", 250)

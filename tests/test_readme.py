@@ -167,10 +167,3 @@ def test_the_arithmetic_of_imagenet():
     assert row[f"retraining: {networks} x {retraining.epochs} epochs"] == [
         f"{hours / 8:.0f} h", f"{hours / 64:.1f} h", f"{hours / images * 1e9 / 64 / 24:.0f} days"
     ]  # fmt: skip
-
-
-def test_links_and_pictures_exist():
-    for document in (Path("README.md"), Path("configs/results/README.md"), Path("launch/README.md")):
-        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text("utf-8")):
-            if not target.startswith("http"):
-                assert (document.parent / target).exists(), f"{document}: {target}"

@@ -55,11 +55,11 @@ def decode_files(
     if not settings["cache_dir"]:
         return _decode(files, settings, None)
     entry = Path(settings["cache_dir"]).expanduser() / "images" / _content_key(folder, files, settings)
-    if (cached := _read_cache(entry)) is not None:
-        return cached
-    parts = entry.with_name(f"{entry.name}-parts")
-    decoded = _decode(files, settings, parts if len(files) > _PART else None)
-    _write_cache(entry, *decoded)
+    parts, decoded = entry.with_name(f"{entry.name}-parts"), _read_cache(entry)
+    if decoded is None:
+        decoded = _decode(files, settings, parts if len(files) > _PART else None)
+        if not _write_cache(entry, *decoded):
+            return decoded
     shutil.rmtree(parts, ignore_errors=True)
     return decoded
 
@@ -69,14 +69,15 @@ def _decode(files: list[Path], settings: Mapping[str, Any], parts: Path | None) 
     images, kept = [], []
     with tqdm(total=len(files), desc="decoding", unit=" images", leave=False, disable=None) as bar:
         for start in range(0, len(files), _PART):
-            some, place = files[start : start + _PART], parts and parts / f"{start}"
+            some = files[start : start + _PART]
+            place = parts and parts / f"{start}-{start + len(some)}"
             part = _read_cache(place) if place else None
             if part is None:
                 part = _decode_part(some, settings, bar)
                 if place and not _write_cache(place, *part):
                     parts = None
             if len(part[1]):
-                images.append(part[0])
+                images.append(np.array(part[0]))  # not a map of a file that another process may delete
                 kept.append(start + part[1])
                 _check_size(files[kept[0][0]], images[0][0], files[kept[-1][0]], images[-1][0])
             bar.update(start + len(some) - bar.n)

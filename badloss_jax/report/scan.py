@@ -218,14 +218,15 @@ def sentence(verdict: Verdict, class_names: Sequence[str], num_probes: int) -> s
     worst.sort(key=lambda number: -verdict.classes[number]["share"]["estimate"])
     text = (f"About {_percent(share.estimate)} of the images look poisoned ({_percent(share.low)} to"
             f" {_percent(share.high)})")  # fmt: skip
-    if share.estimate <= 0.0005:  # a few images of a class, which all images together do not show
-        text = f"Up to {_percent(share.high)} of the images look poisoned"
     if not worst:
         return f"{text}; no class in particular."
     names = [printable(class_names[number]) for number in worst]
     listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     if len(names) > 6:
         listed = f"{len(names)} of {len(class_names)} classes"
+    if share.estimate <= 0.0005:
+        return (f"{listed} {'has' if len(names) == 1 else 'have'} images that look relabelled, though hardly any lie"
+                " far from the probes: look for yourself, as what is removed by distance may be others.")  # fmt: skip
     return f"{text}; {listed} {'is' if len(names) == 1 else 'are'} most affected."
 
 

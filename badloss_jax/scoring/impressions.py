@@ -3,6 +3,8 @@
 That is the network after its first epoch, or a linear classifier on pixels, too simple to learn a faint trigger.
 """
 
+import warnings
+
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from scipy import stats
@@ -47,15 +49,16 @@ def pixels_seen_as(images: UInt8[np.ndarray, "N H W C"], labels: Int[np.ndarray,
       images: uint8 [N, H, W, C].
       labels: int [N], as trained on.
     """
-    count, classes = len(labels), np.unique(labels)
-    chosen = np.unique(np.linspace(0, count - 1, _FITTED).astype(np.int64))
-    if not 1 < len(classes) < len(chosen) or len(np.unique(labels[chosen])) < len(classes):
+    count, (classes, firsts) = len(labels), np.unique(labels, return_index=True)
+    chosen = np.union1d(firsts, np.linspace(0, count - 1, _FITTED).astype(np.int64))
+    if not 1 < len(classes) < min(len(chosen), _MOST_CLASSES):
         return np.array(labels, np.int64)
     model = LinearDiscriminantAnalysis(
         solver="lsqr", shrinkage=_SHRINKAGE, priors=np.full(len(classes), 1 / len(classes))
     )
-    model.fit(_averaged(images[chosen]), labels[chosen])
-    rows = max(1, _VALUES // max(1, int(np.prod(images.shape[1:]))))
+    with warnings.catch_warnings(action="ignore"):  # of classes with a single image
+        model.fit(_averaged(images[chosen]), labels[chosen])
+    rows = max(1, _VALUES // max(int(np.prod(images.shape[1:])), len(classes)))
     parts = [model.predict(_averaged(images[start : start + rows])) for start in range(0, count, rows)]
     return np.concatenate(parts).astype(np.int64)
 
@@ -79,10 +82,10 @@ def stranger_p_values(
     """Tests of each class whether too many of its examples look like classes that it is hardly confused with.
 
     An attacker who relabels images takes them from all other classes; a clean class is confused with a few. So of each
-    class the half of the others is taken that its examples look like least, and how many of all probes are strangers
-    by that measure says how many clean examples would be. Classes differ in how well they are told apart, so this is
-    no exact test: use it to name classes once something is known to stand out. A class is not suspicious if its own
-    probes may well be strangers as often: if one is, unless it should be more of them with 95 % certainty.
+    class the half of the others is taken that every second of its examples look like least, for those between, and the
+    other way round. How many of all probes are strangers by that measure says how many clean examples would be. Classes
+    differ in how well they are told apart, so this is no exact test. A class is not suspicious if its own probes may
+    well be strangers as often: if one is, unless it should be more of them with 95 % certainty.
 
     Args:
       labels: int [N].
@@ -95,15 +98,18 @@ def stranger_p_values(
     """
     if num_classes > _MOST_CLASSES:
         return np.ones(num_classes)
-    counts, of_probes = np.zeros((2, num_classes, num_classes), np.int64)
-    np.add.at(counts, (labels[~is_probe], seen_as[~is_probe]), 1)
-    np.add.at(of_probes, (labels[is_probe], seen_as[is_probe]), 1)
-    half, strangers, probes = (num_classes - 1) // 2, np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64)
+    half, second = (num_classes - 1) // 2, np.arange(len(labels)) % 2
+    counts, of_probes = np.zeros((2, 2, num_classes, num_classes), np.int64)
+    np.add.at(counts, (second[~is_probe], labels[~is_probe], seen_as[~is_probe]), 1)
+    np.add.at(of_probes, (second[is_probe], labels[is_probe], seen_as[is_probe]), 1)
+    strangers, probes = np.zeros((2, num_classes), np.int64)
     for label in range(num_classes):
-        order = np.argsort(counts[label], kind="stable")
-        rare = order[order != label][:half]
-        strangers[label], probes[label] = counts[label, rare].sum(), of_probes[label, rare].sum()
-    sizes, own, among = counts.sum(1), of_probes.sum(1), int(probes.sum())
+        for part in (0, 1):
+            order = np.argsort(counts[1 - part, label], kind="stable")
+            rare = order[order != label][:half]
+            strangers[label] += counts[part, label, rare].sum()
+            probes[label] += of_probes[part, label, rare].sum()
+    sizes, own, among = counts.sum((0, 2)), of_probes.sum((0, 2)), int(probes.sum())
     total = int(own.sum())
     if not half or among >= total:
         return np.ones(num_classes)

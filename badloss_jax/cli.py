@@ -246,8 +246,7 @@ def _guarded(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(f"badloss: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        places = {"run": "checkpoint", "scan": "checkpoint or part of the images", "sweep": "checkpoint",
-                  "prepare": "shard"}  # fmt: skip
+        places = {"run": "checkpoint", "scan": "checkpoint", "sweep": "checkpoint", "prepare": "shard"}
         if getattr(arguments, "trajectories", None):
             places["score"] = "part"
         place = places.get(arguments.command)

@@ -14,7 +14,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -113,11 +113,21 @@ def scan(
       UsageError, DataError, NonFiniteLossError: see `badloss_jax.errors`; what was recorded is kept.
       PreemptedError: it was told to stop; the same call goes on.
     """
-    started, progress, mesh = time.monotonic(), progress or Progress(None), mesh or make_mesh()
+    progress, mesh = progress or Progress(None), mesh or make_mesh()
+    with Preemption() as preemption:
+        return _scan(data, probes, workdir, overrides, follow_links, progress, mesh, preemption)
+
+
+def _scan(
+    data: str, probes: str, workdir: Path, overrides: Sequence[str], follow_links: bool, progress: Progress, mesh: Mesh,
+    preemption: Preemption,
+) -> dict[str, Any]:  # fmt: skip
+    started = time.monotonic()
     guess = default_config()  # refuses wrong settings before anything is read
     suggest(guess, 1_000, (32, 32, 3), 10, 1_000_000)
     override(guess, overrides)
-    examples, config = _read(data, probes, workdir, overrides, follow_links)
+    examples, config = _read(data, probes, workdir, overrides, follow_links, preemption.stop_if_reached)
+    preemption.stop_if_reached()
     split, count, shape = examples.split, len(examples.names), examples.image_shape
     probe_ids = trusted_ids(probes, examples, config.seed)
     suggest(config, count, shape, examples.num_classes, len(probe_ids))
@@ -136,7 +146,6 @@ def scan(
     is_probe = np.isin(np.arange(count), probe_ids)
     _tell(examples, probes, is_probe, config, progress)
     with (
-        Preemption() as preemption,
         claim(workdir, config, free=("probes", "scoring", "rejection", "report")),
         open_writers(workdir, config) as writers,
     ):
@@ -168,9 +177,9 @@ def scan(
 
 
 def _read(
-    data: str, probes: str, workdir: Path, overrides: Sequence[str], follow_links: bool
+    data: str, probes: str, workdir: Path, overrides: Sequence[str], follow_links: bool, stop: Callable[[], None]
 ) -> tuple[TrainingSet, ConfigDict]:
-    """Reads the training set; returns it, and the default config with how it was read."""
+    """Reads the training set, unless `stop` raises; returns it, and the default config with how it was read."""
     config = default_config()
     of_data = [text for text in overrides if text.startswith("--config.data.")]
     trusted = Path(probes).expanduser()
@@ -189,7 +198,7 @@ def _read(
         beside = None
         if trusted.is_dir() and not trusted.resolve().is_relative_to(listing.root):
             beside = list_folder(trusted, follow_links, listing.class_names)
-        read = partial(read_folder, listing, trusted=beside)
+        read = partial(read_folder, listing, trusted=beside, stop=stop)
     out, own = workdir.resolve(), {"--data": Path(config.data.dir).expanduser()}
     if trusted.is_dir():
         own["--probes"] = trusted

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,26 +45,31 @@ def decode_split(folder: Path, files: list[Path], labels: Sequence[int], setting
 
 
 def decode_files(
-    folder: Path, files: list[Path], settings: Mapping[str, Any]
+    folder: Path, files: list[Path], settings: Mapping[str, Any], stop: Callable[[], None] | None = None
 ) -> tuple[UInt8[np.ndarray, "M H W C"], Int[np.ndarray, "M"]]:
     """Decodes files, or takes them from the cache; see `decode_split`.
+
+    `stop` is called whenever nothing would be lost; it may raise. (A KeyboardInterrupt is lost itself if it comes while
+    Python collects garbage, which it does all the time here.)
 
     Returns:
       The images, and which of the files they are: all, unless `skip_corrupt` leaves some out.
     """
     if not settings["cache_dir"]:
-        return _decode(files, settings, None)
-    entry = Path(settings["cache_dir"]).expanduser() / "images" / _content_key(folder, files, settings)
+        return _decode(files, settings, None, stop)
+    entry = Path(settings["cache_dir"]).expanduser() / "images" / _content_key(folder, files, settings, stop)
     parts, decoded = entry.with_name(f"{entry.name}-parts"), _read_cache(entry)
     if decoded is None:
-        decoded = _decode(files, settings, parts if len(files) > _PART else None)
+        decoded = _decode(files, settings, parts if len(files) > _PART else None, stop)
         if not _write_cache(entry, *decoded):
             return decoded
     shutil.rmtree(parts, ignore_errors=True)
     return decoded
 
 
-def _decode(files: list[Path], settings: Mapping[str, Any], parts: Path | None) -> tuple[np.ndarray, np.ndarray]:
+def _decode(
+    files: list[Path], settings: Mapping[str, Any], parts: Path | None, stop: Callable[[], None] | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns the images, uint8 [N, H, W, C], and which of the files they are, int64 [N]; keeps and takes parts."""
     images, kept = [], []
     with tqdm(total=len(files), desc="decoding", unit=" images", leave=False, disable=None) as bar:
@@ -81,6 +86,8 @@ def _decode(files: list[Path], settings: Mapping[str, Any], parts: Path | None) 
                 kept.append(start + part[1])
                 _check_size(files[kept[0][0]], images[0][0], files[kept[-1][0]], images[-1][0])
             bar.update(start + len(some) - bar.n)
+            if stop is not None and start + len(some) < len(files):
+                stop()
     if not kept:
         raise DataError(f"no file under {files[0].parent.parent} decodes")
     return (np.concatenate(images), np.concatenate(kept)) if len(kept) > 1 else (images[0], kept[0])
@@ -114,10 +121,12 @@ def _check_size(first: Path, pixels: np.ndarray, other: Path, others: np.ndarray
                         " --config.data.image_size=PIXELS resizes all images to one size")  # fmt: skip
 
 
-def _content_key(folder: Path, files: list[Path], settings: Mapping[str, Any]) -> str:
+def _content_key(folder: Path, files: list[Path], settings: Mapping[str, Any], stop: Callable[[], None] | None) -> str:
     """Hashes the names and the bytes of all files, and what else changes the decoded pixels."""
     content = hashlib.sha256(repr([settings[key] for key in ("image_size", "channels", "skip_corrupt")]).encode())
     for path in files:
+        if stop is not None:
+            stop()
         name, data = os.fsencode(path.relative_to(folder)), _read_bytes(path)
         content.update(b"%d %d " % (len(name), len(data)) + name + data)
     return content.hexdigest()[:32]

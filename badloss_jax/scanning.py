@@ -14,7 +14,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -59,7 +59,7 @@ from badloss_jax.training.preemption import Preemption
 from badloss_jax.trajectories.store import TrajectoryStore
 from badloss_jax.workdir import claim, read_resumes
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _NEAREST = 3  # probes that are shown beside a suspect
 # Settings of a run that mean nothing here, at their only value.
 _UNUSED = {"data.train_examples": 0, "data.test_examples": 0, "data.pad": 0, "data.class_names": [],
@@ -113,21 +113,11 @@ def scan(
       UsageError, DataError, NonFiniteLossError: see `badloss_jax.errors`; what was recorded is kept.
       PreemptedError: it was told to stop; the same call goes on.
     """
-    progress, mesh = progress or Progress(None), mesh or make_mesh()
-    with Preemption() as preemption:
-        return _scan(data, probes, workdir, overrides, follow_links, progress, mesh, preemption)
-
-
-def _scan(
-    data: str, probes: str, workdir: Path, overrides: Sequence[str], follow_links: bool, progress: Progress, mesh: Mesh,
-    preemption: Preemption,
-) -> dict[str, Any]:  # fmt: skip
-    started = time.monotonic()
+    started, progress, mesh = time.monotonic(), progress or Progress(None), mesh or make_mesh()
     guess = default_config()  # refuses wrong settings before anything is read
     suggest(guess, 1_000, (32, 32, 3), 10, 1_000_000)
     override(guess, overrides)
-    examples, config = _read(data, probes, workdir, overrides, follow_links, preemption.stop_if_reached)
-    preemption.stop_if_reached()
+    examples, config = _read(data, probes, workdir, overrides, follow_links)
     split, count, shape = examples.split, len(examples.names), examples.image_shape
     probe_ids = trusted_ids(probes, examples, config.seed)
     suggest(config, count, shape, examples.num_classes, len(probe_ids))
@@ -146,6 +136,7 @@ def _scan(
     is_probe = np.isin(np.arange(count), probe_ids)
     _tell(examples, probes, is_probe, config, progress)
     with (
+        Preemption() as preemption,
         claim(workdir, config, free=("probes", "scoring", "rejection", "report")),
         open_writers(workdir, config) as writers,
     ):
@@ -177,9 +168,9 @@ def _scan(
 
 
 def _read(
-    data: str, probes: str, workdir: Path, overrides: Sequence[str], follow_links: bool, stop: Callable[[], None]
+    data: str, probes: str, workdir: Path, overrides: Sequence[str], follow_links: bool
 ) -> tuple[TrainingSet, ConfigDict]:
-    """Reads the training set, unless `stop` raises; returns it, and the default config with how it was read."""
+    """Reads the training set; returns it, and the default config with how it was read."""
     config = default_config()
     of_data = [text for text in overrides if text.startswith("--config.data.")]
     trusted = Path(probes).expanduser()
@@ -198,7 +189,7 @@ def _read(
         beside = None
         if trusted.is_dir() and not trusted.resolve().is_relative_to(listing.root):
             beside = list_folder(trusted, follow_links, listing.class_names)
-        read = partial(read_folder, listing, trusted=beside, stop=stop)
+        read = partial(read_folder, listing, trusted=beside)
     out, own = workdir.resolve(), {"--data": Path(config.data.dir).expanduser()}
     if trusted.is_dir():
         own["--probes"] = trusted

@@ -222,7 +222,7 @@ def test_common_excess_by_hand():
     p_values, labels = np.array([0.1, 0.1, 0.5, 0.1, 0.9, 0.9, 0.9, 0.1]), np.repeat([0, 1, 2, 9], 2)
     # With nine probes all levels are 0.1; the rates of the classes are 1, 1/2, 0 and 1/2, their lower quartile 0.375.
     np.testing.assert_allclose(common_excess(p_values, labels, 9), 0.275)
-    np.testing.assert_allclose(common_excess(p_values, labels, 9, share=0.5), 0.4)
+    np.testing.assert_allclose(common_excess(p_values, labels, 9, quantile=0.5), 0.4)
     assert not common_excess(np.ones(8), labels, 9).any()
 
 

@@ -95,6 +95,8 @@ def test_scans_found_what_the_guide_says():
         added.append(np.mean([len(figure["added_classes"]) for figure in figures]))
     assert f"{100 * found[0]:.1f} and {100 * found[1]:.1f} % of the poison" in guide
     assert f"with {100 * lost[0]:.1f} and {100 * lost[1]:.1f} % of the clean" in guide
+    assert f"{100 * found[0]:.0f} % of the poison and lost {100 * lost[0]:.0f} % of the clean images" in README
+    assert f"on Fashion-MNIST ({100 * found[1]:.0f} and {100 * lost[1]:.0f} % on\nCIFAR-10)" in README
     assert added == [0, 0]
     assert f"{missed[0]:.1f} of 6" in guide
     assert f"{missed[1]:.1f} of 6" in guide

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 from tqdm import tqdm
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from badloss_jax.data.dataset import Split
 from badloss_jax.data.pixels import MAX_BYTES, decode_pixels
 from badloss_jax.errors import DataError
+from badloss_jax.training.preemption import Preemption
 
 _PART = 5_000  # files
 
@@ -35,6 +37,7 @@ def decode_split(folder: Path, files: list[Path], labels: Sequence[int], setting
 
     Raises:
       DataError: a file does not decode (with `skip_corrupt` it is left out, with a warning), or two differ in size.
+      PreemptedError: it was told to stop.
     """
     images, kept = decode_files(folder, files, settings)
     if len(kept) < len(files):
@@ -45,22 +48,35 @@ def decode_split(folder: Path, files: list[Path], labels: Sequence[int], setting
 
 
 def decode_files(
-    folder: Path, files: list[Path], settings: Mapping[str, Any], stop: Callable[[], None] | None = None
+    folder: Path, files: list[Path], settings: Mapping[str, Any]
 ) -> tuple[UInt8[np.ndarray, "M H W C"], Int[np.ndarray, "M"]]:
     """Decodes files, or takes them from the cache; see `decode_split`.
 
-    `stop` is called whenever nothing would be lost; it may raise. (A KeyboardInterrupt is lost itself if it comes while
-    Python collects garbage, which it does all the time here.)
+    A KeyboardInterrupt would be lost where it comes while Python collects garbage, which is all the time here. So
+    notices to stop are listened for, and heeded between parts; of several processes they reach the training instead.
 
     Returns:
       The images, and which of the files they are: all, unless `skip_corrupt` leaves some out.
     """
-    if not settings["cache_dir"]:
-        return _decode(files, settings, None, stop)
+    kept = "the images that were read are kept, and " if settings["cache_dir"] else ""
+    with Preemption() as preemption:
+
+        def stop() -> None:
+            if jax.process_count() == 1:
+                preemption.stop_if_reached(f"; {kept}the same command goes on")
+
+        decoded = _cached(folder, files, settings, stop) if settings["cache_dir"] else _decode(files, settings, stop)
+        stop()
+    return decoded
+
+
+def _cached(
+    folder: Path, files: list[Path], settings: Mapping[str, Any], stop: Callable[[], None]
+) -> tuple[np.ndarray, np.ndarray]:
     entry = Path(settings["cache_dir"]).expanduser() / "images" / _content_key(folder, files, settings, stop)
     parts, decoded = entry.with_name(f"{entry.name}-parts"), _read_cache(entry)
     if decoded is None:
-        decoded = _decode(files, settings, parts if len(files) > _PART else None, stop)
+        decoded = _decode(files, settings, stop, parts if len(files) > _PART else None)
         if not _write_cache(entry, *decoded):
             return decoded
     shutil.rmtree(parts, ignore_errors=True)
@@ -68,7 +84,7 @@ def decode_files(
 
 
 def _decode(
-    files: list[Path], settings: Mapping[str, Any], parts: Path | None, stop: Callable[[], None] | None
+    files: list[Path], settings: Mapping[str, Any], stop: Callable[[], None], parts: Path | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the images, uint8 [N, H, W, C], and which of the files they are, int64 [N]; keeps and takes parts."""
     images, kept = [], []
@@ -86,7 +102,7 @@ def _decode(
                 kept.append(start + part[1])
                 _check_size(files[kept[0][0]], images[0][0], files[kept[-1][0]], images[-1][0])
             bar.update(start + len(some) - bar.n)
-            if stop is not None and start + len(some) < len(files):
+            if start + len(some) < len(files):  # else the whole is kept first
                 stop()
     if not kept:
         raise DataError(f"no file under {files[0].parent.parent} decodes")
@@ -121,12 +137,11 @@ def _check_size(first: Path, pixels: np.ndarray, other: Path, others: np.ndarray
                         " --config.data.image_size=PIXELS resizes all images to one size")  # fmt: skip
 
 
-def _content_key(folder: Path, files: list[Path], settings: Mapping[str, Any], stop: Callable[[], None] | None) -> str:
+def _content_key(folder: Path, files: list[Path], settings: Mapping[str, Any], stop: Callable[[], None]) -> str:
     """Hashes the names and the bytes of all files, and what else changes the decoded pixels."""
     content = hashlib.sha256(repr([settings[key] for key in ("image_size", "channels", "skip_corrupt")]).encode())
     for path in files:
-        if stop is not None:
-            stop()
+        stop()
         name, data = os.fsencode(path.relative_to(folder)), _read_bytes(path)
         content.update(b"%d %d " % (len(name), len(data)) + name + data)
     return content.hexdigest()[:32]

@@ -4,7 +4,7 @@ What cannot be read is left out and named, with the reason: one bad file among a
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,44 +188,35 @@ def suggested_size(listing: Listing) -> tuple[int, int]:
     return min(int(np.median(sides)), _LARGEST), 1 if grey else 3
 
 
-def read_folder(
-    listing: Listing,
-    settings: Mapping[str, Any],
-    trusted: Listing | None = None,
-    stop: Callable[[], None] | None = None,
-) -> TrainingSet:
+def read_folder(listing: Listing, settings: Mapping[str, Any], trusted: Listing | None = None) -> TrainingSet:
     """Decodes a folder's images; those of `trusted` follow them.
 
     Args:
       listing: of the training set.
       settings: `config.data`; image_size is above 0.
       trusted: of images that are known to be clean, with the same classes.
-      stop: called often, where what was decoded is kept; what it raises ends the reading.
 
     Raises:
       DataError: the decoded images do not fit the memory, or none decodes.
+      PreemptedError: it was told to stop.
     """
     size, channels = settings["image_size"], settings["channels"]
     total = len(listing.names) + (len(trusted.names) if trusted else 0)
     check_memory(2 * total * size * size * channels, f"{total:,} images of {size} x {size} pixels")
     left_out = dict(listing.left_out)
-    images, names, labels = _read(listing, settings, left_out, "", stop)
+    images, names, labels = _read(listing, settings, left_out, "")
     own = len(names)
     if trusted:
-        more, more_names, more_labels = _read(trusted, settings, left_out, f"{trusted.root.as_posix()}/", stop)
+        more, more_names, more_labels = _read(trusted, settings, left_out, f"{trusted.root.as_posix()}/")
         images, labels = np.concatenate([images, more]), np.concatenate([labels, more_labels])
         names += more_names
     return TrainingSet(Split(images, labels), listing.class_names, tuple(names), listing.root, own, left_out)
 
 
 def _read(
-    listing: Listing,
-    settings: Mapping[str, Any],
-    left_out: dict[str, str],
-    before: str,
-    stop: Callable[[], None] | None,
+    listing: Listing, settings: Mapping[str, Any], left_out: dict[str, str], before: str
 ) -> tuple[np.ndarray, list[str], np.ndarray]:
-    images, kept = decode_files(listing.root, listing.files, dict(settings) | {"skip_corrupt": True}, stop)
+    images, kept = decode_files(listing.root, listing.files, dict(settings) | {"skip_corrupt": True})
     missing = np.setdiff1d(np.arange(len(listing.names)), kept)
     for place, number in enumerate(missing.tolist()):
         reason = _reason(listing.root / listing.names[number], settings) if place < _EXPLAINED else "does not decode"

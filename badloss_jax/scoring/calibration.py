@@ -153,7 +153,7 @@ def _share_at(p_values: np.ndarray, num_probes: int, rank: int, tail: float) -> 
 
 
 def common_excess(
-    p_values: Float[np.ndarray, "M"], labels: Int[np.ndarray, "M"], num_probes: int, share: float = 0.25
+    p_values: Float[np.ndarray, "M"], labels: Int[np.ndarray, "M"], num_probes: int, quantile: float = 0.25
 ) -> Float[np.ndarray, "L"]:  # fmt: skip
     """Returns by how much classes exceed each of the `LEVELS` in common: what the calibration is off by, float64.
 
@@ -165,7 +165,7 @@ def common_excess(
     for level in LEVELS:
         expected = _rank(level, num_probes) / (num_probes + 1)
         rates = np.bincount(group, p_values <= expected + 1e-12) / sizes
-        excess.append(max(0.0, float(np.quantile(rates, share)) - expected))
+        excess.append(max(0.0, float(np.quantile(rates, quantile)) - expected))
     return np.array(excess)
 
 

@@ -1,4 +1,4 @@
-"""What all distances together say: whether anything stands out, in which classes, how much, and what to remove."""
+"""What distances and impressions say: whether anything stands out, in which classes, how much, and what to remove."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,12 +29,12 @@ _NOISE = 0.7  # clean classes differ from each other as the calibration would by
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the distances say.
+    """What distances and impressions say.
 
     Attributes:
       p_values: [N], of all examples; those of probes mean nothing.
       removed: [N]; nothing, where nothing stands out.
-      stands_out: whether more lies far out than in clean data.
+      stands_out: whether anything does; see `judge`.
       share: of the examples that are no probes, how many look poisoned.
       no_poison: p-value of the hypothesis that nothing is poisoned, by the distances of all images.
       classes: of each class its share, such a p-value by all signs (not corrected for the number of classes), whether
@@ -86,17 +86,19 @@ def judge(
     no_poison, excess = no_poison_p_value(ours, count), common_excess(ours, theirs, count)
     looks = [found for seen in impressions
              if (found := stranger_p_values(labels, seen, is_probe, num_classes)).min() < 1]  # fmt: skip
+    # Whether anything stands out: the whole, or a class by itself.
     affected = num_classes * far_out(excess + _HEAVIER * np.array(LEVELS), count) < CERTAIN
     probes_of = np.bincount(labels[is_probe], minlength=num_classes)
     if len(looks) > 1:
         affected |= (num_classes * np.max(looks, axis=0) < CERTAIN) & (probes_of >= _VOUCHING)
     stands_out, tests = no_poison < CERTAIN or bool(affected.any()), 1 + len(looks)
+    # Which classes do: those that are certain, and then others beside the rest.
     by_sign = np.array([far_out(excess, _NOISE * count), np.min([np.ones(num_classes), *looks], axis=0)])
     if stands_out:
         affected |= num_classes * tests * by_sign.min(0) < _SURELY
         rest = np.isin(theirs, np.flatnonzero(~affected))
         if rest.any():
-            excess = common_excess(ours[rest], theirs[rest], count, share=0.5)
+            excess = common_excess(ours[rest], theirs[rest], count, quantile=0.5)
             by_sign[0] = np.minimum(by_sign[0], far_out(excess, _NOISE * count))
             affected |= benjamini_hochberg(np.minimum(1.0, tests * by_sign.min(0)), _NAMED)
     nothing = PoisonedShare(0.0, 0.0, 0.0)

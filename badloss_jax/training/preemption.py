@@ -42,10 +42,10 @@ class Preemption:
             return multihost_utils.reached_preemption_sync_point(self._asked)
         return self._noticed is not None
 
-    def stop_if_reached(self) -> None:
+    def stop_if_reached(self, told: str = "; everything is saved, and the same command goes on from here") -> None:
         """Raises PreemptedError if it is time; for between phases, when everything is saved."""
         if self.reached():
-            raise self.stopped("; everything is saved, and the same command goes on from here")
+            raise self.stopped(told)
 
     def stopped(self, told: str) -> PreemptedError:
         """Returns the error that ends the run, with the exit code of what told it to stop."""

@@ -38,10 +38,10 @@ written.
   PROBES  a text file of trusted paths, relative to DIR, one a line (of arrays: row numbers); a folder of trusted images
           <class>/<image>; or a number: so many are drawn at random, and trusted unseen. 250 are usual; fewer find less
 
-OUT then holds report.html (look at this: the verdict, each class, the suspects), remove.txt and keep.txt (a path a
-line), suspects.csv and suspects.parquet (score, p-value, nearest probes, reason), left_out.txt (what could not be read)
-and scan.json. The same command goes on where it was stopped; with other --config.rejection.* or --config.scoring.* it
-scores the same recording again.
+OUT then holds report.html (look at this: the verdict, each attack, the suspects), remove.txt and keep.txt (a path a
+line), scores.parquet (every image's score and attack), suspects.csv and suspects.parquet (the furthest, with their
+nearest probes and a reason), left_out.txt (what could not be read) and scan.json. The same command goes on where it was
+stopped; with other --config.rejection.* or --config.scoring.* it scores the same recording again.
 """
 
 _RUN = """\
@@ -287,7 +287,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _scan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from badloss_jax.data.cleaned import check_target, write_cleaned
     from badloss_jax.progress import Progress
-    from badloss_jax.report.tables import as_text, class_table
+    from badloss_jax.report.tables import as_text, cluster_table
     from badloss_jax.scanning import scan
 
     if arguments.links and not arguments.apply:
@@ -297,7 +297,9 @@ def _scan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     _set_up_jax()
     results = scan(arguments.data, arguments.probes, arguments.workdir, overrides,
                    follow_links=arguments.follow_links, progress=Progress())  # fmt: skip
-    print(f"\n{results['verdict']}\n\n{as_text(class_table(results))}\n")
+    print(f"\n{results['verdict']}\n")
+    if results["attacks"]:
+        print(f"{as_text(cluster_table(results))}\n")
     if arguments.apply:
         count = write_cleaned(arguments.data, arguments.workdir, arguments.apply, arguments.links, Progress())
         print(f"Cleaned: {arguments.apply} ({count:,} images)")

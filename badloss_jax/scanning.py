@@ -4,6 +4,7 @@ Nothing is simulated and nothing retrained. In OUT lie:
 
     report.html                        look at this
     remove.txt, keep.txt               a path a line, relative to the data's folder (of arrays and TFDS: row numbers)
+    scores.parquet                     every image: its score, p-value, attack, and whether it is in remove.txt
     suspects.parquet, suspects.csv     what lies further out than nearly all probes, the furthest first
     left_out.txt                       what could not be read, and why
     scan.json                          the verdict, every figure, settings, versions
@@ -42,15 +43,15 @@ from badloss_jax.errors import DataError, UsageError
 from badloss_jax.files import printable, write_lines, write_text
 from badloss_jax.progress import Progress
 from badloss_jax.report.results import environment
-from badloss_jax.report.scan import Suspects, reasons, render_scan, sentence, write_suspects
+from badloss_jax.report.scan import Suspects, reasons, render_scan, sentence, write_scores, write_suspects
 from badloss_jax.report.writers import open_writers
 from badloss_jax.scoring import (
-    CERTAIN,
-    detectable_share,
+    POSSIBLE,
+    attack_entry,
+    find_clusters,
     first_seen_as,
     judge,
     nearest_probes,
-    pixels_seen_as,
     unsupported,
 )
 from badloss_jax.trainer import Recording, Trainer, check_devices, place_examples, spec_of
@@ -59,7 +60,7 @@ from badloss_jax.training.preemption import Preemption
 from badloss_jax.trajectories.store import TrajectoryStore
 from badloss_jax.workdir import claim, read_resumes
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _NEAREST = 3  # probes that are shown beside a suspect
 # Settings of a run that mean nothing here, at their only value.
 _UNUSED = {"data.train_examples": 0, "data.test_examples": 0, "data.pad": 0, "data.class_names": [],
@@ -86,7 +87,7 @@ def suggest(
     config.scoring.update(kinds=("combined",), by_class=True)
     for kind in ("ranked", "features"):
         config.scoring[kind].k = min(5, max(1, num_probes // (5 * num_classes)))  # well below the probes of a class
-    config.rejection.rules = ("alpha",)
+    config.rejection.rules = ("clusters",)
 
 
 def scan(
@@ -133,6 +134,10 @@ def scan(
     if len(config.scoring.kinds) != 1 or len(config.rejection.rules) != 1:
         raise UsageError(f"scoring.kinds = {config.scoring.kinds} and rejection.rules = {config.rejection.rules}:"
                          " a scan has one kind and one rule")  # fmt: skip
+    recorded = {"features", "ranked"} & set(config.recording.kinds)
+    if config.rejection.rules[0] == "clusters" and not (recorded and config.scoring.by_class):
+        raise UsageError("the rule clusters needs scoring.by_class, and features or ranked in recording.kinds ="
+                         f" {config.recording.kinds}; --config.rejection.rules=alpha, needs neither")  # fmt: skip
     is_probe = np.isin(np.arange(count), probe_ids)
     _tell(examples, probes, is_probe, config, progress)
     with (
@@ -230,6 +235,8 @@ def _tell(
 
 def _rule(config: ConfigDict) -> tuple[str, float]:
     rule, level = parse_rule(config.rejection.rules[0])
+    if rule == "clusters":
+        return rule, 0.0
     return rule, config.rejection[rule] if level is None else level
 
 
@@ -254,14 +261,19 @@ def _report(
     found, epochs = suspicions(store, probe_ids, config.scoring, (kind,), mesh)
     scores, probe_scores = found[kind].scores, found[kind].probe_scores
     assert probe_scores is not None
-    seen_as, impressions = None, []
-    if "features" in store.layout:
+    kinds = [name for name in ("features", "ranked") if name in store.layout]
+    seen_as, clusters = None, []
+    if "features" in kinds:
         seen_as = first_seen_as(store.rows("features", epochs[:1]), labels)
-        impressions.append(seen_as)
-    if isinstance(examples.split.images, np.ndarray):  # else they would all be read once more
-        impressions.append(pixels_seen_as(examples.split.images, labels))
-    verdict = judge(scores, probe_scores, labels, is_probe, examples.num_classes, *_rule(config), impressions)
-    flagged = verdict.removed | (~is_probe & (verdict.p_values <= config.rejection.alpha))
+    if kinds and config.scoring.by_class:
+        used = np.arange(config.scoring.epochs or store.num_epochs)
+        recorded = [store.rows(name, used) for name in kinds]
+        clusters = find_clusters(
+            recorded, labels, is_probe, scores, seen_as, threshold=POSSIBLE, seed=config.seed, mesh=mesh
+        )
+    verdict = judge(scores, probe_scores, labels, is_probe, examples.num_classes, *_rule(config), clusters)
+    attack_of = verdict.attack_of()
+    flagged = verdict.removed | (attack_of > 0) | (~is_probe & (verdict.p_values <= config.rejection.alpha))
     ids = np.flatnonzero(flagged)
     ids = ids[np.argsort(-scores[ids], kind="stable")]
     seen = store.rows("features" if "features" in store.layout else kind, epochs)
@@ -269,7 +281,7 @@ def _report(
     suspects = Suspects(
         ids, [examples.names[number] for number in ids], labels[ids], scores[ids], verdict.p_values[ids],
         probe_ids[nearest_probes(seen[ids], seen[probe_ids], _NEAREST)], reasons(losses, ids, probe_ids),
-        verdict.removed[ids], None if seen_as is None else seen_as[ids],
+        verdict.removed[ids], attack_of[ids], None if seen_as is None else seen_as[ids],
     )  # fmt: skip
     results = {
         "schema_version": SCHEMA_VERSION,
@@ -282,9 +294,10 @@ def _report(
         "removed_count": int(verdict.removed.sum()),
         "suspect_count": len(ids),
         "left_out_count": len(examples.left_out),
+        "attacks": [attack_entry(cluster, printable(examples.class_names[cluster.label]))
+                    for cluster in [*verdict.attacks, *verdict.possible]],
         "share": asdict(verdict.share),
         "no_poison_p_value": verdict.no_poison,
-        "detectable_share": detectable_share(len(probe_ids), CERTAIN),
         "classes": [{"name": printable(name)} | entry
                     for name, entry in zip(examples.class_names, verdict.classes, strict=True)],
         "epochs_kept": epochs.tolist(),
@@ -292,6 +305,7 @@ def _report(
         "environment": environment(),
     }  # fmt: skip
     write_suspects(workdir, suspects, examples)
+    write_scores(workdir, examples, scores, verdict, is_probe)
     kept = ~verdict.removed
     kept[examples.own :] = False
     for name, rows in (("remove.txt", verdict.removed), ("keep.txt", kept)):

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 RECORDED_KINDS = ("step", "prob", "logits", "ranked", "features")  # beside the loss, which always is
 KINDS = ("loss", *RECORDED_KINDS, "combined")
 RULES = ("fraction", "alpha", "fdr")
+SCAN_RULES = ("clusters", *RULES)  # of `badloss scan`
 WRITERS = ("tensorboard", "wandb")
 CONTROLS = ("none", "random", "oracle")  # "none", the undefended network, is trained with every other
 

@@ -472,7 +472,7 @@ def scan_table(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         share, found = figure["estimate"], figure["found_share"]
         rows.append([str(figure["seed"]), f"{figure['images']:,}", f"{100 * figure['poisoned_share']:.1f} %",
                      f"{100 * share['estimate']:.1f} %", f"{100 * share['low']:.0f} to {100 * share['high']:.0f} %",
-                     "" if found is None else f"{100 * found:.1f} %", f"{100 * figure['clean_removed_share']:.1f} %",
+                     "" if found is None else f"{100 * found:.1f} %", f"{100 * figure['clean_removed_share']:.2f} %",
                      ", ".join(figure["missed_classes"]), ", ".join(figure["added_classes"]),
                      f"{figure['seconds']:.0f}"])  # fmt: skip
     return rows

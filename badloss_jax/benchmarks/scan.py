@@ -34,7 +34,8 @@ def measure_scan(
 
     Yields:
       Of each seed: images, poisoned share, seconds, recall per attack and on average, share of the clean images
-      removed, the classes that were attacked and not called affected, and the other way round, and the verdict.
+      removed, how many attacks there are and how many it counts, the classes that were attacked and not called
+      affected, and the other way round, and the verdict.
 
     Raises:
       UsageError: an attack that has to be optimised first.
@@ -97,6 +98,8 @@ def compare(out: Path, names: Sequence[str], manifest: Any, class_names: Sequenc
         "mean_recall": float(np.mean(list(recall.values()))) if recall else None,
         "found_share": float(removed[attack_of != ""].mean()) if recall else None,
         "clean_removed_share": float(removed[attack_of == ""].mean()),
+        "attacks": len(manifest.attacks),
+        "certain_attacks": sum(entry["certain"] for entry in results["attacks"]),
         "missed_classes": sorted(attacked - affected),
         "added_classes": sorted(affected - attacked),
         "verdict": results["verdict"],

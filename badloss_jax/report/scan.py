@@ -23,11 +23,14 @@ from badloss_jax.files import as_unicode, printable, write_atomically, write_tex
 from badloss_jax.report.gallery import data_uri, sheet, thumbnails
 from badloss_jax.report.page import COLUMNS, SPARK, environment_of_templates, spark_path, tile_place
 from badloss_jax.report.plots import LOW_LOSS, Draw, svg_uri
-from badloss_jax.scoring import CERTAIN, Verdict, detectable_share
+from badloss_jax.scoring import Verdict
 
 REASONS = ("learned too early", "learned too late", "unlike its class")
 _SHOWN = 300  # suspects with their images
 _OF_EACH_CLASS = 12  # of these, at least
+_OF_AN_ATTACK = 36  # images that are shown of it
+_ABREAST = 12  # in a row
+_NAMED = 6  # attacks that the verdict lists
 _LISTED = 50_000  # suspects that the page knows, to filter and export
 _FORMULA = ("=", "+", "-", "@", "\t")  # what a spreadsheet would compute
 
@@ -45,6 +48,7 @@ class Suspects:
       nearest: int64 [M, 3], ids of the nearest probes.
       reasons: M.
       removed: [M], whether it is in remove.txt.
+      attacks: int [M], the number of its attack, from 1 on, or 0; see `Verdict.attack_of`.
       seen_as: int [M], the class that it looked most like after the first epoch, if features were recorded.
     """
 
@@ -56,6 +60,7 @@ class Suspects:
     nearest: Int[np.ndarray, "M 3"]
     reasons: list[str]
     removed: Bool[np.ndarray, "M"]
+    attacks: Int[np.ndarray, "M"]
     seen_as: Int[np.ndarray, "M"] | None
 
 
@@ -78,6 +83,7 @@ def write_suspects(folder: Path, suspects: Suspects, examples: TrainingSet) -> N
             pa.string(),
         ),
         "removed": suspects.removed,
+        "attack": suspects.attacks.astype(np.int32),
         "row": suspects.ids.astype(np.int64),
     }
     table = pa.table(columns)
@@ -121,8 +127,8 @@ def render_scan(
         )
     ]  # fmt: skip
     classes = [as_unicode(name) for name in examples.class_names]
-    order = sorted(range(len(classes)), key=lambda c: (-results["classes"][c]["affected"],
-                                                       -results["classes"][c]["share"]["estimate"]))  # fmt: skip
+    order = sorted(range(len(classes)), key=lambda c: (-results["classes"][c]["members"],
+                                                       results["classes"][c]["judged"]))  # fmt: skip
     removed = np.bincount(suspects.labels[suspects.removed], minlength=len(classes))
     return templates.get_template("scan.html.jinja").render(
         results=results, script=Markup(script), script_hash=Markup(digest), reasons=reasons,
@@ -131,6 +137,8 @@ def render_scan(
         class_names=[printable(name) for name in examples.class_names], listed=len(known),
         with_suspects=sorted(set(suspects.labels.tolist())),
         figures=[{"alt": "Scores of the images and of the probes", "uri": svg_uri(_histogram(scores, is_probe))}],
+        attacks=[entry | {"number": number, "members": _members(suspects, examples, number)}
+                 for number, entry in enumerate(results["attacks"], start=1)],
         gallery=_gallery(suspects, examples, losses, is_probe) if len(suspects.ids) else None,
         settings=json.dumps(results["config"], indent=2), environment=results["environment"],
         left_out=[(printable(name), reason) for name, reason in list(examples.left_out.items())[:50]],
@@ -188,6 +196,7 @@ def _gallery(
         cards.append({"row": row, "name": printable(suspects.names[row]), "label": label, "tile": tile_place(position),
                       "score": float(suspects.scores[row]), "p_value": float(suspects.p_values[row]),
                       "reason": suspects.reasons[row], "removed": bool(suspects.removed[row]), "near": near,
+                      "attack": int(suspects.attacks[row]),
                       "seen_as": label if suspects.seen_as is None else int(suspects.seen_as[row]),
                       "path": spark_path(losses[suspects.ids[row]], top)})  # fmt: skip
     pictures = thumbnails(examples.split.images[suspects.ids[shown]]), thumbnails(examples.split.images[probes])
@@ -208,26 +217,73 @@ def reasons(
     return [early if mean < low else late if mean > high else unlike for mean in means[ids]]
 
 
+def _members(suspects: Suspects, examples: TrainingSet, number: int) -> dict[str, Any]:
+    """What the gallery of an attack shows: the first of its images, in a sheet."""
+    rows = np.flatnonzero(suspects.attacks == number)[:_OF_AN_ATTACK]
+    pictures = thumbnails(examples.split.images[suspects.ids[rows]])
+    columns = min(len(rows), _ABREAST)
+    width = columns * max(56, min(80, pictures.shape[2]))
+    return {"uri": data_uri(sheet(pictures, columns)), "shown": len(rows), "width": width}
+
+
+def write_scores(
+    folder: Path,
+    examples: TrainingSet,
+    scores: Float[np.ndarray, "N"],
+    verdict: Verdict,
+    is_probe: Bool[np.ndarray, "N"],
+) -> None:
+    """Writes scores.parquet, a row an image: path, label, score, p-value (none of a probe), attack, whether it goes."""
+    classes = pa.array([as_unicode(name) for name in examples.class_names], pa.string())
+    p_values = np.where(is_probe, np.nan, verdict.p_values)
+    table = pa.table(
+        {
+            "path": pa.array([as_unicode(name) for name in examples.names], pa.string()),
+            "label": pa.DictionaryArray.from_arrays(pa.array(examples.split.labels, pa.int32()), classes),
+            "probe": is_probe,
+            "score": scores.astype(np.float64),
+            "p_value": pa.array(p_values, mask=is_probe),
+            "attack": verdict.attack_of().astype(np.int32),
+            "removed": verdict.removed,
+        }
+    )
+    write_atomically(folder / "scores.parquet", lambda aside: pq.write_table(table, aside))
+
+
 def sentence(verdict: Verdict, class_names: Sequence[str], num_probes: int) -> str:
-    """Returns the verdict in a sentence or two."""
-    if not verdict.stands_out:
-        floor = detectable_share(num_probes, CERTAIN)
-        return (f"Nothing stands out: no more images lie far from the {num_probes} probes than clean ones would. Poison"
-                f" of less than about {_percent(floor)} of the images could have gone unnoticed.")  # fmt: skip
-    share, worst = verdict.share, [number for number, entry in enumerate(verdict.classes) if entry["affected"]]
-    worst.sort(key=lambda number: -verdict.classes[number]["share"]["estimate"])
-    text = (f"About {_percent(share.estimate)} of the images look poisoned ({_percent(share.low)} to"
-            f" {_percent(share.high)})")  # fmt: skip
-    if not worst:
-        return f"{text}; no class in particular."
-    names = [printable(class_names[number]) for number in worst]
-    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-    if len(names) > 6:
-        listed = f"{len(names)} of {len(class_names)} classes"
-    if share.estimate <= 0.0005:
-        return (f"{listed} {'has' if len(names) == 1 else 'have'} images that look relabelled, though hardly any lie"
-                " far from the probes: look for yourself, as what is removed by distance may be others.")  # fmt: skip
-    return f"{text}; {listed} {'is' if len(names) == 1 else 'are'} most affected."
+    """Returns the verdict in a few sentences."""
+    parts = []
+    if verdict.attacks:
+        listed = [f"{len(one.ids):,} images of {printable(class_names[one.label])}" for one in verdict.attacks]
+        if len(listed) > _NAMED:
+            listed[_NAMED:] = [f"{len(listed) - _NAMED} more groups"]
+        verb = "attack stands" if len(verdict.attacks) == 1 else "attacks stand"
+        share = verdict.share
+        parts.append(f"{len(verdict.attacks)} {verb} out: {', '.join(listed)}.")
+        parts.append(
+            f"About {_percent(share.estimate)} of the images look poisoned"
+            f" ({_percent(share.low)} to {_percent(share.high)})."
+        )
+    elif verdict.stands_out:
+        parts.append(
+            f"More images lie far from the {num_probes} probes than clean ones would, but no group of them is alike"
+            " enough to be called an attack: look at the suspects."
+        )
+    elif any(entry["judged"] for entry in verdict.classes):
+        parts.append(
+            "Nothing stands out: no group of images is alike, far from the probes and without one of them. That is no"
+            " proof: poison that the network has not learnt, or learnt as its class, leaves no trace."
+        )
+
+    if verdict.possible:
+        count = len(verdict.possible)
+        more = "1 group may be an attack" if count == 1 else f"{count} groups may be attacks"
+        parts.append(f"{more}, which is not certain: look at what the report shows of it.")
+    untold = sum(not entry["judged"] for entry in verdict.classes if entry["images"])
+    if untold:
+        named = "1 class" if untold == 1 else f"{untold} classes"
+        parts.append(f"Of {named} this recording cannot tell: too few images, or too few probes.")
+    return " ".join(parts)
 
 
 def _percent(share: float) -> str:

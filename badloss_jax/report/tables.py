@@ -318,13 +318,14 @@ def _escape(text: str) -> str:
     return re.sub(r"[\\|\[\]!`]", r"\\\g<0>", text)
 
 
-def class_table(results: Mapping[str, Any], most: int = 20) -> list[list[str]]:
-    """Returns what a scan says of the classes, the most suspicious first, at most so many."""
-    classes = sorted(results["classes"], key=lambda entry: (-entry["affected"], -entry["share"]["estimate"]))
-    rows = [["class", "images", "probes", "looks poisoned", "90 % interval", ""]]
-    for entry in classes[:most]:
-        share = entry["share"]
-        rows.append([entry["name"], f"{entry['images']:,}", str(entry["probes"]), f"{100 * share['estimate']:.1f} %",
-                     f"{100 * share['low']:.0f} to {100 * share['high']:.0f} %",
-                     f"affected: {', '.join(entry['signs'])}" if entry["affected"] else ""])  # fmt: skip
+def cluster_table(results: Mapping[str, Any], most: int = 20) -> list[list[str]]:
+    """Returns what a scan says of the attacks that it found, the most certain first, at most so many."""
+    rows = [["attack", "class", "images", "of the class", "certainty"]]
+    images = {entry["name"]: entry["images"] for entry in results["classes"]}
+    for number, entry in enumerate(results["attacks"][:most], start=1):
+        rows.append([str(number), entry["class"], f"{entry['images']:,}",
+                     f"{100 * entry['images'] / max(images[entry['class']], 1):.0f} %",
+                     "certain" if entry["certain"] else "possible"])  # fmt: skip
+    if len(results["attacks"]) > most:
+        rows.append(["...", f"{len(results['attacks']) - most} more in the report", "", "", ""])
     return rows

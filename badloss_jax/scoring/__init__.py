@@ -1,18 +1,16 @@
 """Scoring: trajectories in, distances to the probes, scores, p-values and removal lists out."""
 
 from badloss_jax.scoring.calibration import (
-    LEVELS,
     PoisonedShare,
-    common_excess,
     conformal_p_values,
-    detectable_share,
     no_poison_p_value,
     poisoned_share,
     standardised_by_class,
     unsupported,
 )
+from badloss_jax.scoring.clusters import CERTAIN, POSSIBLE, Cluster, Signs, find_clusters
 from badloss_jax.scoring.distances import knn_distances, leave_one_out_distances, nearest_probes
-from badloss_jax.scoring.impressions import first_seen_as, pixels_seen_as, stranger_p_values
+from badloss_jax.scoring.impressions import first_seen_as
 from badloss_jax.scoring.rejection import (
     benjamini_hochberg,
     benjamini_hochberg_threshold,
@@ -20,21 +18,22 @@ from badloss_jax.scoring.rejection import (
     reject,
 )
 from badloss_jax.scoring.scores import anomaly_scores, filter_epochs, log_distances, mean_standardised
-from badloss_jax.scoring.verdict import CERTAIN, SIGNS, Verdict, judge
+from badloss_jax.scoring.verdict import Verdict, attack_entry, judge
 
 __all__ = [
     "CERTAIN",
-    "LEVELS",
-    "SIGNS",
+    "POSSIBLE",
+    "Cluster",
     "PoisonedShare",
+    "Signs",
     "Verdict",
     "anomaly_scores",
+    "attack_entry",
     "benjamini_hochberg",
     "benjamini_hochberg_threshold",
-    "common_excess",
     "conformal_p_values",
-    "detectable_share",
     "filter_epochs",
+    "find_clusters",
     "first_seen_as",
     "judge",
     "knn_distances",
@@ -44,10 +43,8 @@ __all__ = [
     "mean_standardised",
     "nearest_probes",
     "no_poison_p_value",
-    "pixels_seen_as",
     "poisoned_share",
     "reject",
     "standardised_by_class",
-    "stranger_p_values",
     "unsupported",
 ]

@@ -9,7 +9,6 @@ random draw.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -18,7 +17,8 @@ from scipy import stats
 from badloss_jax.errors import UsageError
 
 LEVELS = (0.01, 0.02, 0.05, 0.1)  # at which poison is looked for
-_FEW = 20  # examples of a class, whose spread then counts as much as that of all classes
+_FEW_MIDDLES = (1.0, 10.0)  # bounds of how many probes' median counts as much as that of all probes
+_FEW_SPREADS = 40  # probes of a class, whose spread then counts as much as that within all classes
 
 
 def conformal_p_values(
@@ -45,14 +45,18 @@ def standardised_by_class(
     scores: Float[np.ndarray, "N"], labels: Int[np.ndarray, "N"],
     probe_scores: Float[np.ndarray, "P"], probe_labels: Int[np.ndarray, "P"],
 ) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "P"]]:  # fmt: skip
-    """Puts every class on one scale: (score - median) / spread, with median and spread of the class's own examples.
+    """Puts every class on the scale of its probes: (score - median) / spread, both of the class's own probes.
 
-    A hard or small class lies far from the probes as a whole, and p-values over all classes would call it poisoned.
-    Here the probes of all classes still calibrate together, which the few of one class could not: among P_c probes no
-    p-value is below 1 / (P_c + 1). The spread is the mean of the distances from the median to the 16th and to the 84th
-    percentile, the latter counted as twice the former at most: poison that is a minority of its class then moves
-    neither median nor spread by much. Of small classes the spread is drawn towards that of all classes (geometrically,
-    by n / (n + 20)).
+    A hard or small class lies far from the probes as a whole, and p-values over all classes would call it poisoned. Its
+    own median is no help: where several attackers share a class, or one takes a quarter of it, the poison moves that.
+    The probes are clean, and lie where clean examples of their class do. Then the probes of all classes calibrate
+    together, which the few of one class could not: among P_c probes no p-value is below 1 / (P_c + 1).
+
+    The median of P_c probes is drawn towards that of all, by P_c / (P_c + m), where m, from 1 to 10, is the variance
+    within classes over that of the classes' medians (empirical Bayes): the more classes differ, the less. The spread
+    (1.4826 times the median distance from the median) is drawn geometrically towards that within all classes, by P_c /
+    (P_c + 40). A class without probes is on the scale of all. A probe is on the scale of the others of its class, as it
+    would else be drawn to itself.
 
     Args:
       scores: [N], of all examples, higher is more suspicious; log distances, or what is on such a scale.
@@ -64,39 +68,60 @@ def standardised_by_class(
       float64 [N] and [P].
 
     Raises:
-      UsageError: shapes that do not fit, or NaN.
+      UsageError: no probes, shapes that do not fit, NaN, or a probe with a label that no example has.
     """
     scores, probe_scores = np.asarray(scores, np.float64), np.asarray(probe_scores, np.float64)
     labels, probe_labels = np.asarray(labels), np.asarray(probe_labels)
     if scores.shape != labels.shape or probe_scores.shape != probe_labels.shape or scores.ndim != 1 or not len(scores):
         raise UsageError(f"scores are {scores.shape} with labels {labels.shape}, probe scores {probe_scores.shape} with"
                          f" labels {probe_labels.shape}: expected [N], [N], [P], [P]")  # fmt: skip
+    if not len(probe_scores):
+        raise UsageError("there are no probes to put the classes on the scale of")
     if np.isnan(scores).any() or np.isnan(probe_scores).any():
         raise UsageError("scores or probe scores contain NaN")
-    known, group, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    order = np.lexsort((scores, group))
-    starts = np.cumsum(sizes) - sizes
-    lows, medians, highs = (_quantile(scores[order], starts, sizes, share) for share in (0.16, 0.5, 0.84))
-    centred = scores - medians[group]
-    low, high = np.quantile(centred, [0.16, 0.84])
-    weight = sizes / (sizes + _FEW)
-    spreads = _spread(medians - lows, highs - medians) ** weight * _spread(-low, high) ** (1 - weight)
+    known, group = np.unique(labels, return_inverse=True)
     place = np.minimum(np.searchsorted(known, probe_labels), len(known) - 1)
     if (known[place] != probe_labels).any():
         raise UsageError("a probe has a label that no example has")
-    return centred / spreads[group], (probe_scores - medians[place]) / spreads[place]
+
+    order = np.argsort(place, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(place, minlength=len(known)))[:-1])
+    middle = float(np.median(probe_scores))
+    own_middles = np.array([np.median(probe_scores[rows]) if len(rows) else middle for rows in members])
+    within = _spread(probe_scores - own_middles[place], 0.0) or _spread(probe_scores, middle)
+
+    there = [number for number, rows in enumerate(members) if len(rows)]
+    between = float(np.mean((own_middles[there] - middle) ** 2))
+    few = float(np.clip(within**2 / max(between, 1e-12), *_FEW_MIDDLES))
+
+    of_probes = np.empty(len(probe_scores))
+    locations, spreads = np.empty((2, len(known)))
+    for label, rows in enumerate(members):
+        values = probe_scores[rows]
+        locations[label], spreads[label] = _scale(values, middle, within, few)
+        for position, row in enumerate(rows):
+            location, spread = _scale(np.delete(values, position), middle, within, few)
+            of_probes[row] = (probe_scores[row] - location) / spread
+    return (scores - locations[group]) / spreads[group], of_probes
 
 
-def _spread(below: Any, above: Any) -> Any:
-    return np.maximum((below + np.minimum(above, 2 * below)) / 2, 1e-6)
+def _scale(values: Float[np.ndarray, "p"], middle: float, within: float, few: float) -> tuple[float, float]:
+    """Returns location and spread of a class from its probes, drawn towards those of all where they are few."""
+    count = len(values)
+    if not count:
+        return middle, max(within, 1e-6)
+    own = float(np.median(values))
+    location = (count * own + few * middle) / (count + few)
+    own_spread = _spread(values, own)
+    if count < 3 or own_spread <= 0:
+        return location, max(within, 1e-6)
+    weight = count / (count + _FEW_SPREADS)
+    return location, max(own_spread**weight * max(within, 1e-6) ** (1 - weight), 1e-6)
 
 
-def _quantile(values: np.ndarray, starts: np.ndarray, sizes: np.ndarray, share: float) -> np.ndarray:
-    """Returns the quantile of each run of sorted values, between two of them by their distance."""
-    place = share * (sizes - 1)
-    below = np.floor(place).astype(np.int64)
-    above = np.minimum(below + 1, sizes - 1)
-    return values[starts + below] + (place - below) * (values[starts + above] - values[starts + below])
+def _spread(values: Float[np.ndarray, "p"], middle: float) -> float:
+    """Estimates the standard deviation by the median distance from the middle."""
+    return 1.4826 * float(np.median(np.abs(values - middle)))
 
 
 @dataclass(frozen=True)
@@ -152,27 +177,7 @@ def _share_at(p_values: np.ndarray, num_probes: int, rank: int, tail: float) -> 
     return PoisonedShare(*(min(max(share, 0.0), 1.0) for share in shares))
 
 
-def common_excess(
-    p_values: Float[np.ndarray, "M"], labels: Int[np.ndarray, "M"], num_probes: int, quantile: float = 0.25
-) -> Float[np.ndarray, "L"]:  # fmt: skip
-    """Returns by how much classes exceed each of the `LEVELS` in common: what the calibration is off by, float64.
-
-    That is a quantile over classes, by default the lower quartile, of the share with p <= level, less the level, and at
-    least 0. Where more than three quarters of the classes are poisoned, the lower quartile counts some of that.
-    """
-    _, group, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    excess = []
-    for level in LEVELS:
-        expected = _rank(level, num_probes) / (num_probes + 1)
-        rates = np.bincount(group, p_values <= expected + 1e-12) / sizes
-        excess.append(max(0.0, float(np.quantile(rates, quantile)) - expected))
-    return np.array(excess)
-
-
-def no_poison_p_value(
-    p_values: Float[np.ndarray, "M"], num_probes: int, excess: Float[np.ndarray, "L"] | None = None,
-    noise_of: float | None = None,
-) -> float:  # fmt: skip
+def no_poison_p_value(p_values: Float[np.ndarray, "M"], num_probes: int) -> float:
     """Tests whether these examples are as clean as the probes; small means that too many of them lie far out.
 
     If probes and examples are exchangeable, the number of M examples among the k largest ranks of P probes is
@@ -182,34 +187,17 @@ def no_poison_p_value(
     Args:
       p_values: [M], by `conformal_p_values` from one set of probes.
       num_probes: P.
-      excess: [L], shares of the examples at each of the `LEVELS` that are not to count (`common_excess`).
-      noise_of: so many probes would calibrate with the noise to allow for, by default as many as there are.
 
     Returns:
       In [0, 1].
     """
-    p_values, count = np.asarray(p_values), len(p_values)
-    ranks, scale = [_rank(level, num_probes) for level in LEVELS], ((noise_of or num_probes) + 1) / (num_probes + 1)
-    tails = []
-    for rank, spared in zip(ranks, np.zeros(len(ranks)) if excess is None else excess, strict=True):
-        found = int((p_values <= rank / (num_probes + 1) + 1e-12).sum() - spared * count)
-        beyond = rank * scale
-        tails.append(float(stats.betabinom.sf(found - 1, count, beyond, (num_probes + 1) * scale - beyond)))
-    return min(1.0, len(set(ranks)) * min(tails))
-
-
-def detectable_share(num_probes: int, certain: float) -> float:
-    """Returns how much poison, all of it beyond every probe, makes `no_poison_p_value` fall to `certain`.
-
-    For many examples, so that the noise of the calibration alone counts; in [0, 1].
-    """
+    p_values = np.asarray(p_values)
     ranks = sorted({_rank(level, num_probes) for level in LEVELS})
-    needed = []
+    tails = []
     for rank in ranks:
-        clean = rank / (num_probes + 1)
-        observed = float(stats.beta.isf(certain / len(ranks), rank, num_probes + 1 - rank))
-        needed.append((observed - clean) / (1 - clean))
-    return min(needed)
+        found = int((p_values <= rank / (num_probes + 1) + 1e-12).sum())
+        tails.append(float(stats.betabinom.sf(found - 1, len(p_values), rank, num_probes + 1 - rank)))
+    return min(1.0, len(ranks) * min(tails))
 
 
 def _rank(level: float, num_probes: int) -> int:

@@ -1,4 +1,4 @@
-"""What distances and impressions say: whether anything stands out, in which classes, how much, and what to remove."""
+"""What clusters and distances say: whether anything stands out, which attacks there are, how much, what to remove."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -7,63 +7,58 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from badloss_jax.scoring.calibration import (
-    LEVELS,
-    PoisonedShare,
-    common_excess,
-    conformal_p_values,
-    no_poison_p_value,
-    poisoned_share,
-)
-from badloss_jax.scoring.impressions import stranger_p_values
-from badloss_jax.scoring.rejection import benjamini_hochberg, reject
+from badloss_jax.scoring.calibration import PoisonedShare, conformal_p_values, no_poison_p_value, poisoned_share
+from badloss_jax.scoring.clusters import CERTAIN, FEW, Cluster
+from badloss_jax.scoring.rejection import reject
 
-SIGNS = ("lies far out", "looks like other classes")  # what may be said of an affected class
-CERTAIN = 0.005  # a verdict on clean data errs this often by each sign
-_HEAVIER = 2  # times as many again of a clean class may lie far out as of all: some have heavier tails
-_NAMED = 0.1  # where something stands out, of the named classes about this share is clean, were they all alike
-_SURELY = 0.05  # of all classes, one is so named though clean, before the others are compared with the rest
-_VOUCHING = 10  # probes of a class without which what its images look like is no alarm
-_NOISE = 0.7  # clean classes differ from each other as the calibration would by this share of the probes
+UNLIKELY = 0.005  # p-value of the distances of all images below which more lie far out than chance explains
+_FEW_PROBES = 3  # of a class with fewer nothing is said
+_PURE = 0.8  # of the members of certain clusters, at least this share is poison: the interval's lower end
+_HIDDEN = 1.5  # as much again as half of what was found may hide beside it: the interval's upper end
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What distances and impressions say.
+    """What clusters and distances say.
 
     Attributes:
       p_values: [N], of all examples; those of probes mean nothing.
-      removed: [N]; nothing, where nothing stands out.
-      stands_out: whether anything does; see `judge`.
-      share: of the examples that are no probes, how many look poisoned.
-      no_poison: p-value of the hypothesis that nothing is poisoned, by the distances of all images.
-      classes: of each class its share, such a p-value by all signs (not corrected for the number of classes), whether
-        it is affected, and the signs of it.
+      removed: [N], by the rule; never a probe.
+      attacks: the certain clusters, that of the most evidence first.
+      possible: other clusters that are worth a look, likewise.
+      share: of the examples that are no probes, how many look poisoned. Without a certain cluster the upper end is 1:
+        what leaves no trace has no bound.
+      no_poison: p-value of the hypothesis that all images lie as the probes do, by distance alone.
+      classes: of each class its numbers of images and probes, how many of its images are in certain clusters
+        ("members"), whether it is "affected" by one, and whether it can be "judged" at all.
     """
 
     p_values: Float[np.ndarray, "N"]
     removed: Bool[np.ndarray, "N"]
-    stands_out: bool
+    attacks: list[Cluster]
+    possible: list[Cluster]
     share: PoisonedShare
     no_poison: float
     classes: list[dict[str, Any]]
 
+    @property
+    def stands_out(self) -> bool:
+        """Whether anything does: an attack, or images that lie far out without being alike."""
+        return bool(self.attacks) or self.no_poison < UNLIKELY
+
+    def attack_of(self) -> Int[np.ndarray, "N"]:
+        """Returns the number of each example's cluster, from 1 on, the certain ones first; 0 of an example in none."""
+        numbers = np.zeros(len(self.p_values), np.int64)
+        for number, cluster in enumerate([*self.attacks, *self.possible], start=1):
+            numbers[cluster.ids] = number
+        return numbers
+
 
 def judge(
     scores: Float[np.ndarray, "N"], probe_scores: Float[np.ndarray, "P"], labels: Int[np.ndarray, "N"],
-    is_probe: Bool[np.ndarray, "N"], num_classes: int, rule: str, level: float,
-    impressions: Sequence[Int[np.ndarray, "N"]] = (),
+    is_probe: Bool[np.ndarray, "N"], num_classes: int, rule: str, level: float, clusters: Sequence[Cluster] = (),
 ) -> Verdict:  # fmt: skip
-    """Says whether anything stands out, in which classes, how much, and what to remove.
-
-    Something stands out if more of all images lie far out than chance explains; if three times as many of a class do as
-    of others, and more than chance explains; or if all impressions agree that a class with enough probes looks like
-    others. On clean data whose classes are alike, each happens in at most 0.5 % of all scans.
-
-    Then classes are named at a false discovery rate of 10 %, by the distances of their images, or by what these look
-    like. Clean classes are not quite alike, so it is higher in truth. What classes have in common is put down to the
-    calibration: at first what three quarters of them have, and then, beside those that are certain, the median of the
-    rest. Where only classes stand out, only images of affected ones are removed.
+    """Says which attacks there are, how much is poisoned, and what to remove.
 
     Args:
       scores: [N], higher is more suspicious, on a scale that classes share.
@@ -71,49 +66,61 @@ def judge(
       labels: int [N].
       is_probe: [N].
       num_classes: K.
-      rule, level: of `badloss_jax.scoring.reject`.
-      impressions: each int [N], what the examples look like (`first_seen_as`, `pixels_seen_as`).
+      rule, level: "clusters" removes the members of certain clusters. The rules of `badloss_jax.scoring.reject` cast a
+        wider net, once anything stands out: members, and what they remove by distance.
+      clusters: by `find_clusters`, from any evidence on.
     """
-    count, others = len(probe_scores), ~is_probe
+    by_evidence = sorted(clusters, key=lambda cluster: -cluster.evidence)
+    attacks = [cluster for cluster in by_evidence if cluster.evidence >= CERTAIN]
+    possible = [cluster for cluster in by_evidence if cluster.evidence < CERTAIN]
     p_values = conformal_p_values(scores, probe_scores)
-    ours, theirs = p_values[others], labels[others]
-    by_class = [ours[theirs == label] for label in range(num_classes)]
+    no_poison = no_poison_p_value(p_values[~is_probe], len(probe_scores))
 
-    def far_out(excess: Float[np.ndarray, "L"], probes: float) -> Float[np.ndarray, "K"]:
-        return np.array([no_poison_p_value(chosen, count, excess, probes) if len(chosen) else 1.0
-                         for chosen in by_class])  # fmt: skip
+    members = np.zeros(len(scores), bool)
+    for cluster in attacks:
+        members[cluster.ids] = True
+    removed = members.copy()
+    if rule != "clusters" and (attacks or no_poison < UNLIKELY):
+        removed |= reject(rule, level, scores, p_values, is_probe)
 
-    no_poison, excess = no_poison_p_value(ours, count), common_excess(ours, theirs, count)
-    looks = [found for seen in impressions
-             if (found := stranger_p_values(labels, seen, is_probe, num_classes)).min() < 1]  # fmt: skip
-    # Whether anything stands out: the whole, or a class by itself.
-    affected = num_classes * far_out(excess + _HEAVIER * np.array(LEVELS), count) < CERTAIN
-    probes_of = np.bincount(labels[is_probe], minlength=num_classes)
-    if len(looks) > 1:
-        affected |= (num_classes * np.max(looks, axis=0) < CERTAIN) & (probes_of >= _VOUCHING)
-    stands_out, tests = no_poison < CERTAIN or bool(affected.any()), 1 + len(looks)
-    # Which classes do: those that are certain, and then others beside the rest.
-    by_sign = np.array([far_out(excess, _NOISE * count), np.min([np.ones(num_classes), *looks], axis=0)])
-    if stands_out:
-        affected |= num_classes * tests * by_sign.min(0) < _SURELY
-        rest = np.isin(theirs, np.flatnonzero(~affected))
-        if rest.any():
-            excess = common_excess(ours[rest], theirs[rest], count, quantile=0.5)
-            by_sign[0] = np.minimum(by_sign[0], far_out(excess, _NOISE * count))
-            affected |= benjamini_hochberg(np.minimum(1.0, tests * by_sign.min(0)), _NAMED)
-    nothing = PoisonedShare(0.0, 0.0, 0.0)
-    classes = []
-    for label, chosen in enumerate(by_class):
-        told = by_sign[:, label] <= max(_SURELY, by_sign[:, label].min())
-        classes.append({
-            "images": int((labels == label).sum()), "probes": int(probes_of[label]),
-            "share": asdict(poisoned_share(chosen, count) if len(chosen) else nothing),
-            "no_poison_p_value": min(1.0, tests * float(by_sign[:, label].min())), "affected": bool(affected[label]),
-            "signs": [sign for sign, seen in zip(SIGNS, told, strict=True) if affected[label] and seen],
-        })  # fmt: skip
-    removed = np.zeros(len(scores), bool)
-    if stands_out:
-        removed = reject(rule, level, scores, p_values, is_probe)
-    if no_poison >= CERTAIN:  # nothing is known against the other classes
-        removed &= np.isin(labels, np.flatnonzero(affected))
-    return Verdict(p_values, removed, stands_out, poisoned_share(ours, count), no_poison, classes)
+    images = np.bincount(labels, minlength=num_classes)
+    probes = np.bincount(labels[is_probe], minlength=num_classes)
+    inside = np.bincount(labels[members], minlength=num_classes)
+    classes = [
+        {
+            "images": int(images[label]),
+            "probes": int(probes[label]),
+            "members": int(inside[label]),
+            "affected": bool(inside[label]),
+            "judged": bool(images[label] >= FEW and probes[label] >= _FEW_PROBES),
+        }
+        for label in range(num_classes)
+    ]
+    return Verdict(p_values, removed, attacks, possible, _share(p_values, members, is_probe), no_poison, classes)
+
+
+def _share(
+    p_values: Float[np.ndarray, "N"], members: Bool[np.ndarray, "N"], is_probe: Bool[np.ndarray, "N"]
+) -> PoisonedShare:
+    """Joins what clusters hold with what lies far out."""
+    if is_probe.all():
+        return PoisonedShare(0.0, 0.0, 1.0)
+    far_out = poisoned_share(p_values[~is_probe], int(is_probe.sum()))
+    if not members.any():
+        return PoisonedShare(far_out.estimate, far_out.low, 1.0)
+    inside = float(members[~is_probe].mean())
+    estimate = max(inside, far_out.estimate)
+    low = min(_PURE * inside, far_out.low or inside)
+    return PoisonedShare(estimate, low, min(1.0, max(_HIDDEN * estimate, far_out.high)))
+
+
+def attack_entry(cluster: Cluster, class_name: str) -> dict[str, Any]:
+    """Returns what scan.json says of a cluster."""
+    signs = {name: value if np.isfinite(value) else None for name, value in asdict(cluster.signs).items()}
+    return {
+        "class": class_name,
+        "images": len(cluster.ids),
+        "certain": cluster.evidence >= CERTAIN,
+        "evidence": cluster.evidence,
+        "signs": signs,
+    }

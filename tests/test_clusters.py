@@ -1,0 +1,149 @@
+"""Clusters of a class without a clean probe: planted ones are found whole, and clean classes have none."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from badloss_jax.errors import UsageError
+from badloss_jax.scoring import CERTAIN, POSSIBLE, clusters, find_clusters
+from badloss_jax.training.mesh import make_mesh
+
+CLASSES = 6
+
+
+def planted(seed, attacks=((1, 60), (4, 60)), per_class=400, probes=120):
+    """Gaussian trajectories of two kinds; each attack shifts its poison in a direction of its own, from all classes."""
+    draw = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(CLASSES), per_class)
+    centres = draw.normal(size=(CLASSES, 8, 8))
+    features = centres[labels] + draw.normal(size=(len(labels), 8, 8))
+    ranked = draw.normal(size=(len(labels), 8, 3))
+    seen_as = np.where(draw.random(len(labels)) < 0.8, labels, (labels + 1) % CLASSES)
+    poison = np.zeros(len(labels), int)
+    for number, (label, count) in enumerate(attacks, start=1):
+        free = np.flatnonzero((labels == label) & (poison == 0))
+        ids = draw.choice(free, count, replace=False)
+        poison[ids] = number
+        features[ids] += 1.5 * draw.normal(size=(8, 8))
+        seen_as[ids] = draw.integers(0, CLASSES, count)
+    is_probe = np.zeros(len(labels), bool)
+    is_probe[draw.choice(np.flatnonzero(poison == 0), probes, replace=False)] = True
+    # As far as a distance would be: poison lies further out, and some clean examples as well.
+    far = draw.normal(size=len(labels)) + 2.5 * (poison > 0)
+    kinds = [features.astype(np.float16), ranked.astype(np.float16)]
+    return kinds, labels, is_probe, far, seen_as, poison
+
+
+find = partial(find_clusters, threshold=POSSIBLE)
+
+
+@pytest.mark.parametrize("attacks", [((1, 60), (4, 60)), ((2, 50), (2, 70)), ((0, 160),)])
+def test_planted_attacks_are_found_and_hardly_anything_else(attacks):
+    """Also two that share a class, which may be one cluster, and one of two fifths of a class."""
+    *given, poison = planted(3, attacks)
+    found = find(*given)
+    members = np.concatenate([one.ids for one in found])
+    assert {one.label for one in found} == {label for label, _ in attacks}
+    assert len(found) <= len(attacks)
+    assert len(np.unique(members)) == len(members)
+    assert (poison[members] > 0).mean() > 0.95
+    assert np.isin(np.flatnonzero(poison), members).mean() > 0.9
+    assert not given[2][members].any()
+    for one in found:
+        assert one.evidence >= CERTAIN
+        assert one.signs.far > 1.5
+        assert one.signs.probes_p < 0.1
+
+
+def test_clean_classes_have_no_certain_cluster():
+    evidence = [one.evidence for seed in range(8) for one in find(*planted(seed, attacks=())[:5])]
+    assert sum(value >= CERTAIN for value in evidence) == 0
+    assert len(evidence) <= 4
+
+
+def test_the_same_seed_finds_the_same():
+    *given, _ = planted(5)
+    one, other = find(*given, seed=2), find(*given, seed=2)
+    assert len(one) == len(other) > 0
+    for ours, theirs in zip(one, other, strict=True):
+        assert ours.evidence == theirs.evidence
+        np.testing.assert_array_equal(ours.ids, theirs.ids)
+        np.testing.assert_array_equal(ours.scores, theirs.scores)
+
+
+def test_devices_share_the_classes():
+    """Four devices, six classes: two slots of eight are empty."""
+    *given, _ = planted(6)
+    alone, together = find(*given), find(*given, mesh=make_mesh(jax.devices()[:4]))
+    assert [one.label for one in alone] == [one.label for one in together]
+    for ours, theirs in zip(alone, together, strict=True):
+        assert len(np.setxor1d(ours.ids, theirs.ids)) <= 0.02 * len(ours.ids)
+        assert ours.evidence == pytest.approx(theirs.evidence, abs=0.2)
+
+
+def test_leave_one_out_scores_are_what_leaving_one_out_gives(rng, monkeypatch):
+    """The closed form against forty regressions, each without the example that it judges."""
+    monkeypatch.setattr(clusters, "_ROUNDS", 0)
+    points, real = rng.normal(size=(40, 5)).astype(np.float32), np.ones(40, bool)
+    members = (points[:, :1] + 0.5 * rng.normal(size=(40, 1)) > 0.4).astype(np.float32)
+    classifier, _ = clusters._axes(points, real)
+
+    # Ridge regression in these axes has the identity for its normal equations, with a column for the mean.
+    design = np.c_[np.asarray(classifier, np.float64), np.full(40, 1 / 40**0.5)]
+    targets, expected = members[:, 0] - members.mean(), np.empty(40)
+    for number in range(40):
+        left = np.arange(40) != number
+        normal = np.eye(6) - np.outer(design[number], design[number])
+        expected[number] = design[number] @ np.linalg.solve(normal, design[left].T @ targets[left])
+    high, low = expected[members[:, 0] > 0].mean(), expected[members[:, 0] == 0].mean()
+
+    scores, grown = clusters._grown(classifier, real, members)
+    np.testing.assert_array_equal(grown, members)
+    np.testing.assert_allclose(scores[:, 0], (expected - (high + low) / 2) / ((high - low) / 2), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "spoil", ["constant", "duplicates", "one class of one", "no probes in a class", "three epochs"]
+)
+def test_odd_inputs_give_numbers(spoil):
+    kinds, labels, is_probe, far, seen_as, _ = planted(7)
+    kinds = [kind.copy() for kind in kinds]
+    if spoil == "constant":
+        kinds = [np.zeros_like(kind) for kind in kinds]
+        far = np.zeros_like(far)
+    if spoil == "duplicates":
+        kinds[0][labels == 2], kinds[1][labels == 2] = kinds[0][0], kinds[1][0]
+    if spoil == "one class of one":
+        labels = np.where(np.arange(len(labels)) == 5, 99, labels)
+    if spoil == "no probes in a class":
+        is_probe = is_probe & (labels != 1)
+    if spoil == "three epochs":
+        kinds = [kind[:, :3] for kind in kinds]
+    for one in find(kinds, labels, is_probe, far, seen_as):
+        assert np.isfinite(one.evidence)
+        assert np.isfinite(one.scores).all()
+        assert len(one.ids)
+
+
+def test_without_impressions_the_other_signs_count():
+    kinds, labels, is_probe, far, _, poison = planted(3)
+    found = find(kinds, labels, is_probe, far)
+    assert {1, 4} >= {one.label for one in found}
+    assert all(np.isnan(one.signs.sources) for one in found)
+    assert all((poison[one.ids] > 0).mean() > 0.9 for one in found)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    kinds, labels, is_probe, far, seen_as, _ = planted(3)
+    with pytest.raises(UsageError, match="expected"):
+        find([kinds[0][:-1]], labels, is_probe, far, seen_as)
+    with pytest.raises(UsageError, match="expected"):
+        find(kinds, labels, is_probe, far[:-1], seen_as)
+
+
+def test_epochs_are_spread_over_the_recording():
+    assert clusters.chosen_epochs(15).tolist() == [0, 2, 4, 7, 11, 14]
+    assert clusters.chosen_epochs(3).tolist() == [0, 1, 2]
+    assert clusters.chosen_epochs(1).tolist() == [0]

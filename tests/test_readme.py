@@ -94,14 +94,15 @@ def test_scans_found_what_the_guide_says():
         missed.append(np.mean([len(figure["missed_classes"]) for figure in figures]))
         added.append(np.mean([len(figure["added_classes"]) for figure in figures]))
     assert f"{100 * found[0]:.1f} and {100 * found[1]:.1f} % of the poison" in guide
-    assert f"with {100 * lost[0]:.1f} and {100 * lost[1]:.1f} % of the clean" in guide
-    assert f"{100 * found[0]:.0f} % of the poison and lost {100 * lost[0]:.0f} % of the clean images" in README
-    assert f"on Fashion-MNIST ({100 * found[1]:.0f} and {100 * lost[1]:.0f} % on\nCIFAR-10)" in README
-    assert added == [0, 0]
+    assert f"with {100 * lost[0]:.2f} and {100 * lost[1]:.2f} % of the clean" in guide
+    assert f"{100 * found[0]:.0f} % of the poison and lost {100 * lost[0]:.1f} % of the clean images" in README
+    assert f"({100 * found[1]:.0f} and {100 * lost[1]:.1f} % on CIFAR-10)" in README
+    assert sum(added) == 0
     assert f"{missed[0]:.1f} of 6" in guide
     assert f"{missed[1]:.1f} of 6" in guide
     clean = json.loads((RESULTS / "benchmarks" / "scan-clean.json").read_text("utf-8"))["figures"]
-    assert [figure["stands_out"] for figure in clean] == [False] * 20
+    assert f"{len(clean)} clean sets of 2,000" in guide
+    assert not any(figure["stands_out"] for figure in clean)
 
 
 def test_narcissus_does_what_noise_of_its_size_does_not():

@@ -35,9 +35,11 @@ def parse_rule(text: str) -> tuple[str, float | None]:
       UsageError: an unknown rule, or a level that is not above 0 and below 1.
     """
     rule, at, level = text.partition("@")
-    _one_of("rejection.rules", rule, SCAN_RULES if text == "clusters" else RULES)
+    _one_of("rejection.rules", rule, SCAN_RULES)
     if not at:
         return rule, None
+    if rule == "clusters":
+        raise UsageError(f"rejection.rules has {text!r}: the rule clusters has no level")
     try:
         value = float(level)
     except ValueError:

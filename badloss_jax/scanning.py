@@ -137,7 +137,7 @@ def scan(
     recorded = {"features", "ranked"} & set(config.recording.kinds)
     if config.rejection.rules[0] == "clusters" and not (recorded and config.scoring.by_class):
         raise UsageError("the rule clusters needs scoring.by_class, and features or ranked in recording.kinds ="
-                         f" {config.recording.kinds}; --config.rejection.rules=alpha, needs neither")  # fmt: skip
+                         f" {config.recording.kinds}; --config.rejection.rules=alpha needs neither")  # fmt: skip
     is_probe = np.isin(np.arange(count), probe_ids)
     _tell(examples, probes, is_probe, config, progress)
     with (
@@ -262,7 +262,7 @@ def _report(
     scores, probe_scores = found[kind].scores, found[kind].probe_scores
     assert probe_scores is not None
     kinds = [name for name in ("features", "ranked") if name in store.layout]
-    seen_as, clusters = None, []
+    seen_as, clusters = None, None
     if "features" in kinds:
         seen_as = first_seen_as(store.rows("features", epochs[:1]), labels)
     if kinds and config.scoring.by_class:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from badloss_jax.benchmarks.buffer import expected_bytes, measure_buffer
+from badloss_jax.benchmarks.command import _without_paths
 from badloss_jax.benchmarks.timing import overhead, summary
 from badloss_jax.cli import main
 from badloss_jax.errors import NonFiniteLossError
@@ -246,3 +247,21 @@ def test_store(tmp_path, capsys):
         assert figure["examples_per_second"] == pytest.approx(figure["examples"] / figure["seconds"]["all"])
         assert figure["seconds"]["distances"] < figure["seconds"]["all"]
     assert "anonymous memory" in capsys.readouterr().out
+
+
+def test_a_command_is_written_down_without_the_paths_of_this_machine():
+    command = [
+        "badloss",
+        "bench",
+        "scan",
+        "--config.data.dir=/here/x",
+        "--out",
+        "/a.json",
+        "--workdir",
+        "/w",
+        "--from=/f",
+    ]
+    assert _without_paths(command) == [
+        "badloss", "bench", "scan", "--config.data.dir=DIR", "--workdir", "OUT", "--from=DIR"
+    ]  # fmt: skip
+    assert _without_paths(["bench", "--out=/a.json", "--seeds", "1"]) == ["bench", "--seeds", "1"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from badloss_jax.errors import UsageError
-from badloss_jax.scoring import CERTAIN, POSSIBLE, clusters, find_clusters
+from badloss_jax.scoring import CERTAIN, POSSIBLE, clusters, find_clusters, growth
 from badloss_jax.training.mesh import make_mesh
 
 CLASSES = 6
@@ -85,10 +85,10 @@ def test_devices_share_the_classes():
 
 def test_leave_one_out_scores_are_what_leaving_one_out_gives(rng, monkeypatch):
     """The closed form against forty regressions, each without the example that it judges."""
-    monkeypatch.setattr(clusters, "_ROUNDS", 0)
+    monkeypatch.setattr(growth, "_ROUNDS", 0)
     points, real = rng.normal(size=(40, 5)).astype(np.float32), np.ones(40, bool)
     members = (points[:, :1] + 0.5 * rng.normal(size=(40, 1)) > 0.4).astype(np.float32)
-    classifier, _ = clusters._axes(points, real)
+    classifier, _ = growth._axes(points, real)
 
     # Ridge regression in these axes has the identity for its normal equations, with a column for the mean.
     design = np.c_[np.asarray(classifier, np.float64), np.full(40, 1 / 40**0.5)]
@@ -99,7 +99,7 @@ def test_leave_one_out_scores_are_what_leaving_one_out_gives(rng, monkeypatch):
         expected[number] = design[number] @ np.linalg.solve(normal, design[left].T @ targets[left])
     high, low = expected[members[:, 0] > 0].mean(), expected[members[:, 0] == 0].mean()
 
-    scores, grown = clusters._grown(classifier, real, members)
+    scores, grown = growth._grown(classifier, real, members)
     np.testing.assert_array_equal(grown, members)
     np.testing.assert_allclose(scores[:, 0], (expected - (high + low) / 2) / ((high - low) / 2), rtol=1e-3, atol=1e-3)
 

@@ -514,6 +514,13 @@ def test_images_that_lie_far_out_alone_are_said_and_not_removed():
     assert "no group of them is alike" in sentence(verdict, NAMES, 250)
 
 
+def test_a_search_that_was_not_made_is_not_claimed():
+    assert "were not looked for" in sentence(judged(None, rule="alpha")[0], NAMES, 250)
+    text = sentence(judged(None, far=60, rule="alpha")[0], NAMES, 250)
+    assert text.startswith("More images lie far from")
+    assert "alike" not in text
+
+
 def test_what_cannot_be_told_is_said():
     draw = np.random.default_rng(3)
     scores, labels = draw.normal(size=100), np.repeat(np.arange(10), 10)

@@ -206,17 +206,22 @@ def measure(arguments: argparse.Namespace, overrides: Sequence[str], command: Se
 
 def _without_paths(command: Sequence[str]) -> list[str]:
     """Leaves out where the file lies, and names other folders by what they are: they mean nothing elsewhere."""
-    shown = {"--out": None, "--workdir": "OUT", "--from": "DIR"}
-    plain, before = [], ""
+    shown = {"--out": None, "--workdir": "OUT", "--from": "DIR", "--config.data.dir": "DIR"}
+    plain: list[str] = []
+    value_of = ""
     for text in command:
         option, equals, _ = text.partition("=")
-        if before in shown or option in shown:
-            name = before if before in shown else option
-            if shown[name] and (equals or before in shown):
-                plain += [name, str(shown[name])]
+        if value_of:  # of the option before
+            name = shown[value_of]
+            plain += [value_of, name] if name else []
+            value_of = ""
+        elif option in shown and equals:
+            name = shown[option]
+            plain += [f"{option}={name}"] if name else []
+        elif option in shown:
+            value_of = option
         else:
             plain.append(text)
-        before = "" if equals or before in shown else text
     return plain
 
 

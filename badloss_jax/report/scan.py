@@ -265,9 +265,14 @@ def sentence(verdict: Verdict, class_names: Sequence[str], num_probes: int) -> s
             f" ({_percent(share.low)} to {_percent(share.high)})."
         )
     elif verdict.stands_out:
+        unlike = ", but no group of them is alike enough to be called an attack" if verdict.searched else ""
         parts.append(
-            f"More images lie far from the {num_probes} probes than clean ones would, but no group of them is alike"
-            " enough to be called an attack: look at the suspects."
+            f"More images lie far from the {num_probes} probes than clean ones would{unlike}: look at the suspects."
+        )
+    elif not verdict.searched:
+        parts.append(
+            f"Nothing stands out: no more images lie far from the {num_probes} probes than clean ones would. Groups"
+            " that are alike were not looked for, as that needs scoring.by_class, and features or ranked trajectories."
         )
     elif any(entry["judged"] for entry in verdict.classes):
         parts.append(

@@ -26,6 +26,7 @@ class Verdict:
       removed: [N], by the rule; never a probe.
       attacks: the certain clusters, that of the most evidence first.
       possible: other clusters that are worth a look, likewise.
+      searched: whether clusters were looked for.
       share: of the examples that are no probes, how many look poisoned. Without a certain cluster the upper end is 1:
         what leaves no trace has no bound.
       no_poison: p-value of the hypothesis that all images lie as the probes do, by distance alone.
@@ -37,6 +38,7 @@ class Verdict:
     removed: Bool[np.ndarray, "N"]
     attacks: list[Cluster]
     possible: list[Cluster]
+    searched: bool
     share: PoisonedShare
     no_poison: float
     classes: list[dict[str, Any]]
@@ -56,7 +58,7 @@ class Verdict:
 
 def judge(
     scores: Float[np.ndarray, "N"], probe_scores: Float[np.ndarray, "P"], labels: Int[np.ndarray, "N"],
-    is_probe: Bool[np.ndarray, "N"], num_classes: int, rule: str, level: float, clusters: Sequence[Cluster] = (),
+    is_probe: Bool[np.ndarray, "N"], num_classes: int, rule: str, level: float, clusters: Sequence[Cluster] | None = (),
 ) -> Verdict:  # fmt: skip
     """Says which attacks there are, how much is poisoned, and what to remove.
 
@@ -68,9 +70,9 @@ def judge(
       num_classes: K.
       rule, level: "clusters" removes the members of certain clusters. The rules of `badloss_jax.scoring.reject` cast a
         wider net, once anything stands out: members, and what they remove by distance.
-      clusters: by `find_clusters`, from any evidence on.
+      clusters: by `find_clusters`, from any evidence on; None if they were not looked for.
     """
-    by_evidence = sorted(clusters, key=lambda cluster: -cluster.evidence)
+    by_evidence = sorted(clusters or (), key=lambda cluster: -cluster.evidence)
     attacks = [cluster for cluster in by_evidence if cluster.evidence >= CERTAIN]
     possible = [cluster for cluster in by_evidence if cluster.evidence < CERTAIN]
     p_values = conformal_p_values(scores, probe_scores)
@@ -96,7 +98,8 @@ def judge(
         }
         for label in range(num_classes)
     ]
-    return Verdict(p_values, removed, attacks, possible, _share(p_values, members, is_probe), no_poison, classes)
+    share = _share(p_values, members, is_probe)
+    return Verdict(p_values, removed, attacks, possible, clusters is not None, share, no_poison, classes)
 
 
 def _share(

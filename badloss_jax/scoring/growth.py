@@ -1,0 +1,222 @@
+"""The best cluster of one class: proposed by mixtures, grown by a classifier, weighed by its signs; see `clusters`.
+
+Pure functions of one class's points, padded: what is not `real` counts nowhere. G is the number of clusters at a time.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+_SHRINKAGE = 0.1  # of the classifier's covariance towards a multiple of the identity
+_COMPONENTS = 20  # principal components that mixtures are fitted to
+_SIZES = (2, 3, 4, 6, 8, 12, 16)  # of mixtures
+_STARTS = 3  # of each size
+_STEPS = 40  # of expectation and maximisation
+_ROUNDS = 8  # of growth
+_FURTHEST = (0.02, 0.05, 0.1, 0.2)  # shares of a class, those furthest from the probes, that clusters grow from, too
+_ALIKE = 0.8  # clusters of at least this Jaccard index are one
+_SMALLEST = 12  # examples of a cluster, at least
+_SMALLEST_SHARE = 0.01  # of its class, likewise
+_LARGEST = 0.55  # share of a class that a cluster may have: beyond, the probes are in the other half
+
+
+def best_of_class(
+    points: Float[Array, "n D"], real: Bool[Array, "n"], probe: Bool[Array, "n"], far: Float[Array, "n"],
+    strange: Int[Array, "n"], seed: Int[Array, "1"], num_classes: int,
+) -> tuple[Float[Array, "n"], Bool[Array, "n"], Float[Array, "6"]]:  # fmt: skip
+    """Finds the cluster of the most evidence.
+
+    Args:
+      points: [n, D], standardised trajectories.
+      real: [n], False for padding.
+      probe: [n].
+      far: [n], distance to the probes; higher is further.
+      strange: int [n], the other class that an example looked like, or K if it looked like its own.
+      seed: uint32 [1], of the mixtures' starts.
+      num_classes: K.
+
+    Returns:
+      Scores [n], about 1 in the cluster and -1 in the rest; its members, [n]; and its five signs, in the order of
+      `Signs`, with their evidence, which is -infinity if no cluster is possible.
+    """
+    classifier, whitened = _axes(points, real)
+
+    # Mixtures find crowds wherever they lie; the furthest examples are a start where a crowd is faint.
+    starts = _proposals(whitened, real, jax.random.key(seed[0]))
+    starts = jnp.concatenate([starts, _furthest(far, real)], axis=1)
+    scores, members = _grown(classifier, real, starts)
+    signs = _signs(scores, members, real, probe, far, strange, num_classes)
+
+    # Only now are they judged: a proposal may be a splinter that grows to an attack, or an attack's half.
+    size = members.sum(0)
+    least = jnp.maximum(_SMALLEST, _SMALLEST_SHARE * real.sum())
+    possible = (size >= least) & (size <= _LARGEST * real.sum())
+    evidence = jnp.where(possible, evidence_of(*signs), -jnp.inf)
+    best = evidence.argmax()
+    values = jnp.stack([*(sign[best] for sign in signs), evidence[best]])
+    return scores[:, best], members[:, best] > 0, values
+
+
+def _axes(points: Float[Array, "n D"], real: Bool[Array, "n"]) -> tuple[Float[Array, "n D"], Float[Array, "n C"]]:
+    """Turns points into those of the classifier, Z, whose hat matrix is Z Z', and whitens the first components."""
+    count, width = jnp.maximum(real.sum(), 1), points.shape[1]
+    where = real[:, None]
+    centred = jnp.where(where, points - jnp.where(where, points, 0).sum(0) / count, 0)
+    spectrum, axes = jnp.linalg.eigh(centred.T @ centred / count)
+    spectrum = jnp.maximum(spectrum, 0)
+    along = centred @ axes
+
+    shrunk = (1 - _SHRINKAGE) * spectrum + _SHRINKAGE * spectrum.sum() / width
+    classifier = along / jnp.sqrt(count * shrunk + 1e-9)
+    first = min(_COMPONENTS, width)
+    whitened = along[:, -first:] / jnp.sqrt(spectrum[-first:] + 1e-3 * spectrum[-1] + 1e-9)
+    return classifier, whitened
+
+
+def _proposals(points: Float[Array, "n C"], real: Bool[Array, "n"], key: Array) -> Float[Array, "n G"]:
+    """Fits mixtures of every size from every start; returns which points each of their components holds."""
+    sizes = np.repeat(_SIZES, _STARTS)
+    keys = jax.random.split(key, len(sizes))
+    held = jax.vmap(partial(_mixture, points, real))(keys, jnp.asarray(sizes))
+    return jnp.concatenate([held[run, :, :size] for run, size in enumerate(sizes.tolist())], axis=1)
+
+
+def _mixture(
+    points: Float[Array, "n C"], real: Bool[Array, "n"], key: Array, size: Int[Array, ""]
+) -> Float[Array, "n S"]:
+    """Fits one mixture with a shared covariance, from k-means, itself from k-means++ (Arthur, Vassilvitskii 2007).
+
+    Components from `size` on, of the largest number, stay empty: so one program fits mixtures of all sizes.
+    """
+    most, exists = max(_SIZES), jnp.arange(max(_SIZES)) < size
+    count, width = jnp.maximum(real.sum(), 1), points.shape[1]
+    weight = real[:, None].astype(points.dtype)
+    scatter = points.T @ points / count
+
+    def draw(distances: Array, key: Array) -> tuple[Array, Array]:
+        chances = jnp.where(real, jnp.log(distances + 1e-12), -jnp.inf)
+        mean = points[jax.random.categorical(key, chances)]
+        return jnp.minimum(distances, ((points - mean) ** 2).sum(1)), mean
+
+    def nearest(means: Float[Array, "S C"]) -> Float[Array, "n S"]:
+        distances = jnp.where(exists, (means**2).sum(1) - 2 * points @ means.T, jnp.inf)
+        return jax.nn.one_hot(distances.argmin(1), most, dtype=points.dtype) * weight
+
+    def centre(means: Array, _: None) -> tuple[Array, None]:
+        held = nearest(means)
+        sizes = held.sum(0)[:, None]
+        return jnp.where(sizes > 0, held.T @ points / jnp.maximum(sizes, 1), means), None
+
+    def improve(held: Array, _: None) -> tuple[Array, None]:
+        sizes = held.sum(0) + 1e-6
+        means = held.T @ points / sizes[:, None]
+        # The covariance within is the whole scatter less that of the means.
+        within = scatter - (means * (sizes / count)[:, None]).T @ means + 2e-3 * jnp.eye(width, dtype=points.dtype)
+        directions = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(within), True), means.T)
+        constants = jnp.log(sizes / count) - 0.5 * (means.T * directions).sum(0)
+        logits = points @ directions + constants  # up to what components have in common
+        return jax.nn.softmax(jnp.where(exists, logits, -jnp.inf), axis=1) * weight, None
+
+    _, means = jax.lax.scan(draw, jnp.full(len(points), 1e3, points.dtype), jax.random.split(key, most))
+    means, _ = jax.lax.scan(centre, means, length=8)
+    held, _ = jax.lax.scan(improve, nearest(means), length=_STEPS)
+    return jax.nn.one_hot(held.argmax(1), most, dtype=points.dtype) * weight
+
+
+def _furthest(far: Float[Array, "n"], real: Bool[Array, "n"]) -> Float[Array, "n F"]:
+    """Returns the shares of a class that lie furthest from the probes."""
+    rank = jnp.argsort(jnp.argsort(jnp.where(real, -far, jnp.inf)))
+    shares = jnp.array(_FURTHEST) * real.sum()
+    return ((rank[:, None] < shares) & real[:, None]).astype(far.dtype)
+
+
+def _grown(
+    classifier: Float[Array, "n D"], real: Bool[Array, "n"], members: Float[Array, "n G"]
+) -> tuple[Float[Array, "n G"], Float[Array, "n G"]]:
+    """Lets clusters grow or shrink until they are what a classifier that is told so takes for them.
+
+    Returns:
+      Leave-one-out scores, scaled so that the members' mean is 1 and that of the others -1, and the members, 1 or 0.
+    """
+    count = jnp.maximum(real.sum(), 1)
+    weight = real[:, None].astype(classifier.dtype)
+    leverage = (classifier**2).sum(1, keepdims=True) + 1 / count
+
+    def judge(members: Array) -> Array:
+        targets = (members - members.sum(0) / count) * weight
+        fitted = classifier @ (classifier.T @ targets)
+        left_out = (fitted - leverage * targets) / jnp.maximum(1 - leverage, 1e-3)
+        others = weight - members
+        high = (left_out * members).sum(0) / jnp.maximum(members.sum(0), 1)
+        low = (left_out * others).sum(0) / jnp.maximum(others.sum(0), 1)
+        scores = (left_out - (high + low) / 2) / jnp.maximum((high - low) / 2, 1e-6) * weight
+        return jnp.where(high > low, scores, 0)  # what the classifier cannot tell apart is no cluster
+
+    def grow(members: Array, _: None) -> tuple[Array, None]:
+        return (judge(members) > 0) * weight, None
+
+    members, _ = jax.lax.scan(grow, members, length=_ROUNDS)
+    return judge(members), members
+
+
+def _signs(
+    scores: Float[Array, "n G"], members: Float[Array, "n G"], real: Bool[Array, "n"], probe: Bool[Array, "n"],
+    far: Float[Array, "n"], strange: Int[Array, "n"], num_classes: int,
+) -> tuple[Float[Array, "G"], ...]:  # fmt: skip
+    """Returns far, probes_p, gap, agreement and sources of each cluster; see `Signs`."""
+    size = jnp.maximum(members.sum(0), 1)
+    others = real[:, None] - members
+    rest = jnp.maximum(others.sum(0), 1)
+
+    further = far @ members / size - far @ others / rest
+
+    held = (probe & real).astype(members.dtype) @ members
+    probes = (probe & real).sum()
+    share = size / jnp.maximum(real.sum(), 1)
+    few = jax.scipy.special.betainc(jnp.maximum(probes - held, 1e-6), held + 1, jnp.clip(1 - share, 1e-6, 1 - 1e-6))
+    few = jnp.where(held >= probes, 1.0, few)
+
+    mean, mean_rest = (scores * members).sum(0) / size, (scores * others).sum(0) / rest
+    within = (((scores - mean) ** 2 * members).sum(0) / size + ((scores - mean_rest) ** 2 * others).sum(0) / rest) / 2
+    gap = (mean - mean_rest) / jnp.sqrt(jnp.maximum(within, 1e-6))
+
+    common = members.T @ members
+    alike = common >= _ALIKE * (size[:, None] + size[None, :] - common)
+    runs = np.repeat(_SIZES, _STARTS)
+    mixtures = np.repeat(np.arange(len(runs)), runs)  # that each of the first columns is a component of
+    of_mixture = np.eye(len(runs), dtype=np.float32)[mixtures]
+    agreement = (alike[:, : len(mixtures)].astype(members.dtype) @ of_mixture > 0).mean(1)
+
+    looks = jax.nn.one_hot(strange, num_classes, dtype=members.dtype)  # of an own look, all zeros
+    seen = members.T @ (looks * real[:, None])
+    strangers = seen.sum(1)
+    chances = seen / jnp.maximum(strangers, 1)[:, None]
+    entropy = -(chances * jnp.log(jnp.maximum(chances, 1e-12))).sum(1)
+    # A small cluster cannot come from many classes: what counts is how many it could have come from.
+    possible = jnp.minimum(num_classes - 1.0, 1 + size / 2)
+    sources = jnp.minimum(jnp.exp(entropy) / possible, 1.0) * strangers / size
+    return further, few, gap, agreement, jnp.where(strangers > 0, sources, 0.0)
+
+
+def evidence_of(
+    far: Float[Array, "G"], probes_p: Float[Array, "G"], gap: Float[Array, "G"], agreement: Float[Array, "G"],
+    sources: Float[Array, "G"],
+) -> Float[Array, "G"]:  # fmt: skip
+    """Weighs the signs of clusters (see `Signs`) against each other; 0 and less is none.
+
+    Each sign alone is wrong somewhere: a natural group of odd images lies far out, too, a few probes miss a tenth of a
+    class by chance, and attackers who keep the labels have one source. What counts in each is limited, so that none
+    decides alone; and what lies hardly further out than the rest of its class is the class itself, cut in two.
+
+    The weights were settled on recordings of Fashion-MNIST, CIFAR-10 and traffic signs, attacked and clean
+    (scoring/README.md has what they give).
+    """
+    missing = 1.5 * jnp.minimum(-jnp.log10(probes_p + 1e-12), 2.0)
+    distance = 0.5 * jnp.minimum(far, 4.0) - 3.0 * jnp.maximum(1.5 - far, 0.0)
+    separation = 0.25 * jnp.clip(gap - 3.0, 0.0, 4.0)
+    # A class that is merely cut in two has a gap of 2 to 3.5.
+    doubt = jnp.maximum(3.0 - gap, 0.0) + 0.5 * jnp.clip(4.0 - gap, 0.0, 1.0)
+    return missing + distance + separation - doubt + agreement + 2.0 * sources

@@ -29,9 +29,9 @@ Finds poisoned training examples by how a network learns them (BaDLoss, ICLR 202
 """
 
 _SCAN = """\
-Look for poison in a training set of your own. A small network is trained on it, how each image is learnt is compared
-with images that are known to be clean (the probes), and what stands out is listed. Nothing in the data's folder is
-written.
+Look for poison in a training set of your own. A network is trained on it, as large as --minutes allow; how each image
+is learnt is compared with images that are known to be clean (the probes), and what stands out is listed. Nothing in the
+data's folder is written.
 
   DATA    DIR with <class>/<image> or train/<class>/<image>; FILE.npz with x_train and y_train, uint8 images and integer
           labels; tfds:NAME, a folder of TensorFlow Datasets, by its path or below $TFDS_DATA_DIR
@@ -138,11 +138,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     scan = _command(commands, "scan", "look for poison in a training set of your own", _SCAN, [
         "badloss scan --data photos --probes trusted.txt --workdir OUT",
         "badloss scan --data photos --probes 250 --workdir OUT --config.rejection.alpha=0.05 --apply cleaned",
-        "badloss scan --data photos --probes 250 --workdir OUT --config.data.image_size=96",
+        "badloss scan --data photos --probes 250 --workdir OUT --minutes 60 --config.data.image_size=96",
     ])  # fmt: skip
     scan.add_argument("--data", required=True, metavar="DATA", help="the training set; see above")
     scan.add_argument("--probes", required=True, metavar="PROBES", help="what is known to be clean; see above")
     scan.add_argument("--workdir", required=True, type=Path, metavar="OUT", help="folder of this scan, new or its own")
+    scan.add_argument("--minutes", type=float, default=10, metavar="M", help="that it may take: the network is the"
+                      " largest that this machine has the time for (default 10)")  # fmt: skip
     scan.add_argument("--apply", type=Path, metavar="DIR2", help="also make a copy of the training set without what"
                       " remove.txt lists (of arrays: FILE2.npz)")  # fmt: skip
     scan.add_argument("--links", action="store_true", help="with --apply: links to the files in place of copies")
@@ -295,7 +297,7 @@ def _scan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.apply:
         check_target(arguments.data, arguments.workdir, arguments.apply)
     _set_up_jax()
-    results = scan(arguments.data, arguments.probes, arguments.workdir, overrides,
+    results = scan(arguments.data, arguments.probes, arguments.workdir, overrides, minutes=arguments.minutes,
                    follow_links=arguments.follow_links, progress=Progress())  # fmt: skip
     print(f"\n{results['verdict']}\n")
     if results["attacks"]:

@@ -54,13 +54,16 @@ from badloss_jax.scoring import (
     nearest_probes,
     unsupported,
 )
+from badloss_jax.sizing import choose_network
 from badloss_jax.trainer import Recording, Trainer, check_devices, place_examples, spec_of
 from badloss_jax.training.mesh import make_mesh, round_up
 from badloss_jax.training.preemption import Preemption
 from badloss_jax.trajectories.store import TrajectoryStore
-from badloss_jax.workdir import claim, read_resumes
+from badloss_jax.workdir import claim, read_config, read_resumes
 
 SCHEMA_VERSION = 3
+MINUTES = 10.0  # that a scan may take, if nothing else is said
+_OF_THE_NETWORK = ("model.name", "model.stages", "model.stem_stride", "recording.epochs")  # what fixes it
 _NEAREST = 3  # probes that are shown beside a suspect
 # Settings of a run that mean nothing here, at their only value.
 _UNUSED = {"data.train_examples": 0, "data.test_examples": 0, "data.pad": 0, "data.class_names": [],
@@ -71,6 +74,8 @@ def suggest(
     config: ConfigDict, num_examples: int, image_shape: tuple[int, int, int], num_classes: int, num_probes: int
 ) -> None:  # fmt: skip
     """Sets what a scan needs by the size of the data: a small network, and smaller batches and more epochs of less.
+
+    The network is the smallest that a scan takes: `badloss_jax.sizing` chooses a larger one if there is time.
 
     The kind of trajectory is "combined", which found most on all data sets that were tried (README); it has enough with
     15 epochs, and loses where the network memorises what is left (configs/results).
@@ -91,8 +96,8 @@ def suggest(
 
 
 def scan(
-    data: str, probes: str, workdir: Path, overrides: Sequence[str] = (), *, follow_links: bool = False,
-    progress: Progress | None = None, mesh: Mesh | None = None,
+    data: str, probes: str, workdir: Path, overrides: Sequence[str] = (), *, minutes: float = MINUTES,
+    follow_links: bool = False, progress: Progress | None = None, mesh: Mesh | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Scans a training set, or goes on with what an interrupted scan left in the folder.
 
@@ -103,6 +108,8 @@ def scan(
         folder with <class>/* of trusted images; or how many to draw at random and to trust without looking.
       workdir: the folder to write to; the data's is never written.
       overrides: `--config.KEY=VALUE`, over what `suggest` sets.
+      minutes: that it may take: the network is the largest that this machine records with in that time, unless the
+        overrides say which one, or how many epochs; a folder keeps the network that it was begun with.
       follow_links: read files that links lead to outside of the data's folder, too.
       progress: tells how far it is; silent by default.
       mesh: of the devices, all by default.
@@ -115,6 +122,8 @@ def scan(
       PreemptedError: it was told to stop; the same call goes on.
     """
     started, progress, mesh = time.monotonic(), progress or Progress(None), mesh or make_mesh()
+    if not minutes > 0:
+        raise UsageError(f"--minutes {minutes}: expected a number above 0")
     guess = default_config()  # refuses wrong settings before anything is read
     suggest(guess, 1_000, (32, 32, 3), 10, 1_000_000)
     override(guess, overrides)
@@ -140,6 +149,10 @@ def scan(
                          f" {config.recording.kinds}; --config.rejection.rules=alpha needs neither")  # fmt: skip
     is_probe = np.isin(np.arange(count), probe_ids)
     _tell(examples, probes, is_probe, config, progress)
+    placed = None
+    if not _network_is_known(config, workdir, overrides):
+        placed = place_examples(config, split, unpoisoned(split.images, split.labels), mesh)
+        choose_network(config, placed, shape, examples.num_classes, minutes, mesh, progress)
     with (
         Preemption() as preemption,
         claim(workdir, config, free=("probes", "scoring", "rejection", "report")),
@@ -156,7 +169,7 @@ def scan(
             _check_same(folder, recording.identity)
             begun = time.monotonic()
             progress.phase("recording")
-            placed = place_examples(config, split, unpoisoned(split.images, split.labels), mesh)
+            placed = placed or place_examples(config, split, unpoisoned(split.images, split.labels), mesh)
             recording.train(trainer, placed, split.labels, is_probe, folder)
             seconds["recording"] = trainer.seconds_before + time.monotonic() - begun
         trainer.finish("recording", recording.identity)
@@ -170,6 +183,18 @@ def scan(
         write_text(workdir / "scan.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
         preemption.stop_if_reached()
     return results
+
+
+def _network_is_known(config: ConfigDict, workdir: Path, overrides: Sequence[str]) -> bool:
+    """Whether the network need not be chosen: it was asked for, or the folder has one, which the config is given."""
+    if any(text.startswith(f"--config.{key}=") for text in overrides for key in _OF_THE_NETWORK):
+        return True
+    if not (workdir / "config.json").is_file():
+        return False
+    kept = read_config(workdir)
+    config.model.update(name=kept.model.name, stages=kept.model.stages)
+    config.recording.epochs = kept.recording.epochs
+    return True
 
 
 def _read(
@@ -210,11 +235,9 @@ def _tell(
 ) -> None:  # fmt: skip
     """Says in a few lines what is about to be done, and what about it calls for caution."""
     height, width, channels = examples.image_shape
-    model, recording = config.model, config.recording
     progress.note(
         f"{len(examples.names):,} images of {height} x {width} x {channels} in {examples.num_classes} classes,"
-        f" {is_probe.sum()} of them probes; {model.name} {tuple(model.stages)}, {recording.epochs} epochs in batches of"
-        f" {recording.batch_size} (--config.KEY=VALUE changes it)"
+        f" {is_probe.sum()} of them probes; batches of {config.recording.batch_size} (--config.KEY=VALUE changes it)"
     )
     if examples.left_out:
         name, reason = next(iter(examples.left_out.items()))

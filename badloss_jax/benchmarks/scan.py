@@ -1,6 +1,7 @@
 """What a scan finds in a folder of images that was poisoned before: `badloss scan` as a user runs it, told nothing."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -9,98 +10,109 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 from PIL import Image
 
-from badloss_jax.attacks.manifest import choose_probes
-from badloss_jax.attacks.poisoning import apply_manifest
-from badloss_jax.config import changed
-from badloss_jax.data import load_dataset
-from badloss_jax.errors import DataError, UsageError
-from badloss_jax.poison import plan_poison
+from badloss_jax.benchmarks.gauntlet import REGIMES, PoisonedSet, draw_set
+from badloss_jax.errors import DataError
 from badloss_jax.seeding import generator
+
+_LOST = (0.01, 0.02, 0.05)  # shares of the clean images at which what is found is read off the ranking
 
 
 def measure_scan(
-    config: ConfigDict, seeds: Sequence[int], scan_arguments: Sequence[str], folder: Path
+    config: ConfigDict, seeds: Sequence[int], regimes: Sequence[str], scan_arguments: Sequence[str], folder: Path
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Writes a poisoned training set as PNG files, scans it in a process of its own, and compares with the truth.
 
     Args:
       config: of the data set, the attacks (scale 0 poisons nothing) and the number of probes.
       seeds: of images, poison and probes, each in turn.
+      regimes: of `REGIMES`, each in turn; none takes the config as it is.
       scan_arguments: more arguments of `badloss scan`, none of which are its defaults.
       folder: an empty one, to write to.
 
     Yields:
-      Of each seed: images, poisoned share, seconds, recall per attack and on average, share of the clean images
-      removed, how many attacks there are and how many it counts, the classes that were attacked and not called
-      affected, and the other way round, and the verdict.
+      Of each regime and seed: what `compare` returns, and seconds.
 
     Raises:
-      UsageError: an attack that has to be optimised first.
+      UsageError: an attack that has to be optimised first, unless there are regimes, which leave it out.
       DataError: the scan failed.
     """
-    for seed in seeds:
-        settled = changed(config, {"seed": seed})
-        dataset = load_dataset(settled.data, seed)
-        manifest = plan_poison(settled, dataset)
-        if manifest.unoptimised:
-            raise UsageError(f"attack {manifest.unoptimised[0]} has to be optimised first: leave it out by"
-                             " --config.attacks.names")  # fmt: skip
-        names = write_poisoned(folder / str(seed) / "data", dataset, manifest, seed)
-        probes = folder / str(seed) / "probes.txt"
-        ids = choose_probes(manifest, settled.probes.count, seed)
-        probes.write_text("".join(f"{names[number]}\n" for number in ids), "utf-8")
-        out = folder / str(seed) / "out"
-        command = [sys.executable, "-m", "badloss_jax", "scan", "--data", str(folder / str(seed) / "data"), "--probes",
-                   str(probes), "--workdir", str(out), *scan_arguments]  # fmt: skip
-        started = time.monotonic()
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-        if done.returncode:
-            raise DataError(f"badloss scan failed with exit code {done.returncode}")
-        yield {"seed": seed, "seconds": time.monotonic() - started} | compare(out, names, manifest, dataset.class_names)
+    for regime in regimes or ("",):
+        for seed in seeds:
+            place = folder / (regime or "config") / str(seed)
+            poisoned = draw_set(config, seed, REGIMES[regime] if regime else None)
+            names = write_images(place / "data", poisoned, seed)
+            (place / "probes.txt").write_text("".join(f"{names[row]}\n" for row in poisoned.probe_ids), "utf-8")
+            command = [sys.executable, "-m", "badloss_jax", "scan", "--data", str(place / "data"), "--probes",
+                       str(place / "probes.txt"), "--workdir", str(place / "out"), *scan_arguments]  # fmt: skip
+            started = time.monotonic()
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+            if done.returncode:
+                raise DataError(f"badloss scan failed with exit code {done.returncode}")
+            seconds = time.monotonic() - started
+            yield {"regime": regime, "seed": seed, "seconds": seconds} | compare(place / "out", names, poisoned)
+            shutil.rmtree(place)
 
 
-def write_poisoned(folder: Path, dataset: Any, manifest: Any, seed: int) -> list[str]:
+def write_images(folder: Path, poisoned: PoisonedSet, seed: int) -> list[str]:
     """Writes the training set as FOLDER/<class>/<number>.png, as the victim sees it; the numbers say nothing.
 
     Returns:
       Of each example its path relative to the folder.
     """
-    poisoning = apply_manifest(manifest, dataset.train.images, dataset.train.labels)
-    images = np.array(dataset.train.images)
-    images[poisoning.ids] = np.round(poisoning.triggered(poisoning.ids) * 255).astype(np.uint8)
-    numbers = generator(seed, "names").permutation(len(images))
-    classes = [name.replace("/", "-") for name in dataset.class_names]
-    paths = [f"{classes[label]}/{number:07d}.png" for label, number in zip(poisoning.labels, numbers, strict=True)]
+    numbers, classes = generator(seed, "names").permutation(len(poisoned.images)), poisoned.class_names
+    paths = [f"{classes[label]}/{number:07d}.png" for label, number in zip(poisoned.labels, numbers, strict=True)]
     for name in classes:
         (folder / name).mkdir(parents=True)
-    for path, image in zip(paths, images, strict=True):
+    for path, image in zip(paths, poisoned.images, strict=True):
         Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(folder / path)
     return paths
 
 
-def compare(out: Path, names: Sequence[str], manifest: Any, class_names: Sequence[str]) -> dict[str, Any]:
-    """Compares what a scan removed, and which classes it named, with the truth."""
+def compare(out: Path, names: Sequence[str], poisoned: PoisonedSet) -> dict[str, Any]:
+    """Compares what a scan removed, and which classes it named, with the truth.
+
+    Returns:
+      Numbers of images, probes and attacks; the poisoned share, and the scan's estimate of it; recall per attack, on
+      average and of all poison; the share of the clean images that is removed; how much poison is among the first of
+      the ranking, at several shares of clean images among them; how many attacks the scan counts; the classes that were
+      attacked and not called affected, and the other way round; the network, and the verdict.
+    """
     results = json.loads((out / "scan.json").read_text("utf-8"))
-    listed = set((out / "remove.txt").read_text("utf-8").splitlines())
-    removed, attack_of = np.array([name in listed for name in names]), manifest.attack_of()
-    recall = {name: float(removed[attack_of == name].mean()) for name in manifest.attacks}
-    attacked = {class_names[plan.target].replace("/", "-") for plan in manifest.attacks.values()}
+    table = pq.read_table(out / "scores.parquet", columns=["path", "rank", "removed", "probe"]).to_pydict()
+    row_of = {path: row for row, path in enumerate(table["path"])}
+    rows = np.array([row_of[name] for name in names])
+    removed, rank, probe = (np.array(table[key])[rows] for key in ("removed", "rank", "probe"))
+    is_poison = poisoned.attack_of != ""
+    recall = {name: float(removed[poisoned.attack_of == name].mean()) for name in poisoned.targets}
+    attacked = {poisoned.class_names[label] for targets in poisoned.targets.values() for label in targets}
     affected = {entry["name"] for entry in results["classes"] if entry["affected"]}
+    model = results["config"]["model"]
     return {
         "images": len(names),
-        "poisoned_share": len(manifest.poisoned_ids) / len(names),
+        "probes": int(probe.sum()),
+        "poisoned_share": float(is_poison.mean()),
         "stands_out": results["stands_out"],
         "estimate": results["share"],
         "recall": recall,
         "mean_recall": float(np.mean(list(recall.values()))) if recall else None,
-        "found_share": float(removed[attack_of != ""].mean()) if recall else None,
-        "clean_removed_share": float(removed[attack_of == ""].mean()),
-        "attacks": len(manifest.attacks),
+        "found_share": float(removed[is_poison].mean()) if recall else None,
+        "found_at": _found_at(rank[is_poison], rank[~is_poison & ~probe]) if recall else None,
+        "clean_removed_share": float(removed[~is_poison].mean()),
+        "attacks": len(recall),
         "certain_attacks": sum(entry["certain"] for entry in results["attacks"]),
         "missed_classes": sorted(attacked - affected),
         "added_classes": sorted(affected - attacked),
+        "network": {key: model[key] for key in ("name", "stages", "stem_stride")}
+        | {"epochs": results["config"]["recording"]["epochs"]},
         "verdict": results["verdict"],
     }
+
+
+def _found_at(poison: np.ndarray, clean: np.ndarray) -> dict[str, float]:
+    """Returns how much poison ranks before a few shares of the clean images."""
+    ranks = np.sort(clean)
+    return {str(share): float((poison < ranks[int(share * len(ranks))]).mean()) for share in _LOST}

@@ -233,7 +233,8 @@ def write_scores(
     verdict: Verdict,
     is_probe: Bool[np.ndarray, "N"],
 ) -> None:
-    """Writes scores.parquet, a row an image: path, label, score, p-value (none of a probe), attack, whether it goes."""
+    """Writes scores.parquet, a row an image: path, label, whether it is a probe, score, p-value (none of a probe),
+    rank, attack, whether it is removed."""
     classes = pa.array([as_unicode(name) for name in examples.class_names], pa.string())
     p_values = np.where(is_probe, np.nan, verdict.p_values)
     table = pa.table(
@@ -243,6 +244,7 @@ def write_scores(
             "probe": is_probe,
             "score": scores.astype(np.float64),
             "p_value": pa.array(p_values, mask=is_probe),
+            "rank": verdict.ranking(scores),
             "attack": verdict.attack_of().astype(np.int32),
             "removed": verdict.removed,
         }

@@ -32,8 +32,9 @@ from badloss_jax.seeding import derived_seed
 from badloss_jax.training.mesh import by_rows, make_mesh, place_rows, round_up, to_host
 
 _LOWEST = -15.0  # log-probabilities below say no more
-CERTAIN = 5.0  # evidence of a cluster that is called an attack
-POSSIBLE = 4.2  # and of one that is worth a look
+CERTAIN = 5.3  # evidence of a cluster that is called an attack
+POSSIBLE = 4.4  # and of one that is worth a look
+_FRINGE = -0.3  # score from which on examples are taken out with a cluster that is well apart; 0 is the middle
 FEW = 30  # examples; in a class of fewer nothing is looked for
 _ATTACKS_OF_A_CLASS = 8  # at most
 _VALUES = 2**26  # of trajectories on the devices at a time
@@ -65,11 +66,11 @@ class Cluster:
 
     Attributes:
       label: the class.
-      ids: int64 [M], its members, ascending; no probes.
+      ids: int64 [M], its members and its fringe, ascending; no probes.
       evidence: see `evidence_of`.
       signs: what it is made of.
-      scores: [n], of all examples of the class that were left when it was found: above 0 those that belong to it, about
-        1 in its middle, about -1 in that of the rest.
+      scores: [n], of all examples of the class that were left when it was found: about 1 in the cluster and -1 in the
+        rest. The fringe begins two standard deviations of the rest above its mean, but not below -0.3.
       score_ids: int64 [n].
     """
 
@@ -192,10 +193,10 @@ def _moments(kinds: Sequence[Rows]) -> tuple[list[np.ndarray], list[np.ndarray]]
 
 
 def _padded_sizes(counts: Int[np.ndarray, "K"]) -> Int[np.ndarray, "K"]:
-    """Returns the sizes that classes are padded to: the largest, and each by a third less, so that they are few."""
+    """Returns the sizes that classes are padded to: the largest, and halves of it, so that programs are few."""
     largest = int(counts.max(initial=FEW))
-    steps = np.floor(np.log(largest / np.maximum(counts, 1)) / math.log(1.5) + 1e-9)
-    sizes = np.ceil(largest / 1.5**steps / 64).astype(np.int64) * 64
+    steps = np.floor(np.log2(largest / np.maximum(counts, 1)) + 1e-9)
+    sizes = np.ceil(largest / 2**steps / 64).astype(np.int64) * 64
     return np.maximum(sizes, counts)
 
 
@@ -220,23 +221,22 @@ def _search(
             slots += [np.zeros(0, np.int64)] * (round_up(len(slots), mesh) - len(slots))
             arrays = _arrays(look, slots, size, mesh)
             keys = place_rows((len(slots), 1), mesh, partial(_seeds, chunk, seed, len(slots)))
-            scores, inside, values = (to_host(array) for array in program(*arrays, keys))
+            scores, values = (to_host(array) for array in program(*arrays, keys))
             for number, label in enumerate(chunk):
                 ids = slots[number]
-                members = ids[inside[number, : len(ids)] & ~look.is_probe[ids]]
-                cluster = _cluster(label, ids, members, scores[number, : len(ids)], values[number], look.has_seen)
-                found.append((label, ids, cluster))
+                found.append((label, ids, _cluster(look, label, ids, scores[number, : len(ids)], values[number])))
     return found
 
 
-def _cluster(
-    label: int, ids: np.ndarray, members: np.ndarray, scores: np.ndarray, values: np.ndarray, has_seen: bool
-) -> Cluster | None:
+def _cluster(look: _Look, label: int, ids: np.ndarray, scores: np.ndarray, values: np.ndarray) -> Cluster | None:
     """Makes a cluster of what the devices found; None if they found none."""
     far, probes_p, gap, agreement, sources, evidence = values.tolist()
+    # Two standard deviations above the rest's mean, which is at -1.
+    fringe = min(max(4 / max(gap, 1e-6) - 1, _FRINGE), 0.0)
+    members = ids[(scores > fringe) & ~look.is_probe[ids]]
     if not math.isfinite(evidence) or not len(members):
         return None
-    signs = Signs(far, probes_p, gap, agreement, sources if has_seen else math.nan)
+    signs = Signs(far, probes_p, gap, agreement, sources if look.has_seen else math.nan)
     return Cluster(label, members, evidence, signs, scores, ids)
 
 
@@ -276,7 +276,7 @@ def _arrays(look: _Look, slots: list[np.ndarray], size: int, mesh: Mesh) -> list
 
 
 @lru_cache(maxsize=8)
-def _best_cluster(mesh: Mesh, num_classes: int) -> Callable[..., tuple[Array, Array, Array]]:
+def _best_cluster(mesh: Mesh, num_classes: int) -> Callable[..., tuple[Array, Array]]:
     """Compiles the search for the classes of a batch, which the devices share."""
     search = jax.vmap(partial(best_of_class, num_classes=num_classes))
     return jax.jit(search, in_shardings=by_rows(mesh), out_shardings=by_rows(mesh))

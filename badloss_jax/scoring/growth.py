@@ -20,13 +20,14 @@ _FURTHEST = (0.02, 0.05, 0.1, 0.2)  # shares of a class, those furthest from the
 _ALIKE = 0.8  # clusters of at least this Jaccard index are one
 _SMALLEST = 12  # examples of a cluster, at least
 _SMALLEST_SHARE = 0.01  # of its class, likewise
+_PROBES_HELD = 30  # a cluster with more is not thought to lack any
 _LARGEST = 0.55  # share of a class that a cluster may have: beyond, the probes are in the other half
 
 
 def best_of_class(
     points: Float[Array, "n D"], real: Bool[Array, "n"], probe: Bool[Array, "n"], far: Float[Array, "n"],
     strange: Int[Array, "n"], seed: Int[Array, "1"], num_classes: int,
-) -> tuple[Float[Array, "n"], Bool[Array, "n"], Float[Array, "6"]]:  # fmt: skip
+) -> tuple[Float[Array, "n"], Float[Array, "6"]]:  # fmt: skip
     """Finds the cluster of the most evidence.
 
     Args:
@@ -39,8 +40,8 @@ def best_of_class(
       num_classes: K.
 
     Returns:
-      Scores [n], about 1 in the cluster and -1 in the rest; its members, [n]; and its five signs, in the order of
-      `Signs`, with their evidence, which is -infinity if no cluster is possible.
+      Scores [n], about 1 in the cluster and -1 in the rest; and its five signs, in the order of `Signs`, with their
+      evidence, which is -infinity if no cluster is possible.
     """
     classifier, whitened = _axes(points, real)
 
@@ -53,11 +54,11 @@ def best_of_class(
     # Only now are they judged: a proposal may be a splinter that grows to an attack, or an attack's half.
     size = members.sum(0)
     least = jnp.maximum(_SMALLEST, _SMALLEST_SHARE * real.sum())
-    possible = (size >= least) & (size <= _LARGEST * real.sum())
+    possible = (size >= least) & (size <= _LARGEST * real.sum()) & (scores.max(0) > 0)
     evidence = jnp.where(possible, evidence_of(*signs), -jnp.inf)
     best = evidence.argmax()
     values = jnp.stack([*(sign[best] for sign in signs), evidence[best]])
-    return scores[:, best], members[:, best] > 0, values
+    return scores[:, best], values
 
 
 def _axes(points: Float[Array, "n D"], real: Bool[Array, "n"]) -> tuple[Float[Array, "n D"], Float[Array, "n C"]]:
@@ -79,15 +80,18 @@ def _axes(points: Float[Array, "n D"], real: Bool[Array, "n"]) -> tuple[Float[Ar
 def _proposals(points: Float[Array, "n C"], real: Bool[Array, "n"], key: Array) -> Float[Array, "n G"]:
     """Fits mixtures of every size from every start; returns which points each of their components holds."""
     sizes = np.repeat(_SIZES, _STARTS)
-    keys = jax.random.split(key, len(sizes))
-    held = jax.vmap(partial(_mixture, points, real))(keys, jnp.asarray(sizes))
-    return jnp.concatenate([held[run, :, :size] for run, size in enumerate(sizes.tolist())], axis=1)
+    draws = jax.random.uniform(key, (len(sizes), max(_SIZES)), points.dtype)
+    held = jax.vmap(partial(_mixture, points, real))(draws, jnp.asarray(sizes))
+    exists = np.flatnonzero(np.arange(max(_SIZES)) < sizes[:, None])
+    return held.transpose(1, 0, 2).reshape(len(points), -1)[:, exists]
 
 
 def _mixture(
-    points: Float[Array, "n C"], real: Bool[Array, "n"], key: Array, size: Int[Array, ""]
+    points: Float[Array, "n C"], real: Bool[Array, "n"], draws: Float[Array, "S"], size: Int[Array, ""]
 ) -> Float[Array, "n S"]:
     """Fits one mixture with a shared covariance, from k-means, itself from k-means++ (Arthur, Vassilvitskii 2007).
+
+    `draws`, uniform in [0, 1), choose the first means.
 
     Components from `size` on, of the largest number, stay empty: so one program fits mixtures of all sizes.
     """
@@ -96,9 +100,9 @@ def _mixture(
     weight = real[:, None].astype(points.dtype)
     scatter = points.T @ points / count
 
-    def draw(distances: Array, key: Array) -> tuple[Array, Array]:
-        chances = jnp.where(real, jnp.log(distances + 1e-12), -jnp.inf)
-        mean = points[jax.random.categorical(key, chances)]
+    def draw(distances: Array, uniform: Array) -> tuple[Array, Array]:
+        below = jnp.cumsum(jnp.where(real, distances, 0))
+        mean = points[jnp.searchsorted(below, uniform * below[-1], side="right").clip(max=len(points) - 1)]
         return jnp.minimum(distances, ((points - mean) ** 2).sum(1)), mean
 
     def nearest(means: Float[Array, "S C"]) -> Float[Array, "n S"]:
@@ -120,7 +124,7 @@ def _mixture(
         logits = points @ directions + constants  # up to what components have in common
         return jax.nn.softmax(jnp.where(exists, logits, -jnp.inf), axis=1) * weight, None
 
-    _, means = jax.lax.scan(draw, jnp.full(len(points), 1e3, points.dtype), jax.random.split(key, most))
+    _, means = jax.lax.scan(draw, jnp.full(len(points), 1e3, points.dtype), draws)
     means, _ = jax.lax.scan(centre, means, length=8)
     held, _ = jax.lax.scan(improve, nearest(means), length=_STEPS)
     return jax.nn.one_hot(held.argmax(1), most, dtype=points.dtype) * weight
@@ -176,8 +180,7 @@ def _signs(
     held = (probe & real).astype(members.dtype) @ members
     probes = (probe & real).sum()
     share = size / jnp.maximum(real.sum(), 1)
-    few = jax.scipy.special.betainc(jnp.maximum(probes - held, 1e-6), held + 1, jnp.clip(1 - share, 1e-6, 1 - 1e-6))
-    few = jnp.where(held >= probes, 1.0, few)
+    few = _so_few(held, probes, jnp.clip(share, 1e-6, 1 - 1e-6))
 
     mean, mean_rest = (scores * members).sum(0) / size, (scores * others).sum(0) / rest
     within = (((scores - mean) ** 2 * members).sum(0) / size + ((scores - mean_rest) ** 2 * others).sum(0) / rest) / 2
@@ -201,6 +204,16 @@ def _signs(
     return further, few, gap, agreement, jnp.where(strangers > 0, sources, 0.0)
 
 
+def _so_few(held: Float[Array, "G"], draws: Int[Array, ""], share: Float[Array, "G"]) -> Float[Array, "G"]:
+    """Returns the binomial probability of no more than `held` in so many draws; 1 for more than 30."""
+    number = jnp.arange(_PROBES_HELD + 1)
+    factors = jnp.maximum(draws - number + 1, 1e-30) / jnp.maximum(number, 1)
+    choices = jnp.cumsum(jnp.where(number > 0, jnp.log(factors), 0))  # logs of draws over number
+    logs = choices + number * jnp.log(share)[:, None] + (draws - number) * jnp.log1p(-share)[:, None]
+    few = jnp.where((number <= held[:, None]) & (number <= draws), jnp.exp(logs), 0).sum(1)
+    return jnp.where((held > _PROBES_HELD) | (held >= draws), 1.0, jnp.minimum(few, 1.0))
+
+
 def evidence_of(
     far: Float[Array, "G"], probes_p: Float[Array, "G"], gap: Float[Array, "G"], agreement: Float[Array, "G"],
     sources: Float[Array, "G"],
@@ -214,9 +227,11 @@ def evidence_of(
     The weights were settled on recordings of Fashion-MNIST, CIFAR-10 and traffic signs, attacked and clean
     (scoring/README.md has what they give).
     """
-    missing = 1.5 * jnp.minimum(-jnp.log10(probes_p + 1e-12), 2.0)
+    lacking = jnp.minimum(-jnp.log10(probes_p + 1e-12), 2.0)
     distance = 0.5 * jnp.minimum(far, 4.0) - 3.0 * jnp.maximum(1.5 - far, 0.0)
     separation = 0.25 * jnp.clip(gap - 3.0, 0.0, 4.0)
     # A class that is merely cut in two has a gap of 2 to 3.5.
     doubt = jnp.maximum(3.0 - gap, 0.0) + 0.5 * jnp.clip(4.0 - gap, 0.0, 1.0)
-    return missing + distance + separation - doubt + agreement + 2.0 * sources
+    # A gap alone, or too few probes alone, is often natural; a crowd well apart in which probes should be is not.
+    crowd = 0.4 * lacking * jnp.clip(gap - 5.0, 0.0, 3.0)
+    return 1.5 * lacking + distance + separation - doubt + crowd + agreement + 2.0 * sources

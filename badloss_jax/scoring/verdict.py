@@ -55,6 +55,18 @@ class Verdict:
             numbers[cluster.ids] = number
         return numbers
 
+    def ranking(self, scores: Float[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
+        """Returns the rank of each example, from 1, the most suspicious, on.
+
+        Members of clusters come first, of the most evidence at the beginning; then, by score, all others.
+        """
+        evidence = np.zeros(len(scores))
+        for cluster in [*self.attacks, *self.possible]:
+            evidence[cluster.ids] = cluster.evidence
+        ranks = np.empty(len(scores), np.int64)
+        ranks[np.lexsort((-scores, -evidence))] = np.arange(1, len(scores) + 1)
+        return ranks
+
 
 def judge(
     scores: Float[np.ndarray, "N"], probe_scores: Float[np.ndarray, "P"], labels: Int[np.ndarray, "N"],

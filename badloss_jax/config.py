@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from badloss_jax.errors import UsageError
-from badloss_jax.settings import CONTROLS, KINDS, RECORDED_KINDS, RULES, SCAN_RULES, WRITERS, default_config
+from badloss_jax.settings import CONTROLS, KINDS, RECORDED_KINDS, RULES, WRITERS, default_config
 
 # Where files lie cannot change a result: the data's and the manifest's own fingerprints are hashed in their stead.
 # Nor can the way that images take to the devices, what is shown of a run, or how often it is saved on its way.
@@ -35,7 +35,7 @@ def parse_rule(text: str) -> tuple[str, float | None]:
       UsageError: an unknown rule, or a level that is not above 0 and below 1.
     """
     rule, at, level = text.partition("@")
-    _one_of("rejection.rules", rule, SCAN_RULES)
+    _one_of("rejection.rules", rule, RULES)
     if not at:
         return rule, None
     if rule == "clusters":
@@ -285,14 +285,17 @@ def _check_kinds(config: ConfigDict) -> None:
     rules = config.rejection.rules
     for rule in rules:
         parse_rule(rule)
-        if rule == "clusters" and (config.attacks.names or config.retraining.enabled):
-            raise UsageError(f"rejection.rules has 'clusters', a rule of `badloss scan`: expected {_listed(RULES)}")
+        if rule == "clusters" and not {"features", "ranked"} & recorded:
+            raise UsageError("rejection.rules has 'clusters', which needs 'features' or 'ranked' in recording.kinds ="
+                             f" {config.recording.kinds}")  # fmt: skip
     if not rules or len(set(rules)) != len(rules):
         raise UsageError(f"rejection.rules = {rules}: expected some of {_listed(RULES)}, each once")
     known = [f"{kind}/{rule}" for kind in config.scoring.kinds for rule in rules]
     for name in config.defenses.names:
         own = ("own",) if DEFENSES[name].own_rule else ()
-        known += [f"{name}/{rule}" for rule in (*own, *rules) if not DEFENSES[name].cleanses]
+        ours = name.partition("_")[0] == "badloss"
+        known += [f"{name}/{rule}" for rule in (*own, *rules)
+                  if not DEFENSES[name].cleanses and (ours or rule != "clusters")]  # fmt: skip
     for variant in config.retraining.variants:
         if variant not in known:
             told = "KIND/RULE or DEFENCE/RULE" if config.defenses.names else "KIND/RULE"

@@ -133,7 +133,7 @@ def _detections(run: Phases) -> tuple[dict[str, Detection], list[int], dict[str,
         return {}, [], {}
     store = run.recorded[0]
     with run.timed("scoring"):
-        detections, epochs = detect(store, run.probe_ids, scoring, rejection, run.mesh)
+        detections, epochs = detect(store, run.probe_ids, scoring, rejection, run.mesh, run.config.seed)
     cost = {phase: run.seconds[phase] for phase in ("recording", "scoring")}
     return detections, epochs.tolist(), {kind: dict(cost) for kind in detections}
 
@@ -175,7 +175,7 @@ def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[
         )
     attack_of, class_names = manifest.attack_of(), _class_names(workdir, manifest)
     started = time.monotonic()
-    detections, epochs = detect(store, probe_ids, config.scoring, config.rejection)
+    detections, epochs = detect(store, probe_ids, config.scoring, config.rejection, seed=config.seed)
     results = header(config, manifest, class_names) | {
         "rescored_from": original,
         "changed": differences(to_dict(config), to_dict(stored)),

@@ -191,7 +191,7 @@ class TrajectoryRecorder:
 
     def score(
         self, probe_ids: Any, k: int | None = None, kind: str | None = None, *, epochs: int | None = None,
-        incomplete: str = "error",
+        incomplete: str = "error", labels: Any = None,
     ) -> Scores:  # fmt: skip
         """Scores every example by its distance to the k nearest probes.
 
@@ -201,11 +201,13 @@ class TrajectoryRecorder:
           kind: by default the first of "combined", "features", "ranked", "loss" that was recorded.
           epochs: score the first so many, by default all.
           incomplete: of examples that lack an epoch: "error", or "exclude" to leave them out.
+          labels: integers [N], as trained on: looks for attacks, too, if features or ranked were recorded.
 
         Raises:
           UsageError: an argument is impossible, or examples lack an epoch (how many, ids and epochs are named).
         """
-        return score_recorded(self.buffer, self.num_examples, probe_ids, k, kind, epochs, incomplete, self.mesh)
+        return score_recorded(self.buffer, self.num_examples, probe_ids, k, kind, epochs, incomplete, self.mesh,
+                              labels)  # fmt: skip
 
     def save(self, folder: Path | str, *, labels: Any = None) -> None:
         """Writes a trajectory store; what was saved there before stays until the new one is whole.

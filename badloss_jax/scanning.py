@@ -38,22 +38,14 @@ from badloss_jax.data.training_set import (
     suggested_size,
     trusted_ids,
 )
-from badloss_jax.defenses.badloss import suspicions
+from badloss_jax.defenses.badloss import find_attacks, suspicions
 from badloss_jax.errors import DataError, UsageError
 from badloss_jax.files import printable, write_lines, write_text
 from badloss_jax.progress import Progress
 from badloss_jax.report.results import environment
 from badloss_jax.report.scan import Suspects, reasons, render_scan, sentence, write_scores, write_suspects
 from badloss_jax.report.writers import open_writers
-from badloss_jax.scoring import (
-    POSSIBLE,
-    attack_entry,
-    find_clusters,
-    first_seen_as,
-    judge,
-    nearest_probes,
-    unsupported,
-)
+from badloss_jax.scoring import attack_entry, judge, nearest_probes, unsupported
 from badloss_jax.sizing import choose_network
 from badloss_jax.trainer import Recording, Trainer, check_devices, place_examples, spec_of
 from badloss_jax.training.mesh import make_mesh, round_up
@@ -284,16 +276,9 @@ def _report(
     found, epochs = suspicions(store, probe_ids, config.scoring, (kind,), mesh)
     scores, probe_scores = found[kind].scores, found[kind].probe_scores
     assert probe_scores is not None
-    kinds = [name for name in ("features", "ranked") if name in store.layout]
     seen_as, clusters = None, None
-    if "features" in kinds:
-        seen_as = first_seen_as(store.rows("features", epochs[:1]), labels)
-    if kinds and config.scoring.by_class:
-        used = np.arange(config.scoring.epochs or store.num_epochs)
-        recorded = [store.rows(name, used) for name in kinds]
-        clusters = find_clusters(
-            recorded, labels, is_probe, scores, seen_as, threshold=POSSIBLE, seed=config.seed, mesh=mesh
-        )
+    if config.scoring.by_class and {"features", "ranked"} & store.layout.keys():
+        clusters, seen_as = find_attacks(store, probe_ids, config.scoring, config.seed, mesh, far=scores)
     verdict = judge(scores, probe_scores, labels, is_probe, examples.num_classes, *_rule(config), clusters)
     attack_of = verdict.attack_of()
     flagged = verdict.removed | (attack_of > 0) | (~is_probe & (verdict.p_values <= config.rejection.alpha))

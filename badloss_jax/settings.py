@@ -7,8 +7,7 @@ from ml_collections import ConfigDict
 
 RECORDED_KINDS = ("step", "prob", "logits", "ranked", "features")  # beside the loss, which always is
 KINDS = ("loss", *RECORDED_KINDS, "combined")
-RULES = ("fraction", "alpha", "fdr")
-SCAN_RULES = ("clusters", *RULES)  # of `badloss scan`
+RULES = ("fraction", "alpha", "fdr", "clusters")
 WRITERS = ("tensorboard", "wandb")
 CONTROLS = ("none", "random", "oracle")  # "none", the undefended network, is trained with every other
 
@@ -106,7 +105,9 @@ def default_config() -> ConfigDict:
         "transform": "log",  # of the score that is shown: log | linear; ranks are the same
     }
     config.rejection = {
-        "rules": RULES,  # applied to every kind; RULE@LEVEL, such as "fraction@0.1", takes another level than below
+        # applied to every kind; RULE@LEVEL, such as "fraction@0.1", takes another level than below. "clusters", beside
+        # these: what is in attacks (scoring/README.md), whatever the kind; for features and ranked
+        "rules": ("fraction", "alpha", "fdr"),
         "fraction": 0.4,  # remove this share of all examples (the paper's rule)
         # remove p <= alpha: this share of the clean data is lost, give or take sqrt(alpha (1 - alpha) / P), and more
         # where probes and examples are not quite exchangeable

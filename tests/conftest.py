@@ -17,7 +17,7 @@ if not os.environ.get("BADLOSS_TEST_GPU"):
     jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-from badloss_jax.config import load_config  # noqa: E402
+from badloss_jax.config import RULES, load_config  # noqa: E402
 from badloss_jax.data import prepare as prepare_module  # noqa: E402
 from badloss_jax.experiment import run_experiment  # noqa: E402
 from badloss_jax.progress import Progress  # noqa: E402
@@ -45,7 +45,7 @@ TINY = {
 CLASS_NAMES = ("<script>alert(1)</script>", "$x_1$ & 'b'", "c|d", *"3456789")
 RECORDED = "'step','prob','logits','ranked','features'"
 FINISHED = {"recording__kinds": f"({RECORDED})", "scoring__kinds": f"('loss',{RECORDED},'combined')",
-            "scoring__prob__k": 5, "data__class_names": f"{CLASS_NAMES}"}  # fmt: skip
+            "rejection__rules": f"{RULES}", "scoring__prob__k": 5, "data__class_names": f"{CLASS_NAMES}"}  # fmt: skip
 
 
 def overrides(**changed):
@@ -95,8 +95,7 @@ def finished(tmp_path_factory, mesh):
 
 
 DEFENDED = {"scoring__kinds": "('loss',)", "controls": "()", "retraining__variants": "()", "retraining__enabled": False,
-            "defenses__names": "('mean_loss_low','badloss_logits','badloss','badloss_step','loss_variance')",
-            "rejection__rules": "('fraction','alpha','fdr')"}  # fmt: skip
+            "defenses__names": "('mean_loss_low','badloss_logits','badloss','badloss_step','loss_variance')"}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,11 @@ from functools import partial
 
 import jax
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from badloss_jax import TrajectoryRecorder
+from badloss_jax.cli import main
 from badloss_jax.errors import UsageError
 from badloss_jax.scoring import CERTAIN, POSSIBLE, clusters, find_clusters, growth
 from badloss_jax.training.mesh import make_mesh
@@ -133,6 +136,53 @@ def test_without_impressions_the_other_signs_count():
     assert {1, 4} >= {one.label for one in found}
     assert all(np.isnan(one.signs.sources) for one in found)
     assert all((poison[one.ids] > 0).mean() > 0.9 for one in found)
+
+
+@pytest.fixture(scope="module")
+def own_loop(tmp_path_factory):
+    """A recorder of somebody's own loop, and where its recording was saved."""
+    (features, _), labels, is_probe, *_, poison = planted(3)
+    recorder = TrajectoryRecorder(len(labels), 8, num_features=8)
+    losses = 1.0 + 0.5 * (poison > 0)
+    for epoch in range(8):
+        recorder.update(losses, np.arange(len(labels)), epoch, features=features[:, epoch].astype(np.float32))
+    folder = tmp_path_factory.mktemp("own") / "store"
+    recorder.save(folder, labels=labels)
+    return recorder, labels, np.flatnonzero(is_probe), poison, folder
+
+
+def test_a_recorder_finds_attacks_if_it_is_told_the_labels(own_loop):
+    recorder, labels, probe_ids, poison, _ = own_loop
+    scores = recorder.score(probe_ids, labels=labels)
+    assert scores.kind == "features"
+    assert {one.label for one in scores.clusters} == {1, 4}
+    assert (poison[scores.removed] > 0).mean() > 0.95
+    assert scores.removed[poison > 0].mean() > 0.9
+    assert not recorder.score(probe_ids).removed.any()
+    with pytest.raises(UsageError, match="3 labels for 2400 examples"):
+        recorder.score(probe_ids, labels=[0, 1, 2])
+    with pytest.raises(UsageError, match="kind = 'loss' does not show"):
+        recorder.score(probe_ids, kind="loss", labels=labels)
+
+
+def test_stored_trajectories_are_removed_by_the_same_clusters(own_loop, tmp_path):
+    recorder, labels, probe_ids, _, folder = own_loop
+    (tmp_path / "probes.txt").write_text(" ".join(map(str, probe_ids)))
+    command = ["score", "--trajectories", str(folder), "--probes", str(tmp_path / "probes.txt"), "--workdir"]
+    rules = "--config.rejection.rules=('clusters','alpha')"
+    assert main([*command, str(tmp_path / "out"), rules]) == 0
+    (part,) = (tmp_path / "out" / "scores").iterdir()
+    removed = pq.read_table(part)["removed_features_clusters"].to_numpy()
+    np.testing.assert_array_equal(removed, recorder.score(probe_ids, labels=labels).removed)
+
+
+def test_trajectories_without_labels_have_no_clusters(own_loop, tmp_path, capsys):
+    recorder, _, probe_ids, *_ = own_loop
+    recorder.save(tmp_path / "plain")
+    (tmp_path / "probes.txt").write_text(" ".join(map(str, probe_ids)))
+    command = ["score", "--trajectories", str(tmp_path / "plain"), "--probes", str(tmp_path / "probes.txt")]
+    assert main([*command, "--workdir", str(tmp_path / "out"), "--config.rejection.rules=('clusters',)"]) == 2
+    assert "have no labels: save a store with them" in capsys.readouterr().err
 
 
 def test_shapes_that_do_not_fit_are_refused():

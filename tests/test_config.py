@@ -142,7 +142,6 @@ def test_overrides_keep_types():
         ("--config.rejection.rules=('fraction@1.5',)", r"'fraction@1.5': expected a level above 0 and below 1"),
         ("--config.rejection.rules=('fraction@x',)", r"'fraction@x': expected a level above 0 and below 1"),
         ("--config.rejection.rules=('clusters@0.5',)", r"'clusters@0.5': the rule clusters has no level"),
-        ("--config.rejection.rules=('clusters',)", r"'clusters', a rule of `badloss scan`: expected fraction"),
         ("--config.rejection.rules=('fdr','fdr')", r"rejection.rules = .* each once"),
         ("--config.report.writers=('tensorbord',)", r"report.writers has 'tensorbord'.*did you mean 'tensorboard'"),
         ("--config.data.class_names=(1,)", r"data.class_names = .1,.: expected a tuple of str"),

@@ -1,22 +1,32 @@
 """BaDLoss (Alex et al., ICLR 2025), with the paper's losses and with the other kinds of trajectory."""
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 
 from badloss_jax.defenses.context import Context, Detection, Suspicion, decide
 from badloss_jax.errors import UsageError
-from badloss_jax.scoring import filter_epochs, log_distances, standardised_by_class
+from badloss_jax.scoring import (
+    POSSIBLE,
+    Cluster,
+    filter_epochs,
+    find_clusters,
+    first_seen_as,
+    in_attacks,
+    log_distances,
+    standardised_by_class,
+)
 from badloss_jax.scoring.scores import distances_by_kind
 from badloss_jax.trajectories.store import TrajectoryStore
 
 
 def suspicions(
     store: TrajectoryStore, probe_ids: Int[np.ndarray, "P"], scoring: Mapping[str, Any], kinds: tuple[str, ...],
-    mesh: Mesh | None = None,
+    mesh: Mesh | None = None, seed: int = 0,
 ) -> tuple[dict[str, Suspicion], Int[np.ndarray, "E"]]:  # fmt: skip
     """Scores the stored trajectories by each of the kinds: distances to the k nearest probes.
 
@@ -28,6 +38,7 @@ def suspicions(
       scoring: `config.scoring`; with `by_class`, scores are those of `standardised_by_class`.
       kinds: of trajectories.
       mesh: the devices.
+      seed: of the search for attacks, which is made if somebody asks for their members.
 
     Returns:
       Suspicions by kind, calibrated by the probes' leave-one-out distances, and the epochs that the filter kept.
@@ -43,7 +54,47 @@ def suspicions(
     if scoring["by_class"]:
         labels = store.labels()
         found = {kind: _by_class(kind, *pair, labels, probe_ids) for kind, pair in found.items()}
-    return {kind: Suspicion(*pair) for kind, pair in found.items()}, epochs
+
+    @cache
+    def members() -> Bool[np.ndarray, "N"]:
+        return in_attacks(find_attacks(store, probe_ids, scoring, seed, mesh)[0], store.num_examples)
+
+    return {kind: Suspicion(*pair, members=members) for kind, pair in found.items()}, epochs
+
+
+def find_attacks(
+    store: TrajectoryStore, probe_ids: Int[np.ndarray, "P"], scoring: Mapping[str, Any], seed: int,
+    mesh: Mesh | None = None, far: Float[np.ndarray, "N"] | None = None,
+) -> tuple[list[Cluster], Int[np.ndarray, "N"] | None]:  # fmt: skip
+    """Looks for attacks: clusters of a class, in what was recorded of features and ranked log-probabilities.
+
+    Args:
+      store: of all examples.
+      probe_ids: int [P].
+      scoring: `config.scoring`.
+      seed: of the search.
+      mesh: the devices.
+      far: [N], scores of `suspicions` with `by_class`, if they are known.
+
+    Returns:
+      Clusters that are possible at least, and int [N], what each example looked like after the first epoch, if features
+      were recorded.
+
+    Raises:
+      UsageError: neither features nor ranked log-probabilities were recorded.
+    """
+    kinds = [kind for kind in ("features", "ranked") if kind in store.layout]
+    if not kinds:
+        raise UsageError("attacks are looked for in features and ranked log-probabilities, and neither was recorded")
+    labels, used = store.labels(), np.arange(scoring["epochs"] or store.num_epochs)
+    if far is None:
+        kind = "combined" if len(kinds) == 2 else kinds[0]
+        far = suspicions(store, probe_ids, {**scoring, "by_class": True}, (kind,), mesh)[0][kind].scores
+    seen_as = first_seen_as(store.rows("features", used[:1]), labels) if "features" in kinds else None
+    is_probe = np.isin(np.arange(store.num_examples), probe_ids)
+    recorded = [store.rows(kind, used) for kind in kinds]
+    clusters = find_clusters(recorded, labels, is_probe, far, seen_as, threshold=POSSIBLE, seed=seed, mesh=mesh)
+    return clusters, seen_as
 
 
 def _by_class(
@@ -58,14 +109,14 @@ def _by_class(
 
 def detect(
     store: TrajectoryStore, probe_ids: Int[np.ndarray, "P"], scoring: Mapping[str, Any], rejection: Mapping[str, Any],
-    mesh: Mesh | None = None,
+    mesh: Mesh | None = None, seed: int = 0,
 ) -> tuple[dict[str, Detection], Int[np.ndarray, "E"]]:  # fmt: skip
     """Scores by every kind of `scoring.kinds` and applies every rejection rule.
 
     Returns:
       Detections by kind, and the epochs that the filter kept.
     """
-    found, epochs = suspicions(store, probe_ids, scoring, tuple(scoring["kinds"]), mesh)
+    found, epochs = suspicions(store, probe_ids, scoring, tuple(scoring["kinds"]), mesh, seed)
     return {kind: decide(suspicion, rejection, probe_ids) for kind, suspicion in found.items()}, epochs
 
 
@@ -74,6 +125,6 @@ def badloss(kind: str) -> Callable[[Context, Mapping[str, Any]], Suspicion]:
 
     def defend(context: Context, settings: Mapping[str, Any]) -> Suspicion:
         store = context.trajectories()
-        return suspicions(store, context.probe_ids, context.scoring, (kind,), context.mesh)[0][kind]
+        return suspicions(store, context.probe_ids, context.scoring, (kind,), context.mesh, context.seed)[0][kind]
 
     return defend

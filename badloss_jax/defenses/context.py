@@ -37,12 +37,14 @@ class Suspicion:
       probe_scores: [P], what clean examples score, to calibrate p-values; None takes the probes' own of `scores`.
       removed: [N], what the defence removes by its own rule; None if it has none.
       details: what else it found, as JSON can say it.
+      members: finds the examples [N] that are in attacks, for the rule "clusters"; None if it cannot.
     """
 
     scores: Float[np.ndarray, "N"]
     probe_scores: Float[np.ndarray, "P"] | None = None
     removed: Bool[np.ndarray, "N"] | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    members: Callable[[], Bool[np.ndarray, "N"]] | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,10 @@ class Train(Protocol):
 
 
 def decide(suspicion: Suspicion, rejection: Mapping[str, Any], probe_ids: Int[np.ndarray, "P"]) -> Detection:
-    """Calibrates a suspicion on the probes and applies every rejection rule; the probes always stay."""
+    """Calibrates a suspicion on the probes and applies every rejection rule; the probes always stay.
+
+    The rule "clusters" is of BaDLoss alone: others are without it.
+    """
     scores = suspicion.scores
     is_probe = np.zeros(len(scores), bool)
     is_probe[probe_ids] = True
@@ -182,6 +187,10 @@ def decide(suspicion: Suspicion, rejection: Mapping[str, Any], probe_ids: Int[np
     removed = {} if suspicion.removed is None else {OWN: suspicion.removed & ~is_probe}
     for text in rejection["rules"]:
         rule, level = parse_rule(text)
+        if rule == "clusters":
+            if suspicion.members is not None:
+                removed[text] = suspicion.members() & ~is_probe
+            continue
         level = rejection[rule] if level is None else level
         if told := unsupported(rule, level, len(of_probes)):
             warnings.warn(f"rejection.{told}", stacklevel=2)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jax.sharding import Mesh
+from jaxtyping import Bool
 from ml_collections import ConfigDict
 
 from badloss_jax.config import KINDS, default_config, digest, override, parse_rule, to_dict
+from badloss_jax.defenses.badloss import find_attacks
 from badloss_jax.errors import DataError, UsageError
 from badloss_jax.files import locked, map_array, read_json, sha256_of, write_atomically, write_text
 from badloss_jax.progress import Progress
@@ -34,6 +36,7 @@ from badloss_jax.scoring import (
     benjamini_hochberg_threshold,
     conformal_p_values,
     filter_epochs,
+    in_attacks,
     knn_distances,
     largest_threshold,
     leave_one_out_distances,
@@ -72,7 +75,7 @@ def score_stored(
     """
     source = _open(trajectories)
     given = _Probes.read(probes, source) if probes else _Probes(source.marked_probes())
-    config = _settings(source, len(given), overrides)
+    config = _settings(source, len(given), overrides, own_probes=given.rows is None)
     about = {
         "format": _FORMAT,
         "trajectories": source.identity,
@@ -219,6 +222,15 @@ class _Scoring:
             "environment": environment(),
         }
 
+    @cached_property
+    def members(self) -> Bool[np.ndarray, "N"]:
+        """Which examples are in attacks; one class after the other is read."""
+        store = self.source.store
+        assert store is not None
+        self.progress.note("looking for attacks, class by class ...")
+        clusters, _ = find_attacks(store, self.probes.ids, self.config.scoring, self.config.seed, self.mesh)
+        return in_attacks(clusters, store.num_examples)
+
     @property
     def parts(self) -> list[tuple[int, int]]:
         count = self.source.num_examples
@@ -286,7 +298,7 @@ class _Scoring:
                 p_values[there] = conformal_p_values(values[there], found.of_probes)
                 columns[f"p_value_{kind}"] = pa.array(p_values, mask=~there)
                 for rule, cut in found.cuts.items():
-                    removed, ties[kind, rule] = cut.apply(values, p_values, there & ~is_probe, ties[kind, rule])
+                    removed, ties[kind, rule] = cut.apply(start, values, p_values, there & ~is_probe, ties[kind, rule])
                     cut.removed += int(removed.sum())
                     columns[f"removed_{kind}_{rule}"] = removed
             path = self.workdir / "scores" / f"part-{number:05d}-of-{len(self.parts):05d}.parquet"
@@ -301,17 +313,20 @@ class _Scoring:
 
 @dataclass
 class _Cut:
-    """Which examples a rule removes: those above a distance and the first `ties` at it, or up to a p-value."""
+    """Which examples a rule removes: those above a distance and the first `ties` at it, up to a p-value, or [N]."""
 
     distance: float | None = None
     ties: int = 0
     p_value: float | None = None
+    members: np.ndarray | None = None
     removed: int = 0
 
     def apply(
-        self, values: np.ndarray, p_values: np.ndarray, eligible: np.ndarray, ties: int
+        self, start: int, values: np.ndarray, p_values: np.ndarray, eligible: np.ndarray, ties: int
     ) -> tuple[np.ndarray, int]:
-        """Returns what is removed of a part, and how many ties are left for the parts after it."""
+        """Returns what is removed of the part that begins there, and how many ties are left for the parts after it."""
+        if self.members is not None:
+            return eligible & self.members[start : start + len(values)], ties
         if self.distance is None:
             return eligible & (p_values <= self.p_value), ties
         tied = np.flatnonzero(eligible & (values == self.distance))[:ties]
@@ -389,6 +404,9 @@ class _Kind:
         rejection = self.scoring.config.rejection
         for text in rejection.rules:
             rule, given = parse_rule(text)
+            if rule == "clusters":
+                self.cuts[text] = _Cut(members=self.scoring.members)
+                continue
             level = rejection[rule] if given is None else given
             if rule == "fraction":
                 wanted = min(math.floor(level * count), int(counts.sum()))
@@ -400,7 +418,7 @@ class _Kind:
                 self.cuts[text] = _Cut(p_value=level if smallest is None else smallest / len(counts))
 
 
-def _settings(source: _Source, num_probes: int, overrides: Sequence[str]) -> ConfigDict:
+def _settings(source: _Source, num_probes: int, overrides: Sequence[str], *, own_probes: bool) -> ConfigDict:
     """Returns the default settings for the kinds that there are, with overrides of scoring and rejection."""
     needs = {"combined": {"features", "ranked"}}
     kinds = tuple(kind for kind in KINDS if needs.get(kind, {kind}) <= set(source.kinds))
@@ -422,6 +440,11 @@ def _settings(source: _Source, num_probes: int, overrides: Sequence[str]) -> Con
     if config.scoring.by_class:
         raise UsageError("scoring.by_class = True needs all labels at once, and stored trajectories are scored part by"
                          " part: score them by `badloss score --workdir OUT` of their run")  # fmt: skip
+    if "clusters" in config.rejection.rules and (source.store is None or (source.store.labels() < 0).any()):
+        raise UsageError("the rule clusters compares examples with their class, and these trajectories have no labels:"
+                         " save a store with them, by TrajectoryRecorder.save(folder, labels=...)")  # fmt: skip
+    if "clusters" in config.rejection.rules and not own_probes:
+        raise UsageError("the rule clusters needs the probes' ids in place of their trajectories")
     if others:
         raise UsageError(f"badloss score changes scoring.* and rejection.* only, not {', '.join(others)}")
     return config

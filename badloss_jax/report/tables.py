@@ -69,8 +69,11 @@ def threshold_table(scoring: Mapping[str, Any]) -> list[list[str]]:
     rows = [["scored by", "k", "left out", "removed", "of all", "threshold"]]
     for kind, found in scoring["kinds"].items():
         for rule, cut in found["rules"].items():
-            threshold = f"distance {cut['distance']:.6g}" if cut["p_value"] is None else f"p <= {cut['p_value']:.4g}"
-            threshold = "none: no p-value is small enough" if cut["p_value"] == 0 else threshold
+            threshold = "in an attack"
+            if cut["distance"] is not None:
+                threshold = f"distance {cut['distance']:.6g}"
+            elif cut["p_value"] is not None:
+                threshold = f"p <= {cut['p_value']:.4g}" if cut["p_value"] else "none: no p-value is small enough"
             removed = f"{cut['removed']:,}", _percent(cut["removed"] / scoring["num_examples"])
             rows.append(
                 [f"{kind}/{rule}", ",".join(map(str, found["k"])), f"{found['excluded']:,}", *removed, threshold]
@@ -270,6 +273,8 @@ def variant_title(name: str, config: Mapping[str, Any]) -> str:
     if text == OWN:
         return f"{kind} (its own rule)"
     rule, given = parse_rule(text)
+    if rule == "clusters":
+        return f"{kind} (clusters)"
     level = config["rejection"][rule] if given is None else given
     told = {"fraction": f"{100 * level:g} %", "alpha": f"p ≤ {level:g}"}
     return f"{kind} ({told.get(rule, f'false discovery rate {level:g}')})"
@@ -320,12 +325,12 @@ def _escape(text: str) -> str:
 
 def cluster_table(results: Mapping[str, Any], most: int = 20) -> list[list[str]]:
     """Returns what a scan says of the attacks that it found, the most certain first, at most so many."""
-    rows = [["attack", "class", "images", "of the class", "certainty"]]
+    rows = [["attack", "class", "images", "of the class", "certainty", "p-value"]]
     images = {entry["name"]: entry["images"] for entry in results["classes"]}
     for number, entry in enumerate(results["attacks"][:most], start=1):
         rows.append([str(number), entry["class"], f"{entry['images']:,}",
                      f"{100 * entry['images'] / max(images[entry['class']], 1):.0f} %",
-                     "certain" if entry["certain"] else "possible"])  # fmt: skip
+                     "certain" if entry["certain"] else "possible", f"{entry['p_value']:.1g}"])  # fmt: skip
     if len(results["attacks"]) > most:
-        rows.append(["...", f"{len(results['attacks']) - most} more in the report", "", "", ""])
+        rows.append(["...", f"{len(results['attacks']) - most} more in the report", "", "", "", ""])
     return rows

@@ -18,7 +18,7 @@ from badloss_jax.scoring.rejection import (
     reject,
 )
 from badloss_jax.scoring.scores import anomaly_scores, filter_epochs, log_distances, mean_standardised
-from badloss_jax.scoring.verdict import Verdict, attack_entry, judge
+from badloss_jax.scoring.verdict import Verdict, attack_entry, in_attacks, judge
 
 __all__ = [
     "CERTAIN",
@@ -35,6 +35,7 @@ __all__ = [
     "filter_epochs",
     "find_clusters",
     "first_seen_as",
+    "in_attacks",
     "judge",
     "knn_distances",
     "largest_threshold",

@@ -1,6 +1,6 @@
 """Scores of examples whose trajectories lie in a buffer: which are complete, which probes, which kind, which k."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -10,8 +10,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from badloss_jax.errors import UsageError
-from badloss_jax.scoring.calibration import conformal_p_values
-from badloss_jax.scoring.scores import distances_by_kind, filter_epochs
+from badloss_jax.scoring.calibration import conformal_p_values, standardised_by_class
+from badloss_jax.scoring.clusters import POSSIBLE, Cluster, find_clusters
+from badloss_jax.scoring.impressions import first_seen_as
+from badloss_jax.scoring.scores import distances_by_kind, filter_epochs, log_distances
+from badloss_jax.scoring.verdict import in_attacks
 from badloss_jax.settings import default_config
 from badloss_jax.trajectories.batches import integer, integers, named
 from badloss_jax.trajectories.buffer import Buffer
@@ -27,19 +30,29 @@ class Scores:
       p_values: float64 [N], conformal: a clean example has p <= alpha with probability about alpha.
       epochs: int [E], those that the filter kept.
       kind: of trajectory.
+      clusters: the attacks, and what may be one, that were found with the help of the labels; empty without these.
     """
 
     distances: Float[np.ndarray, "N"]
     p_values: Float[np.ndarray, "N"]
     epochs: Int[np.ndarray, "E"]
     kind: str
+    clusters: tuple[Cluster, ...] = ()
+
+    @property
+    def removed(self) -> Bool[np.ndarray, "N"]:
+        """Which examples are in an attack that is certain."""
+        return in_attacks(self.clusters, len(self.distances))
 
 
 def score_recorded(
     buffer: Buffer, num_examples: int, probe_ids: Any, k: int | None, kind: str | None, epochs: int | None,
-    incomplete: str, mesh: Mesh,
+    incomplete: str, mesh: Mesh, labels: Any = None,
 ) -> Scores:  # fmt: skip
     """Scores a buffer's examples by their distance to the probes; `TrajectoryRecorder.score` says what is what."""
+    classes = None if labels is None else integers("labels", labels, 2**31)
+    if classes is not None and len(classes) != num_examples:
+        raise UsageError(f"there are {len(classes)} labels for {num_examples} examples")
     known: list[str] = [name for name in ("features", "ranked", "loss", "logits") if name in buffer]
     known = ["combined"] * (known[:2] == ["features", "ranked"]) + known
     kind = kind or known[0]
@@ -65,10 +78,27 @@ def score_recorded(
     def rows_of(part: str) -> np.ndarray:
         return np.asarray(buffer[part])[np.ix_(rows, kept)]
 
-    found = distances_by_kind(rows_of, np.searchsorted(rows, probes), scoring, (kind,), mesh)[kind]
+    places = np.searchsorted(rows, probes)
+    found = distances_by_kind(rows_of, places, scoring, (kind,), mesh)[kind]
     distances, p_values = np.full((2, num_examples), np.nan)
     distances[rows], p_values[rows] = found[0], conformal_p_values(*found)
-    return Scores(distances, p_values, kept, kind)
+    if classes is None:
+        return Scores(distances, p_values, kept, kind)
+
+    kinds = [name for name in ("features", "ranked") if name in buffer]
+    if kind not in ("combined", *kinds):
+        raise UsageError(f"labels are given to look for attacks, which kind = {kind!r} does not show: expected"
+                         " combined, features or ranked")  # fmt: skip
+    far = found if kind == "combined" else (log_distances(found[0]), log_distances(found[1]))
+    scores = np.array(far[0], np.float64)
+    scores[places] = far[1]
+    recorded = [np.asarray(buffer[name])[rows, :used] for name in kinds]
+    ours, is_probe = classes[rows], np.isin(rows, probes)
+    scores, _ = standardised_by_class(scores, ours, far[1], ours[places])
+    seen_as = first_seen_as(recorded[0][:, :1], ours) if kinds[0] == "features" else None
+    clusters = find_clusters(recorded, ours, is_probe, scores, seen_as, threshold=POSSIBLE, mesh=mesh)
+    of_all = [replace(one, ids=rows[one.ids], score_ids=rows[one.score_ids]) for one in clusters]
+    return Scores(distances, p_values, kept, kind, tuple(of_all))
 
 
 def _check_complete(there: Bool[np.ndarray, "N T"], probes: Int[np.ndarray, "P"], kind: str, *, exclude: bool) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from badloss_jax.scoring.calibration import PoisonedShare, conformal_p_values, no_poison_p_value, poisoned_share
-from badloss_jax.scoring.clusters import CERTAIN, FEW, Cluster
+from badloss_jax.scoring.clusters import CERTAIN, FEW, Cluster, clean_class_p_value
 from badloss_jax.scoring.rejection import reject
 
 UNLIKELY = 0.005  # p-value of the distances of all images below which more lie far out than chance explains
@@ -90,9 +90,7 @@ def judge(
     p_values = conformal_p_values(scores, probe_scores)
     no_poison = no_poison_p_value(p_values[~is_probe], len(probe_scores))
 
-    members = np.zeros(len(scores), bool)
-    for cluster in attacks:
-        members[cluster.ids] = True
+    members = in_attacks(attacks, len(scores))
     removed = members.copy()
     if rule != "clusters" and (attacks or no_poison < UNLIKELY):
         removed |= reject(rule, level, scores, p_values, is_probe)
@@ -112,6 +110,15 @@ def judge(
     ]
     share = _share(p_values, members, is_probe)
     return Verdict(p_values, removed, attacks, possible, clusters is not None, share, no_poison, classes)
+
+
+def in_attacks(clusters: Sequence[Cluster], count: int) -> Bool[np.ndarray, "N"]:
+    """Returns which of so many examples are in a certain cluster."""
+    members = np.zeros(count, bool)
+    for cluster in clusters:
+        if cluster.evidence >= CERTAIN:
+            members[cluster.ids] = True
+    return members
 
 
 def _share(
@@ -137,5 +144,6 @@ def attack_entry(cluster: Cluster, class_name: str) -> dict[str, Any]:
         "images": len(cluster.ids),
         "certain": cluster.evidence >= CERTAIN,
         "evidence": cluster.evidence,
+        "p_value": clean_class_p_value(cluster.evidence),
         "signs": signs,
     }

@@ -94,8 +94,13 @@ def finished(tmp_path_factory, mesh):
     return workdir, config, run_experiment(config, workdir, mesh=mesh)
 
 
-DEFENDED = {"scoring__kinds": "('loss',)", "controls": "()", "retraining__variants": "()", "retraining__enabled": False,
-            "defenses__names": "('mean_loss_low','badloss_logits','badloss','badloss_step','loss_variance')"}  # fmt: skip
+DEFENDED = {
+    "scoring__kinds": "('loss',)",
+    "controls": "()",
+    "retraining__variants": "()",
+    "retraining__enabled": False,
+    "defenses__names": "('mean_loss_low','badloss_logits','badloss','badloss_step','loss_variance')",
+}
 
 
 @pytest.fixture(scope="session")

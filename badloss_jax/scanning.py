@@ -142,7 +142,9 @@ def scan(
     is_probe = np.isin(np.arange(count), probe_ids)
     _tell(examples, probes, is_probe, config, progress)
     placed = None
-    if not _network_is_known(config, workdir, overrides):
+    if _network_is_known(config, workdir, overrides):
+        progress.note(f"network  {config.model.name} {tuple(config.model.stages)}, {config.recording.epochs} epochs")
+    else:
         placed = place_examples(config, split, unpoisoned(split.images, split.labels), mesh)
         choose_network(config, placed, shape, examples.num_classes, minutes, mesh, progress)
     with (

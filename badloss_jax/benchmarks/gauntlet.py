@@ -146,11 +146,10 @@ def _settled(config: ConfigDict, seed: int, regime: Regime) -> ConfigDict:
     settings: dict[str, Any] = {"seed": seed, "attacks.names": tuple(names)}
     if regime.probes:
         settings["probes.count"] = regime.probes
+    dataset = load_dataset(config.data, seed)
+    classes, most = dataset.num_classes, len(dataset.train.labels)
     if regime.examples:
-        most = config.data.train_examples or max(regime.examples)
         settings["data.train_examples"] = min(int(draw.choice(regime.examples)) or most, most)
-
-    classes = load_dataset(config.data, seed).num_classes
     if regime.attackers == "nobody":
         settings["attacks.scale"] = 0.0
     elif regime.attackers == "one":

@@ -20,7 +20,8 @@ def get_config(variant: str = "") -> ConfigDict:
     sweep.attacks = {"all": tuple(names)} | {name: (name,) for name in names} | {"none": ()}
     sweep.defenses = (
         "none", "oracle", "random", "badloss/fraction", "badloss_combined/fraction@0.1",
-        "badloss_features/fraction@0.1", "badloss_logits/fraction@0.1", "badloss_step/fraction",
+        "badloss_combined/clusters", "badloss_features/fraction@0.1", "badloss_logits/fraction@0.1",
+        "badloss_step/fraction",
         "spectral_signatures/own", "activation_clustering/own", "frequency_analysis/own", "abl/own",
         "neural_cleanse/own", "cognitive_distillation/own", "cbd", "pss",
     )  # fmt: skip

@@ -48,7 +48,7 @@ def test_regimes_are_what_they_are_called(config):
     def of(name, seed=1):
         return draw_set(config, seed, REGIMES[name])
 
-    assert len({targets for targets in of("distinct").targets.values()}) == 6
+    assert len(set(of("distinct").targets.values())) == 6
     of_shared = sorted(of("shared").targets.values())
     assert max(of_shared.count(targets) for targets in of_shared) >= 3
     assert len({tuple(sorted(of("drawn", seed).targets.items())) for seed in range(3)}) == 3

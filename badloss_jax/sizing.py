@@ -27,6 +27,7 @@ from badloss_jax.trajectories.buffer import padding_id
 # Channels of resnet_small, and the share of the epochs that it needs: the wider learn in fewer.
 _SMALL = {(16, 32, 64): 1, (24, 48, 96): 1, (32, 64, 128): 2 / 3, (48, 96, 192): 2 / 3, (64, 128, 256): 2 / 3}
 _FEWEST_EPOCHS = 8
+_FEW = 5_000  # images
 _SHARE = 0.85  # of the time that is for the recording; the rest is for reading, compiling and scoring
 _SWEEP = 4 / 3  # an epoch with its sweep, which is a forward pass, in epochs of training
 _GROWTH = 1.2  # a larger network takes at least so many times as long
@@ -68,11 +69,17 @@ class Choice:
     seconds: float
 
 
-def candidates(mesh: Mesh, stages: Sequence[int]) -> list[Network]:
-    """Returns networks in the order of their cost; an accelerator does not begin with the small ones."""
+def candidates(num_examples: int, mesh: Mesh, stages: Sequence[int]) -> list[Network]:
+    """Returns networks in the order of their cost; an accelerator does not begin with the small ones.
+
+    Of few images a wide network remembers each by itself: they have the smallest.
+    """
+    small = [Network("resnet_small", *of_small) for of_small in _SMALL.items()]
+    if num_examples < _FEW:
+        return small[:1]
     if mesh.devices.flat[0].platform != "cpu":
         return [Network(name, tuple(stages)) for name in ("resnet18", "resnet34")]
-    return [Network("resnet_small", *of_small) for of_small in _SMALL.items()]
+    return small
 
 
 def choose(
@@ -120,7 +127,7 @@ def choose_network(
         config.model.update(name=network.name, stages=network.stages)
         return _rate(config, data, image_shape, num_classes, mesh)
 
-    networks = candidates(mesh, config.model.stages)
+    networks = candidates(len(data), mesh, config.model.stages)
     choice = choose(networks, rate_of, len(data), config.recording.epochs, 60 * _SHARE * minutes)
     config.model.update(name=choice.network.name, stages=choice.network.stages)
     config.recording.epochs = choice.epochs

@@ -341,6 +341,26 @@ def test_a_folder_that_cannot_be_written(copy, capsys):
     assert "holds other files and no run" in capsys.readouterr().err
 
 
+def test_a_folder_keeps_the_network_that_it_was_begun_with(copy, capsys):
+    """Hardly any time: the smallest network, and as few epochs as there can be; then all the time in the world."""
+    given = [word for word in command(copy, out="timed") if word not in SMALL]
+    assert main([*given, "--minutes", "0.01"]) == 0
+    network = r"network  resnet_small \(16, 32, 64\), 8 epochs"
+    assert re.search(
+        rf"^{network}: [\d,]+ images/s here, so about \d+ seconds to record", capsys.readouterr().err, re.M
+    )
+    begun = (copy / "timed" / "config.json").read_text()
+    assert main([*given, "--minutes", "60"]) == 0
+    told = capsys.readouterr().err
+    assert re.search(rf"^{network}$", told, re.M)
+    assert "recording  done before" in told
+    assert (copy / "timed" / "config.json").read_text() == begun
+    assert main([*given, "--minutes", "0"]) == 2
+    assert "--minutes 0.0: expected a number above 0" in capsys.readouterr().err
+    assert main([*given, "--config.model.stages=(8,)"]) == 2
+    assert "holds the run of another config (model.stages" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "wrong",
     [["--config.recording.epoch=3"], ["--config.scoring.kinds=('loss','combined')"], ["--config.rejection.alpha=2"],

@@ -7,9 +7,10 @@ devices can still be set.
 import argparse
 import json
 import shlex
+import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,7 @@ examples:
 """
 
 
+_FOUND_AT = {"1": "0.01", "2": "0.02", "5": "0.05"}  # % of the clean images, as `benchmarks.scan` names them
 _SCAN = """\
 Write the training set of a config as a folder of PNG files, poisoned by its attacks, give `badloss scan` the folder and
 a list of clean probes, and compare what it lists with the truth. --config.attacks.scale=0 poisons nothing.
@@ -487,18 +489,37 @@ def store_table(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def scan_table(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Returns header and rows: per regime and seed what was found, lost, estimated and counted, and minutes."""
-    found_at = ("0.01", "0.02", "0.05")
-    rows = [["regime", "seed", "images", "poisoned", "interval", "found", "clean removed",
-             *(f"TPR at {100 * float(share):.0f} %" for share in found_at), "attacks", "classes missed", "added",
-             "minutes"]]  # fmt: skip
-    for figure in figures:
-        share, found, at = figure["estimate"], figure["found_share"], figure["found_at"]
-        rows.append([figure["regime"], str(figure["seed"]), f"{figure['images']:,}",
-                     f"{100 * figure['poisoned_share']:.1f} %",
-                     f"{100 * share['low']:.0f} to {100 * share['high']:.0f} %",
-                     "" if found is None else f"{100 * found:.1f} %", f"{100 * figure['clean_removed_share']:.2f} %",
-                     *(f"{100 * at[share]:.1f} %" if at else "" for share in found_at),
-                     f"{figure['certain_attacks']} of {figure['attacks']}", ", ".join(figure["missed_classes"]),
-                     ", ".join(figure["added_classes"]), f"{figure['seconds'] / 60:.1f}"])  # fmt: skip
-    return [row if any(figure["regime"] for figure in figures) else row[1:] for row in rows]
+    """Returns header and rows, one a regime: means over its seeds, and the range of what was found.
+
+    "Found" is what the scan removes of the poison; the TPR are of its ranking. "Counted" are attacks, certain ones of
+    all; "missed" and "added" classes that were attacked and not called so, and the other way round, of all seeds; "in
+    interval" says of how many seeds the scan's interval holds the poisoned share.
+    """
+    rows = [["regime", "seeds", "poisoned", "found", "clean removed", *(f"TPR at {name} %" for name in _FOUND_AT),
+             "counted", "missed", "added", "in interval", "minutes"]]  # fmt: skip
+    for regime in dict.fromkeys(figure["regime"] for figure in figures):
+        of_it = [figure for figure in figures if figure["regime"] == regime]
+        poisoned = [figure for figure in of_it if figure["attacks"]]
+        held = sum(f["estimate"]["low"] <= f["poisoned_share"] <= f["estimate"]["high"] for f in of_it)
+        certain, attacks, missed, added = (
+            sum(len(value) if isinstance(value := figure[key], list) else value for figure in of_it)
+            for key in ("certain_attacks", "attacks", "missed_classes", "added_classes")
+        )
+        rows.append([regime or "config", str(len(of_it)), _mean(f["poisoned_share"] for f in of_it),
+                     _mean_and_range([f["found_share"] for f in poisoned]),
+                     _mean((f["clean_removed_share"] for f in of_it), 2),
+                     *(_mean(f["found_at"][share] for f in poisoned) for share in _FOUND_AT.values()),
+                     f"{certain} of {attacks}", str(missed), str(added), f"{held} of {len(of_it)}",
+                     f"{statistics.fmean(f['seconds'] for f in of_it) / 60:.0f}"])  # fmt: skip
+    return rows
+
+
+def _mean(shares: Iterable[float], digits: int = 1) -> str:
+    values = list(shares)
+    return f"{100 * statistics.fmean(values):.{digits}f} %" if values else ""
+
+
+def _mean_and_range(shares: Sequence[float]) -> str:
+    if len(shares) < 2:
+        return _mean(shares)
+    return f"{_mean(shares)} ({100 * min(shares):.0f} to {100 * max(shares):.0f})"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import jax
 import numpy as np
@@ -265,3 +266,31 @@ def test_a_command_is_written_down_without_the_paths_of_this_machine():
         "badloss", "bench", "scan", "--config.data.dir=DIR", "--workdir", "OUT", "--from=DIR"
     ]  # fmt: skip
     assert _without_paths(["bench", "--out=/a.json", "--seeds", "1"]) == ["bench", "--seeds", "1"]
+
+
+def test_scans_in_regimes_go_on_where_they_were_stopped(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    small = "--config.model.stages=(8,) --config.recording.epochs=3"
+    given = ["bench", "scan", "--config", "configs/digits.py", "--seeds", "0,1", "--scan", small, "--out", str(out),
+             "--config.data.train_examples=300", "--config.probes.count=40"]  # fmt: skip
+    assert main([*given, "--regimes", "one"]) == 0
+    written = json.loads(out.read_text("utf-8"))
+    one, other = written["figures"]
+    assert (one["regime"], one["seed"], other["seed"]) == ("one", 0, 1)
+    assert one["images"] == 300
+    assert one["probes"] == 40
+    assert one["poisoned_share"] == pytest.approx(0.01)
+    assert len(one["recall"]) == one["attacks"] == 1
+    assert 0 <= one["found_at"]["0.01"] <= one["found_at"]["0.05"] <= 1
+    assert one["network"] == {"name": "resnet_small", "stages": [8], "stem_stride": 1, "epochs": 3}
+    assert re.search(r"^one +2 +1.0 %", capsys.readouterr().out, re.MULTILINE)
+
+    # As if it had been stopped after the first: that is not scanned again, seconds and all.
+    out.write_text(json.dumps(written | {"figures": [one | {"seconds": 1e6}]}))
+    assert main([*given, "--regimes", "one"]) == 0
+    again = json.loads(out.read_text("utf-8"))["figures"]
+    assert [figure["seconds"] == 1e6 for figure in again] == [True, False]
+    without_time = [{key: value for key, value in figure.items() if key != "seconds"} for figure in (again[1], other)]
+    assert without_time[0] == without_time[1]
+    assert main([*given, "--regimes", "two"]) == 2
+    assert "--regimes has 'two': expected some of distinct, drawn" in capsys.readouterr().err

@@ -80,7 +80,8 @@ examples:
 _FOUND_AT = {"1": "0.01", "2": "0.02", "5": "0.05"}  # % of the clean images, as `benchmarks.scan` names them
 _SCAN = """\
 Write the training set of a config as a folder of PNG files, poisoned by its attacks, give `badloss scan` the folder and
-a list of clean probes, and compare what it lists with the truth. --config.attacks.scale=0 poisons nothing.
+a list of clean probes, and compare what it lists with the truth. --config.attacks.scale=0 poisons nothing. The same
+command goes on after the last scan that is in FILE.json.
 
 --regimes changes who attacks, and what the scan has to go by. The attackers, and how much each poisons, are the
 config's where nothing else is said, without those whose trigger has to be optimised first:
@@ -371,7 +372,21 @@ def _scan(arguments: argparse.Namespace, overrides: Sequence[str]) -> Iterator[d
     except ValueError as error:
         raise UsageError(f"--seeds {arguments.seeds!r}: expected numbers, such as 0,1,2") from error
     with tempfile.TemporaryDirectory(prefix="badloss-bench-") as folder:
-        yield from measure_scan(config, seeds, regimes, shlex.split(arguments.scan), Path(folder))
+        before = _left_by_the_same(arguments)
+        yield from measure_scan(config, seeds, regimes, shlex.split(arguments.scan), Path(folder), before)
+
+
+def _left_by_the_same(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns the figures that this command, of this version, left in its file when it was interrupted."""
+    from badloss_jax.benchmarks.timing import header
+    from badloss_jax.files import read_json
+
+    if not arguments.out or not arguments.out.is_file():
+        return []
+    ours, theirs = header(arguments.benchmark, _without_paths(arguments.argv)), read_json(arguments.out)
+    keys = ("benchmark", "command", "environment")
+    same = isinstance(theirs, dict) and all(theirs.get(key) == ours[key] for key in keys)
+    return list(theirs["figures"]) if same else []
 
 
 def _set_cpu_devices(count: int) -> None:

@@ -22,7 +22,8 @@ _LOST = (0.01, 0.02, 0.05)  # shares of the clean images at which what is found 
 
 
 def measure_scan(
-    config: ConfigDict, seeds: Sequence[int], regimes: Sequence[str], scan_arguments: Sequence[str], folder: Path
+    config: ConfigDict, seeds: Sequence[int], regimes: Sequence[str], scan_arguments: Sequence[str], folder: Path,
+    before: Sequence[dict[str, Any]] = (),
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Writes a poisoned training set as PNG files, scans it in a process of its own, and compares with the truth.
 
@@ -32,6 +33,7 @@ def measure_scan(
       regimes: of `REGIMES`, each in turn; none takes the config as it is.
       scan_arguments: more arguments of `badloss scan`, none of which are its defaults.
       folder: an empty one, to write to.
+      before: figures of an interrupted benchmark, which are not measured again.
 
     Yields:
       Of each regime and seed: what `compare` returns, and seconds.
@@ -40,8 +42,12 @@ def measure_scan(
       UsageError: an attack that has to be optimised first, unless there are regimes, which leave it out.
       DataError: the scan failed.
     """
+    known = {(figure["regime"], figure["seed"]): figure for figure in before}
     for regime in regimes or ("",):
         for seed in seeds:
+            if (regime, seed) in known:
+                yield known[regime, seed]
+                continue
             place = folder / (regime or "config") / str(seed)
             poisoned = draw_set(config, seed, REGIMES[regime] if regime else None)
             names = write_images(place / "data", poisoned, seed)

@@ -282,8 +282,8 @@ def sentence(verdict: Verdict, class_names: Sequence[str], num_probes: int) -> s
         parts.append(
             "Nothing stands out: no group of images is alike, far from the probes and without one of them. That is no"
             " proof: poison that the network has not learnt, or learnt as its class, leaves no trace; and with"
-            f" {probes} probes a class, a group of less than {_percent(by_chance)} of it can lack them by chance, so that"
-            " less is seen of it."
+            f" {probes} probes a class, a group of less than {_percent(by_chance)} of it can lack them by chance, and is"
+            " seen less often."
         )
 
     if verdict.possible:

@@ -281,8 +281,8 @@ def sentence(verdict: Verdict, class_names: Sequence[str], num_probes: int) -> s
         by_chance = 1 - 0.05 ** (1 / probes)  # a share of the class that lacks them once in twenty times
         parts.append(
             "Nothing stands out: no group of images is alike, far from the probes and without one of them. That is no"
-            " proof: poison that the network has not learnt, or learnt as its class, leaves no trace; and a group of less"
-            f" than {_percent(by_chance)} of a class can lack its {probes} probes by chance, and is seen less often."
+            " proof: poison that the network has not learnt, or learnt as its class, leaves no trace, and a group of"
+            f" less than {_percent(by_chance)} of a class can lack its {probes} probes by chance."
         )
 
     if verdict.possible:

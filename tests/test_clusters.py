@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from scipy import stats
 
 from badloss_jax import TrajectoryRecorder
 from badloss_jax.cli import main
 from badloss_jax.errors import UsageError
 from badloss_jax.scoring import CERTAIN, POSSIBLE, clusters, find_clusters, growth
+from badloss_jax.scoring.clusters import clean_class_p_value
 from badloss_jax.training.mesh import make_mesh
 
 CLASSES = 6
@@ -105,6 +107,24 @@ def test_leave_one_out_scores_are_what_leaving_one_out_gives(rng, monkeypatch):
     scores, grown = growth._grown(classifier, real, members)
     np.testing.assert_array_equal(grown, members)
     np.testing.assert_allclose(scores[:, 0], (expected - (high + low) / 2) / ((high - low) / 2), rtol=1e-3, atol=1e-3)
+
+
+def test_so_few_probes_are_as_likely_as_the_binomial_says():
+    held, draws, share = np.array([0, 1, 5, 20, 30, 31, 40.0]), 40, np.array([0.1, 0.3, 0.2, 0.5, 0.9, 0.9, 0.3])
+    expected = stats.binom.cdf(held, draws, share)
+    expected[held > growth._PROBES_HELD] = 1  # more than these are not counted
+    few = growth._so_few(held.astype(np.float32), np.int32(draws), share.astype(np.float32))
+    np.testing.assert_allclose(few, expected, rtol=1e-4)
+    none = growth._so_few(np.zeros(1, np.float32), np.int32(0), np.array([0.2], np.float32))
+    assert none.tolist() == [1.0]  # nothing is lacking where there are no probes
+
+
+def test_more_evidence_is_rarer_in_clean_classes():
+    chances = [clean_class_p_value(evidence) for evidence in (-5, 2.5, 4, CERTAIN, 9)]
+    assert chances[:2] == [0.2, 0.2]
+    assert sorted(chances, reverse=True) == chances
+    assert 0.001 < chances[3] < 0.01  # of ten classes, a few false alarms in a hundred scans
+    assert 0 < chances[4] < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,11 @@ def test_store(tmp_path, capsys):
         assert figure["seconds"]["distances"] < figure["seconds"]["all"]
     assert "anonymous memory" in capsys.readouterr().out
 
+    assert main(["bench", "store", "--sizes", "600", *given[2:6], "--classes", "4", "--out", str(out)]) == 0
+    (figure,) = json.loads(out.read_text("utf-8"))["figures"]
+    assert figure["stored_bytes"] == 600 * 4 * (4 + 2 * 64 + 2 * 6)
+    assert 0 < figure["seconds"]["clusters"] < figure["seconds"]["all"]
+
 
 def test_a_command_is_written_down_without_the_paths_of_this_machine():
     command = [

@@ -166,6 +166,7 @@ def add_bench(commands: Any) -> None:
                                   " score --trajectories` does, and measure seconds and anonymous memory.")  # fmt: skip
     store.add_argument("--sizes", default="1000000,10000000", metavar="N,N", help="(default 1000000,10000000)")
     store.add_argument("--dtypes", default="float32", metavar="D", help="as stored: float32 or float16")
+    store.add_argument("--classes", type=int, metavar="K", help="look for attacks, too, in so many classes")
     for name, default, about in (("epochs", 30, "T"), ("probes", 250, "P")):
         store.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{about} (default {default})")
     scans = benchmarks.add_parser("scan", help="what a scan finds in a poisoned folder of images",
@@ -333,7 +334,8 @@ def _store(arguments: argparse.Namespace, overrides: Sequence[str]) -> Iterator[
     from badloss_jax.benchmarks.scorer import measure_store
 
     for dtype in _names("dtypes", arguments.dtypes, ("float32", "float16")):
-        yield from measure_store(_sizes(arguments), arguments.epochs, arguments.probes, dtype)
+        yield from measure_store(_sizes(arguments), arguments.epochs, arguments.probes, dtype,
+                                 arguments.classes or 0)  # fmt: skip
 
 
 def _sizes(arguments: argparse.Namespace) -> list[int]:
@@ -493,11 +495,12 @@ def detectors_table(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def store_table(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Returns header and rows: per store its size, seconds per phase, and the peak of anonymous memory."""
-    rows = [["N", "T", "dtype", "stored", "distances", "all", "examples/s", "anonymous memory"]]
+    rows = [["N", "T", "dtype", "stored", "distances", "clusters", "all", "examples/s", "anonymous memory"]]
     for figure in figures:
-        seconds = figure["seconds"]
+        seconds, clusters = figure["seconds"], figure["seconds"].get("clusters")
         rows.append([f"{figure['examples']:,}", str(figure["epochs"]), figure["dtype"],
                      f"{figure['stored_bytes'] / 1e9:.2f} GB", f"{seconds['distances']:.2f} s",
+                     "" if clusters is None else f"{clusters:.2f} s",
                      f"{seconds['all']:.2f} s", f"{figure['examples_per_second']:,.0f}",
                      f"{figure['anonymous_bytes'] / 2**20:,.0f} MiB"])  # fmt: skip
     return rows

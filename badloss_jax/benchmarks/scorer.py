@@ -143,12 +143,17 @@ def measure_detectors(workdir: Path, repeats: int) -> Iterator[dict[str, Any]]:
         yield found
 
 
-def measure_store(sizes: Sequence[int], num_epochs: int, num_probes: int, dtype: str) -> Iterator[dict[str, Any]]:
+def measure_store(
+    sizes: Sequence[int], num_epochs: int, num_probes: int, dtype: str, num_classes: int = 0
+) -> Iterator[dict[str, Any]]:
     """Writes stores of losses to the disk and scores each by `badloss score --trajectories`, in a process of its own.
 
+    With classes, features and ranked log-probabilities are stored as well, noise about a centre for each class, and
+    attacks are looked for in them.
+
     Yields:
-      examples, epochs, probes, dtype, stored_bytes, seconds (per phase; "all" with the start of Python and JAX),
-      examples_per_second, anonymous_bytes: the process's peak of anonymous memory.
+      examples, epochs, probes, classes, dtype, stored_bytes, seconds (per phase; "all" with the start of Python and
+      JAX), examples_per_second, anonymous_bytes: the process's peak of anonymous memory.
 
     Raises:
       DataError: the scoring failed; what it said is on the screen.
@@ -156,16 +161,25 @@ def measure_store(sizes: Sequence[int], num_epochs: int, num_probes: int, dtype:
     for size in sizes:
         with tempfile.TemporaryDirectory(prefix="badloss-bench-") as name:
             folder, is_probe = Path(name), np.arange(size) < num_probes
-            store = TrajectoryStore.create(folder / "store", "", np.zeros(size, np.int32), is_probe, num_epochs,
-                                           {"loss": ((), dtype)})  # fmt: skip
+            labels = generator(0, "benchmark", "labels").integers(0, max(num_classes, 1), size).astype(np.int32)
+            widths: dict[str, int] = {"features": 64, "ranked": 6} if num_classes else {}
+            layout = {"loss": ((), dtype)} | {kind: ((width,), "float16") for kind, width in widths.items()}
+            store = TrajectoryStore.create(folder / "store", "", labels, is_probe, num_epochs, layout)
             level = generator(0, "benchmark", "store").gamma(2.0, size=size).astype(np.float32)
             for epoch in range(num_epochs):
                 noise = generator(epoch, "benchmark", "store").random(size, np.float32)
                 falling = np.exp(np.float32(-3 * epoch / num_epochs))
-                store.write_epoch(epoch, {"loss": (level * noise * falling).astype(dtype)})
-            del level, noise
+                columns = {"loss": (level * noise * falling).astype(dtype)}
+                for kind, width in widths.items():
+                    draw = generator(epoch, "benchmark", kind)
+                    columns[kind] = draw.standard_normal((size, width), np.float32).astype(np.float16)
+                    columns[kind] += draw.standard_normal((num_classes, width)).astype(np.float16)[labels]
+                store.write_epoch(epoch, columns)
+            del level, noise, columns
             out = folder / "scores"
             command = ["-m", "badloss_jax", "score", "--trajectories", str(store.folder), "--workdir", str(out)]
+            if num_classes:
+                command += ["--config.rejection.rules=('clusters',)", "--config.scoring.kinds=('combined',)"]
             started, peak = time.perf_counter(), 0
             with subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL) as process:
                 while process.poll() is None:
@@ -175,8 +189,8 @@ def measure_store(sizes: Sequence[int], num_epochs: int, num_probes: int, dtype:
                 raise DataError(f"badloss score ended with exit code {process.returncode}; its message is above")
             spent = time.perf_counter() - started
             yield {
-                "examples": size, "epochs": num_epochs, "probes": num_probes, "dtype": dtype,
-                "stored_bytes": size * num_epochs * np.dtype(dtype).itemsize,
+                "examples": size, "epochs": num_epochs, "probes": num_probes, "classes": num_classes, "dtype": dtype,
+                "stored_bytes": size * num_epochs * (np.dtype(dtype).itemsize + 2 * sum(widths.values())),
                 "seconds": read_json(out / "scoring.json")["seconds"] | {"all": spent},
                 "examples_per_second": size / spent,
                 "anonymous_bytes": peak,

@@ -208,6 +208,9 @@ class _Scoring:
                 probes = self._probe_rows(rows, epochs)
                 of_probes[kind, k] = leave_one_out_distances(probes, k)
                 self._measure(kind, k, rows, probes)
+        if "clusters" in self.config.rejection.rules:
+            with self._timed("clusters"):
+                _ = self.members
         with self._timed("thresholds"):
             kinds = {kind: _Kind.find(self, kind, of_probes) for kind in scoring.kinds}
         with self._timed("writing"):

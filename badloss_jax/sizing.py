@@ -96,7 +96,7 @@ def choose(
     """
 
     def plan(network: Network) -> Choice:
-        rate, of_it = rate_of(network), max(_FEWEST_EPOCHS, round(network.share * epochs))
+        rate, of_it = rate_of(network), min(epochs, max(_FEWEST_EPOCHS, round(network.share * epochs)))
         return Choice(network, of_it, rate, _SWEEP * of_it * num_examples / rate)
 
     best = plan(networks[0])

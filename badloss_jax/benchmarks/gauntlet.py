@@ -35,6 +35,7 @@ class Regime:
       targets: "config", that is, distinct unless the config fixes them; "drawn" with replacement; "shared", three of
         the attackers on one class; or "all", label y to y + 1.
       share: poisoned images of all, by each attacker; 0 leaves it to the config.
+      of_class: or, of one attacker, poisoned images of its target class, of the average size.
       examples: numbers of images, of which the seed draws one; none leaves it to the config.
       probes: 0 leaves it to the config.
       rarest: images of the smallest class as a share of those of the largest.
@@ -44,6 +45,7 @@ class Regime:
     attackers: str = "config"
     targets: str = "config"
     share: float = 0.0
+    of_class: float = 0.0
     examples: tuple[int, ...] = ()
     probes: int = 0
     rarest: float = 1.0
@@ -57,7 +59,9 @@ REGIMES = {
     "few": Regime("one attacker, 0.3 % of all", "one", share=0.003),
     "one": Regime("one attacker, 1 % of all", "one", share=0.01),
     "many": Regime("one attacker, 6 % of all", "one", share=0.06),
-    "quarter": Regime("a quarter of one class, 2,000 to 5,000 images", "one", share=-1.0, examples=(2000, 3500, 5000)),
+    "quarter": Regime(
+        "a quarter of one class, 2,000 to 5,000 images", "one", of_class=0.25, examples=(2000, 3500, 5000)
+    ),
     "all-to-all": Regime("one attacker, label y to y + 1, 6 % of all", "one", "all", share=0.06),
     "imbalanced": Regime("the smallest class a tenth of the largest", rarest=0.1),
     "probes-50": Regime("50 probes", probes=50),
@@ -156,7 +160,7 @@ def _settled(config: ConfigDict, seed: int, regime: Regime) -> ConfigDict:
         (name,) = draw.choice(_changing_labels(config), 1).tolist()
         settings["attacks.names"] = (name,)
         # A quarter of a class, poison included, is a third of what is clean in it.
-        settings[f"attacks.{name}.ratio"] = regime.share if regime.share > 0 else 1 / (3 * classes)
+        settings[f"attacks.{name}.ratio"] = regime.share or regime.of_class / (1 - regime.of_class) / classes
     if regime.targets == "drawn":
         settings |= {f"attacks.{name}.target": int(draw.integers(classes)) for name in names}
     elif regime.targets == "shared":

@@ -85,21 +85,18 @@ def test_the_scorers_are_as_fast_as_was_measured():
 
 def test_scans_found_what_the_guide_says():
     guide = Path("badloss_jax/README.md").read_text("utf-8")
-    found, lost, missed, added = [], [], [], []
+    found, lost = [], []
     for name in ("fashion_mnist", "cifar10"):
         figures = json.loads((RESULTS / "benchmarks" / f"scan-{name}.json").read_text("utf-8"))["figures"]
         assert as_markdown(scan_table(figures)) in guide
-        found.append(np.mean([figure["found_share"] for figure in figures]))
-        lost.append(np.mean([figure["clean_removed_share"] for figure in figures]))
-        missed.append(np.mean([len(figure["missed_classes"]) for figure in figures]))
-        added.append(np.mean([len(figure["added_classes"]) for figure in figures]))
-    assert f"{100 * found[0]:.1f} and {100 * found[1]:.1f} % of the poison" in guide
-    assert f"with {100 * lost[0]:.2f} and {100 * lost[1]:.2f} % of the clean" in guide
-    assert f"{100 * found[0]:.0f} % of the poison and lost {100 * lost[0]:.1f} % of the clean images" in README
-    assert f"({100 * found[1]:.0f} and {100 * lost[1]:.1f} % on CIFAR-10)" in README
-    assert sum(added) == 0
-    assert f"{missed[0]:.1f} of 6" in guide
-    assert f"{missed[1]:.1f} of 6" in guide
+        six = [figure for figure in figures if figure["regime"] in ("drawn", "distinct")]
+        assert len(six) == 6
+        found.append(100 * np.mean([figure["found_share"] for figure in six]))
+        lost.append(100 * np.mean([figure["clean_removed_share"] for figure in six]))
+        assert not any(figure["added_classes"] for figure in figures)
+    assert f"{found[0]:.1f} and {found[1]:.1f} % of the poison is found, with {lost[0]:.2f} and {lost[1]:.2f} %" in guide
+    assert f"{found[0]:.0f} % of the poison and lost {lost[0]:.1f} % of the clean images" in README
+    assert f"({found[1]:.0f} and {lost[1]:.1f} % on CIFAR-10)" in README
     clean = json.loads((RESULTS / "benchmarks" / "scan-clean.json").read_text("utf-8"))["figures"]
     assert f"{len(clean)} clean sets of 2,000" in guide
     assert not any(figure["stands_out"] for figure in clean)

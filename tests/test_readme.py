@@ -94,7 +94,9 @@ def test_scans_found_what_the_guide_says():
         found.append(100 * np.mean([figure["found_share"] for figure in six]))
         lost.append(100 * np.mean([figure["clean_removed_share"] for figure in six]))
         assert not any(figure["added_classes"] for figure in figures)
-    assert f"{found[0]:.1f} and {found[1]:.1f} % of the poison is found, with {lost[0]:.2f} and {lost[1]:.2f} %" in guide
+    assert (
+        f"{found[0]:.1f} and {found[1]:.1f} % of the poison is found, with {lost[0]:.2f} and {lost[1]:.2f} %" in guide
+    )
     assert f"{found[0]:.0f} % of the poison and lost {lost[0]:.1f} % of the clean images" in README
     assert f"({found[1]:.0f} and {lost[1]:.1f} % on CIFAR-10)" in README
     clean = json.loads((RESULTS / "benchmarks" / "scan-clean.json").read_text("utf-8"))["figures"]

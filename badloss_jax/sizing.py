@@ -72,7 +72,7 @@ class Choice:
 def candidates(num_examples: int, mesh: Mesh, stages: Sequence[int]) -> list[Network]:
     """Returns networks in the order of their cost; an accelerator does not begin with the small ones.
 
-    Of few images a wide network remembers each by itself: they have the smallest.
+    Few images have the smallest: a wide network may remember each by itself, and among so few none was tried.
     """
     small = [Network("resnet_small", *of_small) for of_small in _SMALL.items()]
     if num_examples < _FEW:
@@ -96,8 +96,8 @@ def choose(
     """
 
     def plan(network: Network) -> Choice:
-        rate, of_it = rate_of(network), min(epochs, max(_FEWEST_EPOCHS, round(network.share * epochs)))
-        return Choice(network, of_it, rate, _SWEEP * of_it * num_examples / rate)
+        rate, needed = rate_of(network), min(epochs, max(_FEWEST_EPOCHS, round(network.share * epochs)))
+        return Choice(network, needed, rate, _SWEEP * needed * num_examples / rate)
 
     best = plan(networks[0])
     if best.seconds > seconds:

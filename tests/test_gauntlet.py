@@ -5,7 +5,8 @@ import pytest
 
 from badloss_jax.benchmarks.command import _SCAN
 from badloss_jax.benchmarks.gauntlet import HELD_OUT, REGIMES, draw_set
-from badloss_jax.config import load_config
+from badloss_jax.config import load_config, override
+from badloss_jax.errors import UsageError
 
 SIX = "('patch','single_pix','blend_r','blend_p','sinusoid','frequency')"
 
@@ -64,6 +65,18 @@ def test_regimes_are_what_they_are_called(config):
     moved, before = of("all-to-all"), draw_set(load_config("configs/digits.py", ["--config.attacks.scale=0"]), 1)
     rows = moved.attack_of != ""
     np.testing.assert_array_equal(moved.labels[rows], (before.labels[rows] + 1) % 10)
+
+
+@pytest.mark.parametrize(
+    ("setting", "regime", "told"),
+    [
+        ("manifest='given.json'", "drawn", "leave out one of them"),
+        ("names='sinusoid'", "one", "needs an attack that changes labels"),
+    ],
+)
+def test_a_config_that_a_regime_cannot_use(config, setting, regime, told):
+    with pytest.raises(UsageError, match=told):
+        draw_set(override(config.copy_and_resolve_references(), [f"--config.attacks.{setting}"]), 1, REGIMES[regime])
 
 
 @pytest.mark.parametrize("name", HELD_OUT)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from badloss_jax.benchmarks.command import scan_table
+from badloss_jax.benchmarks.tables import scan_table
 from badloss_jax.cli import main
 from badloss_jax.config import default_config, differences, load_config
 from badloss_jax.report.sweep import read_runs, tables

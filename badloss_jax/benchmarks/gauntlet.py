@@ -5,7 +5,7 @@ while rules and weights were settled (`HELD_OUT`); they are not among the `ATTAC
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from scipy import ndimage
 
 from badloss_jax.attacks import ATTACKS
-from badloss_jax.attacks.manifest import AttackPlan, Manifest, choose_probes, draw_manifest
+from badloss_jax.attacks.manifest import AttackPlan, Manifest, choose_probes
 from badloss_jax.attacks.poisoning import apply_manifest, plan_trigger
 from badloss_jax.attacks.trigger import ImageShape, Trigger
 from badloss_jax.config import changed
@@ -29,7 +29,6 @@ class Regime:
     """Who attacks, and what there is to go by.
 
     Attributes:
-      about: the regime in a few words.
       attackers: "config", those of the config; "one" of them that changes labels, drawn by the seed; "held-out", those
         of `HELD_OUT`; or "nobody".
       targets: "config", that is, distinct unless the config fixes them; "drawn" with replacement; "shared", three of
@@ -41,7 +40,6 @@ class Regime:
       rarest: images of the smallest class as a share of those of the largest.
     """
 
-    about: str
     attackers: str = "config"
     targets: str = "config"
     share: float = 0.0
@@ -52,22 +50,20 @@ class Regime:
 
 
 REGIMES = {
-    "distinct": Regime("the config's attackers, each with a target of its own"),
-    "drawn": Regime("targets drawn with replacement", targets="drawn"),
-    "shared": Regime("three of the attackers on one class", targets="shared"),
-    "held-out": Regime("triggers that nothing was settled on", "held-out"),
-    "few": Regime("one attacker, 0.3 % of all", "one", share=0.003),
-    "one": Regime("one attacker, 1 % of all", "one", share=0.01),
-    "many": Regime("one attacker, 6 % of all", "one", share=0.06),
-    "quarter": Regime(
-        "a quarter of one class, 2,000 to 5,000 images", "one", of_class=0.25, examples=(2000, 3500, 5000)
-    ),
-    "all-to-all": Regime("one attacker, label y to y + 1, 6 % of all", "one", "all", share=0.06),
-    "imbalanced": Regime("the smallest class a tenth of the largest", rarest=0.1),
-    "probes-50": Regime("50 probes", probes=50),
-    "probes-100": Regime("100 probes", probes=100),
-    "probes-1000": Regime("1,000 probes", probes=1000),
-    "clean": Regime("nobody attacks", "nobody", examples=(1000, 2000, 4000, 0)),
+    "distinct": Regime(),
+    "drawn": Regime(targets="drawn"),
+    "shared": Regime(targets="shared"),
+    "held-out": Regime("held-out"),
+    "few": Regime("one", share=0.003),
+    "one": Regime("one", share=0.01),
+    "many": Regime("one", share=0.06),
+    "quarter": Regime("one", of_class=0.25, examples=(2000, 3500, 5000)),
+    "all-to-all": Regime("one", "all", share=0.06),
+    "imbalanced": Regime(rarest=0.1),
+    "probes-50": Regime(probes=50),
+    "probes-100": Regime(probes=100),
+    "probes-1000": Regime(probes=1000),
+    "clean": Regime("nobody", examples=(1000, 2000, 4000, 0)),
 }
 
 
@@ -101,17 +97,16 @@ def draw_set(config: ConfigDict, seed: int, regime: Regime | None = None) -> Poi
       regime: None takes the config as it is.
 
     Raises:
-      UsageError: an attack that has to be optimised first; more images, probes or poison than there are images.
+      UsageError: an attack that has to be optimised first; more images, probes or poison than there are images; a
+        regime of a config whose poison is planned already, or that has no attack for it.
     """
-    if regime is None:
-        settled, regime = changed(config, {"seed": seed}), Regime("")
-    else:
-        settled = _settled(config, seed, regime)
+    settled = _settled(config, seed, regime) if regime else changed(config, {"seed": seed})
+    regime = regime or Regime()
     dataset = load_dataset(settled.data, seed)
-    images, labels, count = dataset.train.images, dataset.train.labels, dataset.num_classes
     if regime.rarest < 1:
-        rows = _imbalanced(labels, count, regime.rarest, seed)
-        images, labels = images[rows], labels[rows]
+        rows = _imbalanced(dataset.train.labels, dataset.num_classes, regime.rarest, seed)
+        dataset = replace(dataset, train=dataset.train.view(rows, 0))
+    images, labels = dataset.train.images, dataset.train.labels
 
     names = tuple(name.replace("/", "-") for name in dataset.class_names)
     if regime.attackers == "held-out":
@@ -120,14 +115,10 @@ def draw_set(config: ConfigDict, seed: int, regime: Regime | None = None) -> Poi
         return _poisoned(images, labels, names, triggers, share, settled.probes.count, seed)
     if regime.targets == "all":
         (name,) = settled.attacks.names
-        manifest = draw_manifest(settled.attacks, labels, count, dataset.image_shape, seed)
-        triggers = {name: plan_trigger(name, manifest)}
+        triggers = {name: plan_trigger(name, plan_poison(settled, dataset))}
         return _poisoned(images, labels, names, triggers, regime.share, settled.probes.count, seed, to_next=True)
 
-    if regime.rarest < 1:
-        manifest = draw_manifest(settled.attacks, labels, count, dataset.image_shape, seed)
-    else:
-        manifest = plan_poison(settled, dataset)
+    manifest = plan_poison(settled, dataset)
     if manifest.unoptimised:
         raise UsageError(f"attack {manifest.unoptimised[0]} has to be optimised first: leave it out by"
                          " --config.attacks.names")  # fmt: skip
@@ -145,6 +136,11 @@ def _changing_labels(config: ConfigDict) -> list[str]:
 
 def _settled(config: ConfigDict, seed: int, regime: Regime) -> ConfigDict:
     """Returns the config of a regime; attacks that would have to be optimised first are left out."""
+    if config.attacks.manifest:
+        raise UsageError("attacks.manifest says who poisons what, and so does a regime: leave out one of them")
+    if regime.attackers in ("one", "held-out") and not _changing_labels(config):
+        raise UsageError(f"attacks.names = {tuple(config.attacks.names)}: this regime needs an attack that changes"
+                         " labels, such as patch")  # fmt: skip
     draw = generator(seed, "regime")
     names = [name for name in config.attacks.names if not ATTACKS[name].optimised]
     settings: dict[str, Any] = {"seed": seed, "attacks.names": tuple(names)}

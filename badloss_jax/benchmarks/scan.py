@@ -88,10 +88,11 @@ def compare(out: Path, names: Sequence[str], poisoned: PoisonedSet) -> dict[str,
       attacked and not called affected, and the other way round; the network, and the verdict.
     """
     results = json.loads((out / "scan.json").read_text("utf-8"))
-    table = pq.read_table(out / "scores.parquet", columns=["path", "rank", "removed", "probe"]).to_pydict()
+    table = pq.read_table(out / "scores.parquet", columns=["path", "rank", "probe"]).to_pydict()
     row_of = {path: row for row, path in enumerate(table["path"])}
     rows = np.array([row_of[name] for name in names])
-    removed, rank, probe = (np.array(table[key])[rows] for key in ("removed", "rank", "probe"))
+    rank, probe = (np.array(table[key])[rows] for key in ("rank", "probe"))
+    removed = np.isin(names, (out / "remove.txt").read_text("utf-8").splitlines())  # what people go by
     is_poison = poisoned.attack_of != ""
     recall = {name: float(removed[poisoned.attack_of == name].mean()) for name in poisoned.targets}
     attacked = {poisoned.class_names[label] for targets in poisoned.targets.values() for label in targets}

@@ -17,10 +17,8 @@ from badloss_jax.scoring import (
     find_clusters,
     first_seen_as,
     in_attacks,
-    log_distances,
-    standardised_by_class,
 )
-from badloss_jax.scoring.scores import distances_by_kind
+from badloss_jax.scoring.scores import distances_by_kind, scores_by_class
 from badloss_jax.trajectories.store import TrajectoryStore
 
 
@@ -53,7 +51,7 @@ def suspicions(
     found = distances_by_kind(lambda kind: store.rows(kind, epochs), probe_ids, scoring, kinds, mesh)
     if scoring["by_class"]:
         labels = store.labels()
-        found = {kind: _by_class(kind, *pair, labels, probe_ids) for kind, pair in found.items()}
+        found = {kind: scores_by_class(kind, *pair, labels, probe_ids) for kind, pair in found.items()}
 
     @cache
     def members() -> Bool[np.ndarray, "N"]:
@@ -95,16 +93,6 @@ def find_attacks(
     recorded = [store.rows(kind, used) for kind in kinds]
     clusters = find_clusters(recorded, labels, is_probe, far, seen_as, threshold=POSSIBLE, seed=seed, mesh=mesh)
     return clusters, seen_as
-
-
-def _by_class(
-    kind: str, scores: np.ndarray, of_probes: np.ndarray, labels: np.ndarray, probe_ids: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    if kind != "combined":  # that is a logarithm already
-        scores, of_probes = log_distances(scores), log_distances(of_probes)
-    scores = np.array(scores, np.float64)
-    scores[probe_ids] = of_probes  # a probe's distance to itself would count in its class's median
-    return standardised_by_class(scores, labels, of_probes, labels[probe_ids])
 
 
 def detect(

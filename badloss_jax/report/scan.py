@@ -264,7 +264,7 @@ def sentence(verdict: Verdict, class_names: Sequence[str], num_probes: int) -> s
         parts.append(f"{len(verdict.attacks)} {verb} out: {', '.join(listed)}.")
         parts.append(
             f"About {_percent(share.estimate)} of the images look poisoned"
-            f" ({_percent(share.low)} to {_percent(share.high)})."
+            f" ({_percent(share.low)} to {_percent(share.high)}); what leaves no trace is not counted."
         )
     elif verdict.stands_out:
         unlike = ", but no group of them is alike enough to be called an attack" if verdict.searched else ""
@@ -277,12 +277,10 @@ def sentence(verdict: Verdict, class_names: Sequence[str], num_probes: int) -> s
             " that are alike were not looked for, as that needs scoring.by_class, and features or ranked trajectories."
         )
     elif any(entry["judged"] for entry in verdict.classes):
-        probes = int(np.median([entry["probes"] for entry in verdict.classes if entry["judged"]]))
-        by_chance = 1 - 0.05 ** (1 / probes)  # a share of the class that lacks them once in twenty times
         parts.append(
             "Nothing stands out: no group of images is alike, far from the probes and without one of them. That is no"
-            " proof: poison that the network has not learnt, or learnt as its class, leaves no trace, and a group of"
-            f" less than {_percent(by_chance)} of a class can lack its {probes} probes by chance."
+            " proof: poison that the network has not learnt, or learnt as its class, leaves no trace, and a small group"
+            " can lack probes by chance."
         )
 
     if verdict.possible:

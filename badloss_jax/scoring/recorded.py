@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from badloss_jax.errors import UsageError
-from badloss_jax.scoring.calibration import conformal_p_values, standardised_by_class
+from badloss_jax.scoring.calibration import conformal_p_values
 from badloss_jax.scoring.clusters import POSSIBLE, Cluster, find_clusters
 from badloss_jax.scoring.impressions import first_seen_as
-from badloss_jax.scoring.scores import distances_by_kind, filter_epochs, log_distances
+from badloss_jax.scoring.scores import distances_by_kind, filter_epochs, scores_by_class
 from badloss_jax.scoring.verdict import in_attacks
 from badloss_jax.settings import default_config
 from badloss_jax.trajectories.batches import integer, integers, named
@@ -89,12 +89,9 @@ def score_recorded(
     if kind not in ("combined", *kinds):
         raise UsageError(f"labels are given to look for attacks, which kind = {kind!r} does not show: expected"
                          " combined, features or ranked")  # fmt: skip
-    far = found if kind == "combined" else (log_distances(found[0]), log_distances(found[1]))
-    scores = np.array(far[0], np.float64)
-    scores[places] = far[1]
     recorded = [np.asarray(buffer[name])[rows, :used] for name in kinds]
     ours, is_probe = classes[rows], np.isin(rows, probes)
-    scores, _ = standardised_by_class(scores, ours, far[1], ours[places])
+    scores, _ = scores_by_class(kind, *found, ours, places)
     seen_as = first_seen_as(recorded[0][:, :1], ours) if kinds[0] == "features" else None
     clusters = find_clusters(recorded, ours, is_probe, scores, seen_as, threshold=POSSIBLE, mesh=mesh)
     of_all = [replace(one, ids=rows[one.ids], score_ids=rows[one.score_ids]) for one in clusters]

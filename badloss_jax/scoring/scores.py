@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from badloss_jax.errors import UsageError
+from badloss_jax.scoring.calibration import standardised_by_class
 from badloss_jax.scoring.distances import Rows, knn_distances, leave_one_out_distances, row_chunks
 from badloss_jax.training.mesh import process_blocks
 
@@ -137,6 +138,21 @@ def distances_by_kind(
         else:
             found[kind] = distances_of(kind, k)
     return found
+
+
+def scores_by_class(
+    kind: str, distances: Float[np.ndarray, "N"], probe_distances: Float[np.ndarray, "P"], labels: Int[np.ndarray, "N"],
+    probe_ids: Int[np.ndarray, "P"],
+) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "P"]]:  # fmt: skip
+    """Puts what `distances_by_kind` measured on the scale of each class's probes (`standardised_by_class`).
+
+    Returns scores of the examples, float64 [N], and of the probes, [P].
+    """
+    if kind != "combined":  # that is a logarithm already
+        distances, probe_distances = log_distances(distances), log_distances(probe_distances)
+    scores = np.array(distances, np.float64)
+    scores[probe_ids] = probe_distances  # a probe's distance to itself would count in its class's median
+    return standardised_by_class(scores, labels, probe_distances, labels[probe_ids])
 
 
 def log_distances(distances: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:

@@ -46,7 +46,7 @@ from badloss_jax.report.results import environment
 from badloss_jax.report.scan import Suspects, reasons, render_scan, sentence, write_scores, write_suspects
 from badloss_jax.report.writers import open_writers
 from badloss_jax.scoring import attack_entry, judge, nearest_probes, unsupported
-from badloss_jax.sizing import choose_network
+from badloss_jax.sizing import Network, choose_network
 from badloss_jax.trainer import Recording, Trainer, check_devices, place_examples, spec_of
 from badloss_jax.training.mesh import make_mesh, round_up
 from badloss_jax.training.preemption import Preemption
@@ -143,7 +143,9 @@ def scan(
     _tell(examples, probes, is_probe, config, progress)
     placed = None
     if _network_is_known(config, workdir, overrides):
-        progress.note(f"network  {config.model.name} {tuple(config.model.stages)}, {config.recording.epochs} epochs")
+        model = config.model
+        network = Network(model.name, tuple(model.stages), model.stem_stride)
+        progress.note(f"network  {network}, {config.recording.epochs} epochs")
     else:
         placed = place_examples(config, split, unpoisoned(split.images, split.labels), mesh)
         choose_network(config, placed, shape, examples.num_classes, minutes, mesh, progress)
@@ -186,7 +188,7 @@ def _network_is_known(config: ConfigDict, workdir: Path, overrides: Sequence[str
     if not (workdir / "config.json").is_file():
         return False
     kept = read_config(workdir)
-    config.model.update(name=kept.model.name, stages=kept.model.stages)
+    config.model.update(name=kept.model.name, stages=kept.model.stages, stem_stride=kept.model.stem_stride)
     config.recording.epochs = kept.recording.epochs
     return True
 

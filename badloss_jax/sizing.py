@@ -24,8 +24,8 @@ from badloss_jax.training.state import create_state
 from badloss_jax.training.step import make_train_step
 from badloss_jax.trajectories.buffer import padding_id
 
-# Channels of resnet_small, and the share of the epochs that it needs: the wider learn in fewer.
-_SMALL = {(16, 32, 64): 1, (24, 48, 96): 1, (32, 64, 128): 2 / 3, (48, 96, 192): 2 / 3, (64, 128, 256): 2 / 3}
+# Of resnet_small its channels, what its stem's stride is divided by, and the share of the epochs that it needs.
+_SMALL = [((16, 32, 64), 1, 1), ((32, 64, 128), 1, 2 / 3), ((16, 32, 64), 2, 8 / 15), ((32, 64, 128), 2, 8 / 15)]
 _FEWEST_EPOCHS = 8
 _FEW = 5_000  # images
 _SHARE = 0.85  # of the time that is for the recording; the rest is for reading, compiling and scoring
@@ -41,15 +41,18 @@ class Network:
     Attributes:
       name: of `MODELS`.
       stages: of resnet_small.
+      stem_stride: likewise.
       share: of the epochs that it is trained for.
     """
 
     name: str
     stages: tuple[int, ...]
+    stem_stride: int
     share: float = 1.0
 
     def __str__(self) -> str:
-        return f"{self.name} {self.stages}" if self.name == "resnet_small" else self.name
+        small = f" {tuple(self.stages)}, stem of stride {self.stem_stride}"
+        return self.name + small * (self.name == "resnet_small")
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,22 @@ class Choice:
     seconds: float
 
 
-def candidates(num_examples: int, mesh: Mesh, stages: Sequence[int]) -> list[Network]:
+def candidates(num_examples: int, mesh: Mesh, stages: Sequence[int], stem_stride: int) -> list[Network]:
     """Returns networks in the order of their cost; an accelerator does not begin with the small ones.
 
-    Few images have the smallest: a wide network may remember each by itself, and among so few none was tried.
+    A stem that keeps the resolution sees what is slight and small, and is worth more than width (scoring/README.md).
+
+    Few images have narrow ones: a wide network may remember each by itself, and among so few none was tried.
     """
-    small = [Network("resnet_small", *of_small) for of_small in _SMALL.items()]
+    small = [
+        Network("resnet_small", channels, stem_stride // finer, share)
+        for channels, finer, share in _SMALL
+        if stem_stride >= finer
+    ]
     if num_examples < _FEW:
-        return small[:1]
+        return [network for network in small if network.stages == small[0].stages]
     if mesh.devices.flat[0].platform != "cpu":
-        return [Network(name, tuple(stages)) for name in ("resnet18", "resnet34")]
+        return [Network(name, tuple(stages), stem_stride) for name in ("resnet18", "resnet34")]
     return small
 
 
@@ -124,15 +133,19 @@ def choose_network(
     progress.note("network  trying out which fits the time ...")
 
     def rate_of(network: Network) -> float:
-        config.model.update(name=network.name, stages=network.stages)
+        _set(config, network)
         return _rate(config, data, image_shape, num_classes, mesh)
 
-    networks = candidates(len(data), mesh, config.model.stages)
+    networks = candidates(len(data), mesh, config.model.stages, config.model.stem_stride)
     choice = choose(networks, rate_of, len(data), config.recording.epochs, 60 * _SHARE * minutes)
-    config.model.update(name=choice.network.name, stages=choice.network.stages)
+    _set(config, choice.network)
     config.recording.epochs = choice.epochs
     told = f"{choice.rate:,.0f} images/s here, so about {_minutes(choice.seconds)} to record (--minutes {minutes:g})"
     progress.note(f"network  {choice.network}, {choice.epochs} epochs: {told}")
+
+
+def _set(config: ConfigDict, network: Network) -> None:
+    config.model.update(name=network.name, stages=network.stages, stem_stride=network.stem_stride)
 
 
 def _minutes(seconds: float) -> str:

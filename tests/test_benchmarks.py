@@ -273,7 +273,7 @@ def test_a_command_is_written_down_without_the_paths_of_this_machine():
     assert _without_paths(["bench", "--out=/a.json", "--seeds", "1"]) == ["bench", "--seeds", "1"]
 
 
-def test_scans_in_regimes_go_on_where_they_were_stopped(tmp_path, capsys):
+def test_scans_in_regimes_go_on_where_they_were_stopped(tmp_path, capfd):
     out = tmp_path / "out.json"
     small = "--config.model.stages=(8,) --config.recording.epochs=3"
     given = ["bench", "scan", "--config", "configs/digits.py", "--seeds", "0,1", "--scan", small, "--out", str(out),
@@ -288,7 +288,7 @@ def test_scans_in_regimes_go_on_where_they_were_stopped(tmp_path, capsys):
     assert len(one["recall"]) == one["attacks"] == 1
     assert 0 <= one["found_at"]["0.01"] <= one["found_at"]["0.05"] <= 1
     assert one["network"] == {"name": "resnet_small", "stages": [8], "stem_stride": 1, "epochs": 3}
-    assert re.search(r"^one +2 +1.0 %", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^one +2 +1.0 %", capfd.readouterr().out, re.MULTILINE)
 
     # As if it had been stopped after the first: that is not scanned again, seconds and all.
     out.write_text(json.dumps(written | {"figures": [one | {"seconds": 1e6}]}))
@@ -297,5 +297,12 @@ def test_scans_in_regimes_go_on_where_they_were_stopped(tmp_path, capsys):
     assert [figure["seconds"] == 1e6 for figure in again] == [True, False]
     without_time = [{key: value for key, value in figure.items() if key != "seconds"} for figure in (again[1], other)]
     assert without_time[0] == without_time[1]
+
+    # The same images, their recording scored again with other probes.
+    assert main([*given, "--regimes", "distinct,probes-50"]) == 0
+    figures = json.loads(out.read_text("utf-8"))["figures"]
+    assert [(figure["probes"], figure["seed"]) for figure in figures] == [(40, 0), (40, 1), (50, 0), (50, 1)]
+    assert figures[2]["poisoned_share"] == figures[0]["poisoned_share"]
+    assert capfd.readouterr().err.count("recording  done before") == 2
     assert main([*given, "--regimes", "two"]) == 2
-    assert "--regimes has 'two': expected some of distinct, drawn" in capsys.readouterr().err
+    assert "--regimes has 'two': expected some of distinct, drawn" in capfd.readouterr().err

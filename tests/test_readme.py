@@ -83,6 +83,15 @@ def test_the_scorers_are_as_fast_as_was_measured():
     assert taken["jax top_k", 1_281_167]["seconds"]["median"] > 5 * ours
 
 
+@pytest.mark.parametrize("name", ["store2", "store3"])
+def test_attacks_are_searched_as_fast_as_was_measured(name):
+    (figure,) = json.loads((RESULTS / "benchmarks" / f"{name}.json").read_text("utf-8"))["figures"]
+    seconds = [f"{figure['seconds'][part]:.1f} s" for part in ("distances", "clusters", "all")]
+    told = [f"{figure['examples']:,}", f"{figure['classes']:,}", f"{figure['stored_bytes'] / 1e9:.2f} GB", *seconds,
+            f"{figure['anonymous_bytes'] / 2**20:.0f} MiB"]  # fmt: skip
+    assert f"| {' | '.join(told)} |" in (RESULTS / "README.md").read_text("utf-8")
+
+
 def test_scans_found_what_the_guide_says():
     guide = Path("badloss_jax/README.md").read_text("utf-8")
     found, lost = [], []

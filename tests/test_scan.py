@@ -352,7 +352,7 @@ def test_a_folder_keeps_the_network_that_it_was_begun_with(copy):
              *overrides], minutes=minutes, progress=Progress(stream))  # fmt: skip
         return stream.getvalue()
 
-    network = r"network  resnet_small \(16, 32, 64\), 8 epochs"
+    network = r"network  resnet_small \(16, 32, 64\), stem of stride 2, 8 epochs"
     assert re.search(rf"^{network}: [\d,]+ images/s here, so about \d+ seconds to record", told(0.01), re.MULTILINE)
     begun = (copy / "timed" / "config.json").read_text()
     again = told(60)
@@ -476,13 +476,13 @@ def test_interrupted_and_taken_up_again(scanned, tmp_path, seconds):
         assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
 
 
-def judged(clusters=(), far=0, rule="clusters", size=1_000):
-    """A verdict on clean scores, of which so many lie far out."""
+def judged(clusters=(), far=0, rule="clusters", size=1_000, score=9.0):
+    """A verdict on clean scores, of which so many lie far out, at this score."""
     draw = np.random.default_rng(1)
     scores, labels = draw.normal(size=size), np.repeat(np.arange(10), size // 10)
     is_probe = np.isin(np.arange(size), draw.choice(size, 250, replace=False))
     own = scores[is_probe]
-    scores[np.flatnonzero(~is_probe)[:far]] = 9.0
+    scores[np.flatnonzero(~is_probe)[:far]] = score
     return judge(scores, own, labels, is_probe, 10, rule, 0.02, clusters), is_probe
 
 
@@ -518,6 +518,14 @@ def test_certain_clusters_go_and_possible_ones_are_shown():
     text = sentence(verdict, NAMES, 250)
     assert text.startswith("1 attack stands out: 30 images of d. About 4 % of the images look poisoned")
     assert "1 group may be an attack" in text
+
+
+def test_the_interval_holds_poison_that_is_no_crowd_if_it_is_learnt_late():
+    """Beside 100 images of an attack lie 100 others that are only as far out as one clean image in five."""
+    free = np.flatnonzero(~judged()[1])
+    verdict, _ = judged([cluster(9, free[-100:], 7.0)], far=100, score=0.85)
+    assert verdict.share.estimate < 200 / 750 < verdict.share.high < 1
+    assert verdict.share.low <= 100 / 750
 
 
 def test_a_rule_of_distances_casts_a_wider_net():

@@ -2,9 +2,14 @@
 
 import pytest
 
-from badloss_jax.sizing import Network, choose
+from badloss_jax.sizing import Network, candidates, choose
+from badloss_jax.training.mesh import make_mesh
 
-NETWORKS = [Network("resnet_small", (8,)), Network("resnet_small", (16,)), Network("resnet_small", (32,), share=0.5)]
+NETWORKS = [
+    Network("resnet_small", (8,), 2),
+    Network("resnet_small", (16,), 2),
+    Network("resnet_small", (32,), 2, share=0.5),
+]
 RATES = {(8,): 1000.0, (16,): 500.0, (32,): 200.0}  # images a second
 
 
@@ -41,3 +46,17 @@ def test_no_network_is_measured_that_cannot_fit():
     assert asked == [(8,)]
     chosen(170, asked)
     assert asked == [(8,), (8,), (16,)]
+
+
+@pytest.mark.parametrize(
+    ("images", "stride", "expected"),
+    [
+        (20_000, 2, [((16, 32, 64), 2), ((32, 64, 128), 2), ((16, 32, 64), 1), ((32, 64, 128), 1)]),
+        (4_999, 2, [((16, 32, 64), 2), ((16, 32, 64), 1)]),
+        (20_000, 1, [((16, 32, 64), 1), ((32, 64, 128), 1)]),
+        (4_999, 4, [((16, 32, 64), 4), ((16, 32, 64), 2)]),
+    ],
+)
+def test_of_few_images_narrow_networks_and_no_stride_below_one(images, stride, expected):
+    networks = candidates(images, make_mesh(), (16, 32, 64), stride)
+    assert [(network.stages, network.stem_stride) for network in networks] == expected

@@ -91,7 +91,7 @@ config's where nothing else is said, without those whose trigger has to be optim
   quarter                      one attacker: a quarter of its class, in a set of 2,000 to 5,000 images
   all-to-all                   one attacker moves label y to y + 1: 6 % of all images
   imbalanced                   the smallest class is a tenth of the largest
-  probes-50, -100, -1000       so many clean images are known
+  probes-50, -100, -1000       so many clean images are known; after distinct, its recording is scored again
   clean                        nobody attacks 1,000 to all images
 """
 

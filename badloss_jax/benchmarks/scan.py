@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def measure_scan(
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Writes a poisoned training set as PNG files, scans it in a process of its own, and compares with the truth.
 
+    Regimes that differ in their probes alone share one recording: of all but the first, seconds are those of scoring.
+
     Args:
       config: of the data set, the attacks (scale 0 poisons nothing) and the number of probes.
       seeds: of images, poison and probes, each in turn.
@@ -43,14 +46,17 @@ def measure_scan(
       DataError: the scan failed.
     """
     known = {(figure["regime"], figure["seed"]): figure for figure in before}
-    for regime in regimes or ("",):
+    regimes = tuple(regimes) or ("",)
+    for number, regime in enumerate(regimes):
         for seed in seeds:
             if (regime, seed) in known:
                 yield known[regime, seed]
                 continue
-            place = folder / (regime or "config") / str(seed)
+            place = folder / (_recorded_in(regime) or "config") / str(seed)
             poisoned = draw_set(config, seed, REGIMES[regime] if regime else None)
-            names = write_images(place / "data", poisoned, seed)
+            names = image_names(poisoned, seed)
+            if not (place / "data").exists():
+                write_images(place / "data", names, poisoned)
             (place / "probes.txt").write_text("".join(f"{names[row]}\n" for row in poisoned.probe_ids), "utf-8")
             command = [sys.executable, "-m", "badloss_jax", "scan", "--data", str(place / "data"), "--probes",
                        str(place / "probes.txt"), "--workdir", str(place / "out"), *scan_arguments]  # fmt: skip
@@ -60,22 +66,30 @@ def measure_scan(
                 raise DataError(f"badloss scan failed with exit code {done.returncode}")
             seconds = time.monotonic() - started
             yield {"regime": regime, "seed": seed, "seconds": seconds} | compare(place / "out", names, poisoned)
-            shutil.rmtree(place)
+            if _recorded_in(regime) not in map(_recorded_in, regimes[number + 1 :]):
+                shutil.rmtree(place)
 
 
-def write_images(folder: Path, poisoned: PoisonedSet, seed: int) -> list[str]:
-    """Writes the training set as FOLDER/<class>/<number>.png, as the victim sees it; the numbers say nothing.
+def _recorded_in(regime: str) -> str:
+    """Returns the first regime with the same images, whose recording is scored again with other probes."""
+    if not regime:
+        return ""
+    same = replace(REGIMES[regime], probes=0)
+    return next(name for name, other in REGIMES.items() if replace(other, probes=0) == same)
 
-    Returns:
-      Of each example its path relative to the folder.
-    """
+
+def image_names(poisoned: PoisonedSet, seed: int) -> list[str]:
+    """Returns of each example <class>/<number>.png; the numbers say nothing."""
     numbers, classes = generator(seed, "names").permutation(len(poisoned.images)), poisoned.class_names
-    paths = [f"{classes[label]}/{number:07d}.png" for label, number in zip(poisoned.labels, numbers, strict=True)]
-    for name in classes:
+    return [f"{classes[label]}/{number:07d}.png" for label, number in zip(poisoned.labels, numbers, strict=True)]
+
+
+def write_images(folder: Path, names: Sequence[str], poisoned: PoisonedSet) -> None:
+    """Writes the training set as FOLDER/<name>, as the victim sees it."""
+    for name in poisoned.class_names:
         (folder / name).mkdir(parents=True)
-    for path, image in zip(paths, poisoned.images, strict=True):
-        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(folder / path)
-    return paths
+    for name, image in zip(names, poisoned.images, strict=True):
+        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(folder / name)
 
 
 def compare(out: Path, names: Sequence[str], poisoned: PoisonedSet) -> dict[str, Any]:

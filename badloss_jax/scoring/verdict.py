@@ -14,7 +14,8 @@ from badloss_jax.scoring.rejection import reject
 UNLIKELY = 0.005  # p-value of the distances of all images below which more lie far out than chance explains
 _FEW_PROBES = 3  # of a class with fewer nothing is said
 _PURE = 0.8  # of the members of certain clusters, at least this share is poison: the interval's lower end
-_HIDDEN = 1.5  # as much again as half of what was found may hide beside it: the interval's upper end
+_HIDDEN = 1.5  # as much again as half of what was found may hide beside it: the interval's upper end, at least
+_LEARNT_LATE = 0.3  # p-value that poison which is no crowd is taken to have, at most: the upper end counts up to it
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,10 @@ def _share(
         return PoisonedShare(far_out.estimate, far_out.low, 1.0)
     inside = float(members[~is_probe].mean())
     estimate = max(inside, far_out.estimate)
-    low = min(_PURE * inside, far_out.low or inside)
-    return PoisonedShare(estimate, low, min(1.0, max(_HIDDEN * estimate, far_out.high)))
+    rest = p_values[~is_probe & ~members]
+    beside = poisoned_share(rest, int(is_probe.sum()), levels=(_LEARNT_LATE,)).high if len(rest) else 0.0
+    high = max(_HIDDEN * estimate, far_out.high, inside + (1 - inside) * beside)
+    return PoisonedShare(estimate, _PURE * inside, float(min(1.0, high)))
 
 
 def attack_entry(cluster: Cluster, class_name: str) -> dict[str, Any]:

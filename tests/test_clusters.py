@@ -128,6 +128,29 @@ def test_more_evidence_is_rarer_in_clean_classes():
 
 
 @pytest.mark.parametrize(
+    ("evidence", "classes", "certain"),
+    [
+        ((5.2, 5.2, 5.2), 10, 0),  # nobody is known to attack
+        ((5.3, 4.5), 10, 1),
+        ((8.0, 4.9), 10, 2),  # of ten clean classes 0.06 would have as much: at most a twentieth of two clusters
+        ((8.0, 4.5), 10, 1),
+        ((8.0, 7.0, 6.0, 4.5), 10, 4),
+        ((8.0, 7.0, 6.0, 4.5), 100, 3),
+    ],
+)
+def test_beside_an_attack_less_evidence_is_enough(evidence, classes, certain):
+    ids = np.arange(3)
+
+    def told(gap):
+        signs = clusters.Signs(far=2.0, probes_p=0.1, gap=gap, agreement=0.0, sources=0.0)
+        found = [clusters.Cluster(0, ids, value, signs, np.zeros(3), ids) for value in evidence]
+        return [one.certain for one in clusters._judged(found, classes)]
+
+    assert told(4.0) == [True] * certain + [False] * (len(evidence) - certain)
+    assert told(3.9) == [value >= CERTAIN for value in evidence]  # half of a class is no crowd
+
+
+@pytest.mark.parametrize(
     "spoil", ["constant", "duplicates", "one class of one", "no probes in a class", "three epochs"]
 )
 def test_odd_inputs_give_numbers(spoil):

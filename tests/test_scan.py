@@ -28,7 +28,7 @@ from badloss_jax.errors import BadlossError, DataError, UsageError
 from badloss_jax.progress import Progress
 from badloss_jax.report.scan import REASONS, sentence
 from badloss_jax.scanning import scan
-from badloss_jax.scoring import Cluster, Signs, judge, standardised_by_class
+from badloss_jax.scoring import CERTAIN, Cluster, Signs, judge, standardised_by_class
 from badloss_jax.training.mesh import make_mesh
 from badloss_jax.trajectories.store import TrajectoryStore
 from tests.conftest import opened, prepare_in_shards
@@ -488,7 +488,8 @@ def judged(clusters=(), far=0, rule="clusters", size=1_000, score=9.0):
 
 def cluster(label, ids, evidence):
     signs = Signs(far=3.0, probes_p=0.01, gap=5.0, agreement=0.5, sources=0.8)
-    return Cluster(label, np.array(ids), evidence, signs, np.zeros(len(ids)), np.array(ids))
+    ids = np.array(ids)
+    return Cluster(label, ids, evidence, signs, np.zeros(len(ids)), ids, certain=evidence >= CERTAIN)
 
 
 NAMES = list("abcdefghij")

@@ -17,7 +17,7 @@ one class; here classes are read, padded, handed to the devices, and searched ag
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import jax
@@ -34,6 +34,8 @@ from badloss_jax.training.mesh import by_rows, make_mesh, place_rows, round_up, 
 _LOWEST = -15.0  # log-probabilities below say no more
 CERTAIN = 5.3  # evidence of a cluster that is called an attack
 POSSIBLE = 4.4  # and of one that is worth a look
+_NATURAL = 0.05  # beside an attack others of less evidence are called so, as long as at most such a share is natural
+_APART = 4.0  # and their gap is no less: a class that is merely cut in two has 2 to 3.5
 # Of 235 clean classes, a fifth had a cluster of more evidence than 2.5, which exceeded that by 0.7 on average.
 _TAIL = (2.5, 0.2, 0.7)
 _FRINGE = -0.3  # score from which on examples are taken out with a cluster that is well apart; 0 is the middle
@@ -74,6 +76,8 @@ class Cluster:
       scores: [n], of all examples of the class that were left when it was found: about 1 in the cluster and -1 in the
         rest. The fringe begins two standard deviations of the rest above its mean, but not below -0.3.
       score_ids: int64 [n].
+      certain: whether it is called an attack: its evidence is `CERTAIN`, or there are such and `find_clusters` expects
+        few of so much among clean classes.
     """
 
     label: int
@@ -82,6 +86,7 @@ class Cluster:
     signs: Signs
     scores: Float[np.ndarray, "n"]
     score_ids: Int[np.ndarray, "n"]
+    certain: bool = False
 
 
 def clean_class_p_value(evidence: float) -> float:
@@ -105,7 +110,11 @@ def find_clusters(
     far: Float[np.ndarray, "N"], seen_as: Int[np.ndarray, "N"] | None = None, *, threshold: float, seed: int = 0,
     mesh: Mesh | None = None,
 ) -> list[Cluster]:  # fmt: skip
-    """Finds the clusters of every class whose evidence reaches a threshold.
+    """Finds the clusters of every class whose evidence reaches a threshold, and says which are certain.
+
+    From `CERTAIN` on they are. Where there are such, somebody attacks, and others that are well apart need less: the
+    least evidence v at which the clean classes that would have it, K x `clean_class_p_value`(v), are at most 5 % of the
+    clusters that do (Benjamini and Hochberg 1995).
 
     Args:
       kinds: trajectories, in memory or on disk, such as features and ranked log-probabilities; values below -15 count
@@ -139,7 +148,7 @@ def find_clusters(
 
     found: list[Cluster] = []
     waiting = {label: ids for label, ids in members.items() if len(ids) >= FEW}
-    padded = _padded_sizes(sizes)
+    searched, padded = len(waiting), _padded_sizes(sizes)
     for attempt in range(_ATTACKS_OF_A_CLASS):
         again = {}
         for label, ids, cluster in _search(look, waiting, padded, derived_seed(seed, "clusters", attempt), mesh):
@@ -152,7 +161,23 @@ def find_clusters(
         waiting = again
         if not waiting:
             break
-    return sorted(found, key=lambda cluster: cluster.label)
+    return sorted(_judged(found, searched), key=lambda cluster: cluster.label)
+
+
+def _judged(found: list[Cluster], num_classes: int) -> list[Cluster]:
+    """Says which of the clusters of so many classes are certain."""
+    apart = [one.evidence for one in found if one.evidence >= CERTAIN or one.signs.gap >= _APART]
+    evidence = np.sort(apart)[::-1]
+    least = CERTAIN
+    if (evidence >= CERTAIN).any():
+        natural = num_classes * np.array([clean_class_p_value(value) for value in evidence])
+        few = natural <= _NATURAL * np.arange(1, len(evidence) + 1)
+        least = evidence[few].min(initial=CERTAIN)
+
+    def is_certain(one: Cluster) -> bool:
+        return one.evidence >= CERTAIN or (one.evidence >= least and one.signs.gap >= _APART)
+
+    return [replace(one, certain=bool(is_certain(one))) for one in found]
 
 
 @dataclass(frozen=True)

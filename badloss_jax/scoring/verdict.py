@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from badloss_jax.scoring.calibration import PoisonedShare, conformal_p_values, no_poison_p_value, poisoned_share
-from badloss_jax.scoring.clusters import CERTAIN, FEW, Cluster, clean_class_p_value
+from badloss_jax.scoring.clusters import FEW, Cluster, clean_class_p_value
 from badloss_jax.scoring.rejection import reject
 
 UNLIKELY = 0.005  # p-value of the distances of all images below which more lie far out than chance explains
@@ -86,8 +86,8 @@ def judge(
       clusters: by `find_clusters`, from any evidence on; None if they were not looked for.
     """
     by_evidence = sorted(clusters or (), key=lambda cluster: -cluster.evidence)
-    attacks = [cluster for cluster in by_evidence if cluster.evidence >= CERTAIN]
-    possible = [cluster for cluster in by_evidence if cluster.evidence < CERTAIN]
+    attacks = [cluster for cluster in by_evidence if cluster.certain]
+    possible = [cluster for cluster in by_evidence if not cluster.certain]
     p_values = conformal_p_values(scores, probe_scores)
     no_poison = no_poison_p_value(p_values[~is_probe], len(probe_scores))
 
@@ -117,7 +117,7 @@ def in_attacks(clusters: Sequence[Cluster], count: int) -> Bool[np.ndarray, "N"]
     """Returns which of so many examples are in a certain cluster."""
     members = np.zeros(count, bool)
     for cluster in clusters:
-        if cluster.evidence >= CERTAIN:
+        if cluster.certain:
             members[cluster.ids] = True
     return members
 
@@ -145,7 +145,7 @@ def attack_entry(cluster: Cluster, class_name: str) -> dict[str, Any]:
     return {
         "class": class_name,
         "images": len(cluster.ids),
-        "certain": cluster.evidence >= CERTAIN,
+        "certain": cluster.certain,
         "evidence": cluster.evidence,
         "p_value": clean_class_p_value(cluster.evidence),
         "signs": signs,

@@ -141,12 +141,13 @@ def test_more_evidence_is_rarer_in_clean_classes():
 def test_beside_an_attack_less_evidence_is_enough(evidence, classes, certain):
     ids = np.arange(3)
 
-    def told(gap):
-        signs = clusters.Signs(far=2.0, probes_p=0.1, gap=gap, agreement=0.0, sources=0.0)
+    def told(gap, far=2.9):
+        signs = clusters.Signs(far=far, probes_p=0.1, gap=gap, agreement=0.0, sources=0.0)
         found = [clusters.Cluster(0, ids, value, signs, np.zeros(3), ids) for value in evidence]
         return [one.certain for one in clusters._judged(found, classes)]
 
     assert told(4.0) == [True] * certain + [False] * (len(evidence) - certain)
+    assert told(3.9, 3.0) == told(4.0)
     assert told(3.9) == [value >= CERTAIN for value in evidence]  # half of a class is no crowd
 
 

@@ -35,7 +35,7 @@ _LOWEST = -15.0  # log-probabilities below say no more
 CERTAIN = 5.3  # evidence of a cluster that is called an attack
 POSSIBLE = 4.4  # and of one that is worth a look
 _NATURAL = 0.05  # beside an attack others of less evidence are called so, as long as at most such a share is natural
-_APART = 4.0  # and their gap is no less: a class that is merely cut in two has 2 to 3.5
+_APART, _FAR = 4.0, 3.0  # and of these signs one is no less: a class that is merely cut in two has 2 to 3.5, and 1 to 2
 # Of 235 clean classes, a fifth had a cluster of more evidence than 2.5, which exceeded that by 0.7 on average.
 _TAIL = (2.5, 0.2, 0.7)
 _FRINGE = -0.3  # score from which on examples are taken out with a cluster that is well apart; 0 is the middle
@@ -112,7 +112,7 @@ def find_clusters(
 ) -> list[Cluster]:  # fmt: skip
     """Finds the clusters of every class whose evidence reaches a threshold, and says which are certain.
 
-    From `CERTAIN` on they are. Where there are such, somebody attacks, and others that are well apart need less: the
+    From `CERTAIN` on they are. Where there are such, somebody attacks, and others that are well apart, or far out, need less: the
     least evidence v at which the clean classes that would have it, K x `clean_class_p_value`(v), are at most 5 % of the
     clusters that do (Benjamini and Hochberg 1995).
 
@@ -166,18 +166,18 @@ def find_clusters(
 
 def _judged(found: list[Cluster], num_classes: int) -> list[Cluster]:
     """Says which of the clusters of so many classes are certain."""
-    apart = [one.evidence for one in found if one.evidence >= CERTAIN or one.signs.gap >= _APART]
-    evidence = np.sort(apart)[::-1]
+
+    def may_be(one: Cluster, least: float) -> bool:
+        apart = one.signs.gap >= _APART or one.signs.far >= _FAR
+        return one.evidence >= CERTAIN or (apart and one.evidence >= least)
+
+    evidence = np.sort([one.evidence for one in found if may_be(one, 0.0)])[::-1]
     least = CERTAIN
     if (evidence >= CERTAIN).any():
         natural = num_classes * np.array([clean_class_p_value(value) for value in evidence])
         few = natural <= _NATURAL * np.arange(1, len(evidence) + 1)
         least = evidence[few].min(initial=CERTAIN)
-
-    def is_certain(one: Cluster) -> bool:
-        return one.evidence >= CERTAIN or (one.evidence >= least and one.signs.gap >= _APART)
-
-    return [replace(one, certain=bool(is_certain(one))) for one in found]
+    return [replace(one, certain=bool(may_be(one, least))) for one in found]
 
 
 @dataclass(frozen=True)

@@ -112,9 +112,9 @@ def find_clusters(
 ) -> list[Cluster]:  # fmt: skip
     """Finds the clusters of every class whose evidence reaches a threshold, and says which are certain.
 
-    From `CERTAIN` on they are. Where there are such, somebody attacks, and others that are well apart, or far out, need less: the
-    least evidence v at which the clean classes that would have it, K x `clean_class_p_value`(v), are at most 5 % of the
-    clusters that do (Benjamini and Hochberg 1995).
+    From `CERTAIN` on they are. Where there are such, somebody attacks, and others that are well apart, or far out, need
+    less: the least evidence v at which the clean classes that would have it, K x `clean_class_p_value`(v), are at most
+    5 % of the clusters that do (Benjamini and Hochberg 1995).
 
     Args:
       kinds: trajectories, in memory or on disk, such as features and ranked log-probabilities; values below -15 count

@@ -110,8 +110,8 @@ def choose(
 
     best = plan(networks[0])
     if best.seconds > seconds:
-        fewer = min(epochs, max(_FEWEST_EPOCHS, math.floor(epochs * seconds / best.seconds)))
-        return Choice(best.network, fewer, best.rate, best.seconds * fewer / epochs)
+        fewer = min(best.epochs, max(_FEWEST_EPOCHS, math.floor(best.epochs * seconds / best.seconds)))
+        return Choice(best.network, fewer, best.rate, best.seconds * fewer / best.epochs)
     for network in networks[1:]:
         if _GROWTH * best.seconds > seconds:
             break

@@ -117,7 +117,7 @@ def test_scans_are_summed_up_as_was_measured():
     said = f"{found:.1f} and {found_cifar:.1f} % of the poison is found, with {lost:.2f} and {lost_cifar:.2f} %"
     assert said in guide
     assert f"{found:.0f} % of the poison and lost {lost:.1f} % of the clean images" in README
-    assert f"({found_cifar:.0f} and {lost_cifar:.1f} % on CIFAR-10)" in README
+    assert f"({found_cifar:.0f} and {lost_cifar:.1f} % on CIFAR-10, in eight)" in README
 
     before = [found_and_lost(f"{name}-1", "drawn", "distinct") for name in ("fashion_mnist", "cifar10")]
     (found, lost), (found_cifar, lost_cifar) = before

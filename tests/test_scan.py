@@ -100,8 +100,11 @@ def test_what_a_scan_writes(scanned):
     assert [entry["name"] for entry in results["classes"] if entry["affected"]] == ["4"]
     (attack,) = (entry for entry in results["attacks"] if entry["certain"])
     assert (attack["class"], attack["images"]) == ("4", len(removed))
-    assert re.fullmatch(rf"1 attack stands out: {len(removed)} images of 4\. About \d+ % of the images look poisoned"
-                        r" \([\d.]+ % to \d+ %\); what leaves no trace is not counted\.( .+)?", results["verdict"])  # fmt: skip
+    told = (
+        rf"1 attack stands out: {len(removed)} images of 4\. About \d+ % of the images look poisoned"
+        r" \([\d.]+ % to \d+ %\); what leaves no trace is not counted\.( .+)?"
+    )
+    assert re.fullmatch(told, results["verdict"])
     everything = pq.read_table(out / "scores.parquet")
     assert everything["path"].to_pylist() == sorted(names)
     assert {row["path"] for row in everything.to_pylist() if row["removed"]} == set(removed)

@@ -122,9 +122,9 @@ def test_scans_are_summed_up_as_was_measured():
     before = [found_and_lost(f"{name}-1", "drawn", "distinct") for name in ("fashion_mnist", "cifar10")]
     (found, lost), (found_cifar, lost_cifar) = before
     assert f"found {found:.1f} and {found_cifar:.1f} %, with {lost:.2f} and {lost_cifar:.2f} %," in guide
-    clean = figures_of_scans("clean")
-    assert f"{len(clean)} clean sets of 2,000" in guide
-    assert not any(figure["stands_out"] for figure in clean)
+    clean, clean_cifar = figures_of_scans("clean"), figures_of_scans("clean-cifar10")
+    assert f"{len(clean)} clean sets of 2,000 images of Fashion-MNIST and {len(clean_cifar)} of CIFAR-10" in guide
+    assert not any(figure["stands_out"] for figure in [*clean, *clean_cifar])
 
 
 def test_narcissus_does_what_noise_of_its_size_does_not():

@@ -280,9 +280,9 @@ def _report(
     found, epochs = suspicions(store, probe_ids, config.scoring, (kind,), mesh)
     scores, probe_scores = found[kind].scores, found[kind].probe_scores
     assert probe_scores is not None
-    seen_as, clusters = None, None
+    looks, clusters = None, None
     if config.scoring.by_class and {"features", "ranked"} & store.layout.keys():
-        clusters, seen_as = find_attacks(store, probe_ids, config.scoring, config.seed, mesh, far=scores)
+        clusters, looks = find_attacks(store, probe_ids, config.scoring, config.seed, mesh, far=scores)
     verdict = judge(scores, probe_scores, labels, is_probe, examples.num_classes, *_rule(config), clusters)
     attack_of = verdict.attack_of()
     flagged = verdict.removed | (attack_of > 0) | (~is_probe & (verdict.p_values <= config.rejection.alpha))
@@ -293,7 +293,7 @@ def _report(
     suspects = Suspects(
         ids, [examples.names[number] for number in ids], labels[ids], scores[ids], verdict.p_values[ids],
         probe_ids[nearest_probes(seen[ids], seen[probe_ids], _NEAREST)], reasons(losses, ids, probe_ids),
-        verdict.removed[ids], attack_of[ids], None if seen_as is None else seen_as[ids],
+        verdict.removed[ids], attack_of[ids], None if looks is None else looks.first[ids],
     )  # fmt: skip
     results = {
         "schema_version": SCHEMA_VERSION,
@@ -317,7 +317,7 @@ def _report(
         "environment": environment(),
     }  # fmt: skip
     write_suspects(workdir, suspects, examples)
-    write_scores(workdir, examples, scores, verdict, is_probe)
+    write_scores(workdir, examples, scores, verdict, is_probe, looks)
     kept = ~verdict.removed
     kept[examples.own :] = False
     for name, rows in (("remove.txt", verdict.removed), ("keep.txt", kept)):

@@ -11,7 +11,7 @@ from scipy import stats
 from badloss_jax import TrajectoryRecorder
 from badloss_jax.cli import main
 from badloss_jax.errors import UsageError
-from badloss_jax.scoring import CERTAIN, POSSIBLE, clusters, find_clusters, growth
+from badloss_jax.scoring import CERTAIN, POSSIBLE, Impressions, clusters, find_clusters, growth
 from badloss_jax.scoring.clusters import clean_class_p_value
 from badloss_jax.training.mesh import make_mesh
 
@@ -19,7 +19,10 @@ CLASSES = 6
 
 
 def planted(seed, attacks=((1, 60), (4, 60)), per_class=400, probes=120):
-    """Gaussian trajectories of two kinds; each attack shifts its poison in a direction of its own, from all classes."""
+    """Gaussian trajectories of two kinds; each attack shifts its poison in a direction of its own, from all classes.
+
+    In the end a network takes all for their own class, as one that has learnt the triggers does.
+    """
     draw = np.random.default_rng(seed)
     labels = np.repeat(np.arange(CLASSES), per_class)
     centres = draw.normal(size=(CLASSES, 8, 8))
@@ -38,7 +41,20 @@ def planted(seed, attacks=((1, 60), (4, 60)), per_class=400, probes=120):
     # As far as a distance would be: poison lies further out, and some clean examples as well.
     far = draw.normal(size=len(labels)) + 2.5 * (poison > 0)
     kinds = [features.astype(np.float16), ranked.astype(np.float16)]
-    return kinds, labels, is_probe, far, seen_as, poison
+    return kinds, labels, is_probe, far, Impressions(seen_as, labels, np.full(len(labels), -5.0, np.float32)), poison
+
+
+def unlearnt(seed, attacks=((1, 80), (4, 80))):
+    """The same, of triggers that are not learnt: poison lies no further out, and is taken for other classes."""
+    kinds, labels, is_probe, _, looks, poison = planted(seed, attacks)
+    draw = np.random.default_rng(seed + 100)
+    late, odds = labels.copy(), draw.normal(-3.0, 2.0, len(labels)).astype(np.float32)
+    # A twentieth of each class is hard, and taken for its neighbour: with probes among them, and no crowd.
+    hard = draw.random(len(labels)) < 0.05
+    late[hard], odds[hard] = (labels[hard] + 1) % CLASSES, 2.0
+    late[poison > 0], odds[poison > 0] = looks.first[poison > 0], 4.0
+    far = draw.normal(size=len(labels)) - 0.5 * (poison > 0)
+    return kinds, labels, is_probe, far, Impressions(looks.first, late, odds), poison
 
 
 find = partial(find_clusters, threshold=POSSIBLE)
@@ -62,10 +78,36 @@ def test_planted_attacks_are_found_and_hardly_anything_else(attacks):
         assert one.signs.probes_p < 0.1
 
 
+def test_what_was_not_learnt_is_found_by_what_it_is_taken_for():
+    *given, poison = unlearnt(3)
+    kinds, labels, is_probe, far, looks = given
+    found = find(*given)
+    members = np.concatenate([one.ids for one in found])
+    assert {one.label for one in found if one.certain} == {1, 4}
+    assert (poison[members] > 0).mean() > 0.95
+    assert np.isin(np.flatnonzero(poison), members).mean() > 0.9
+    assert all(one.signs.odds > 3 and one.signs.late_sources > 0.5 for one in found)
+
+    learnt = Impressions(looks.first, labels, np.full(len(labels), -5.0, np.float32))
+    assert not find(kinds, labels, is_probe, far, learnt)
+
+
+def test_what_is_left_of_a_class_that_is_nearly_all_poison_is_no_attack():
+    """Seven in ten are poison, which lies far out, so that what is left looks like another class."""
+    kinds, labels, is_probe, far, looks, poison = planted(3, attacks=((2, 280),))
+    clean = (labels == 2) & (poison == 0)
+    odds = np.where(clean, 4.0, looks.odds).astype(np.float32)
+    late = np.where(clean, np.arange(len(labels)) % CLASSES, looks.late)
+    far = far + 4.0 * (poison > 0)
+    found = find(kinds, labels, is_probe, far, Impressions(looks.first, late, odds))
+    assert not any(clean[one.ids].mean() > 0.5 and one.certain for one in found)
+
+
 def test_clean_classes_have_no_certain_cluster():
-    evidence = [one.evidence for seed in range(8) for one in find(*planted(seed, attacks=())[:5])]
+    sets = [make(seed, attacks=())[:5] for make in (planted, unlearnt) for seed in range(8)]
+    evidence = [one.evidence for given in sets for one in find(*given)]
     assert sum(value >= CERTAIN for value in evidence) == 0
-    assert len(evidence) <= 4
+    assert len(evidence) <= 8
 
 
 def test_the_same_seed_finds_the_same():
@@ -142,7 +184,7 @@ def test_beside_an_attack_less_evidence_is_enough(evidence, classes, certain):
     ids = np.arange(3)
 
     def told(gap, far=2.9):
-        signs = clusters.Signs(far=far, probes_p=0.1, gap=gap, agreement=0.0, sources=0.0)
+        signs = clusters.Signs(far, 0.1, gap, agreement=0.0, sources=0.0, late_sources=0.0, odds=-5.0)
         found = [clusters.Cluster(0, ids, value, signs, np.zeros(3), ids) for value in evidence]
         return [one.certain for one in clusters._judged(found, classes)]
 
@@ -155,7 +197,7 @@ def test_beside_an_attack_less_evidence_is_enough(evidence, classes, certain):
     "spoil", ["constant", "duplicates", "one class of one", "no probes in a class", "three epochs"]
 )
 def test_odd_inputs_give_numbers(spoil):
-    kinds, labels, is_probe, far, seen_as, _ = planted(7)
+    kinds, labels, is_probe, far, looks, _ = planted(7)
     kinds = [kind.copy() for kind in kinds]
     if spoil == "constant":
         kinds = [np.zeros_like(kind) for kind in kinds]
@@ -168,7 +210,7 @@ def test_odd_inputs_give_numbers(spoil):
         is_probe = is_probe & (labels != 1)
     if spoil == "three epochs":
         kinds = [kind[:, :3] for kind in kinds]
-    for one in find(kinds, labels, is_probe, far, seen_as):
+    for one in find(kinds, labels, is_probe, far, looks):
         assert np.isfinite(one.evidence)
         assert np.isfinite(one.scores).all()
         assert len(one.ids)
@@ -178,7 +220,7 @@ def test_without_impressions_the_other_signs_count():
     kinds, labels, is_probe, far, _, poison = planted(3)
     found = find(kinds, labels, is_probe, far)
     assert {1, 4} >= {one.label for one in found}
-    assert all(np.isnan(one.signs.sources) for one in found)
+    assert all(np.isnan([one.signs.sources, one.signs.late_sources, one.signs.odds]).all() for one in found)
     assert all((poison[one.ids] > 0).mean() > 0.9 for one in found)
 
 
@@ -230,14 +272,8 @@ def test_trajectories_without_labels_have_no_clusters(own_loop, tmp_path, capsys
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    kinds, labels, is_probe, far, seen_as, _ = planted(3)
+    kinds, labels, is_probe, far, looks, _ = planted(3)
     with pytest.raises(UsageError, match="expected"):
-        find([kinds[0][:-1]], labels, is_probe, far, seen_as)
+        find([kinds[0][:-1]], labels, is_probe, far, looks)
     with pytest.raises(UsageError, match="expected"):
-        find(kinds, labels, is_probe, far[:-1], seen_as)
-
-
-def test_epochs_are_spread_over_the_recording():
-    assert clusters.chosen_epochs(15).tolist() == [0, 2, 4, 7, 11, 14]
-    assert clusters.chosen_epochs(3).tolist() == [0, 1, 2]
-    assert clusters.chosen_epochs(1).tolist() == [0]
+        find(kinds, labels, is_probe, far[:-1], looks)

@@ -111,6 +111,8 @@ def test_what_a_scan_writes(scanned):
     assert {row["path"] for row in everything.to_pylist() if row["attack"] == 1} == set(removed)
     assert {row["path"] for row in everything.to_pylist() if row["probe"]} == set(trusted)
     assert all((row["p_value"] is None) == row["probe"] for row in everything.to_pylist())
+    assert {"looks_like", "odds"} < set(everything.column_names)
+    assert all((row["looks_like"] != row["label"]) == (row["odds"] > 0) for row in everything.to_pylist())
     share = results["share"]
     assert share["low"] <= 0.04 <= share["high"]
     assert (results["removed_count"], results["probe_count"], results["num_examples"]) == (len(removed), 80, 500)
@@ -490,7 +492,7 @@ def judged(clusters=(), far=0, rule="clusters", size=1_000, score=9.0):
 
 
 def cluster(label, ids, evidence):
-    signs = Signs(far=3.0, probes_p=0.01, gap=5.0, agreement=0.5, sources=0.8)
+    signs = Signs(3.0, probes_p=0.01, gap=5.0, agreement=0.5, sources=0.8, late_sources=0.0, odds=-5.0)
     ids = np.array(ids)
     return Cluster(label, ids, evidence, signs, np.zeros(len(ids)), ids, certain=evidence >= CERTAIN)
 
@@ -507,6 +509,18 @@ def test_clean_data_are_called_clean_and_nothing_is_removed():
     assert text.startswith("Nothing stands out")
     assert "That is no proof" in text
     assert "%" not in text
+
+
+def test_images_rank_by_the_better_of_two_places():
+    verdict, _ = judged([cluster(3, [310, 311], 7.0)])
+    scores, odds = np.zeros(1_000), np.full(1_000, -9.0)
+    scores[[5, 6]], odds[[700, 6]] = (3.0, 1.0), (4.0, -8.0)
+    first = np.argsort(verdict.ranking(scores, odds))
+    assert set(first[:2]) == {310, 311}
+    assert first[2:4].tolist() == [5, 700]  # the first of each; where both are first, the score decides
+    assert first[4] == 6
+    assert np.argsort(verdict.ranking(scores))[2:4].tolist() == [5, 6]
+    assert sorted(verdict.ranking(scores, odds)) == list(range(1, 1_001))
 
 
 def test_certain_clusters_go_and_possible_ones_are_shown():

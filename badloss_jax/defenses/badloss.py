@@ -13,9 +13,10 @@ from badloss_jax.errors import UsageError
 from badloss_jax.scoring import (
     POSSIBLE,
     Cluster,
+    Impressions,
     filter_epochs,
     find_clusters,
-    first_seen_as,
+    impressions_of,
     in_attacks,
 )
 from badloss_jax.scoring.scores import distances_by_kind, scores_by_class
@@ -63,7 +64,7 @@ def suspicions(
 def find_attacks(
     store: TrajectoryStore, probe_ids: Int[np.ndarray, "P"], scoring: Mapping[str, Any], seed: int,
     mesh: Mesh | None = None, far: Float[np.ndarray, "N"] | None = None,
-) -> tuple[list[Cluster], Int[np.ndarray, "N"] | None]:  # fmt: skip
+) -> tuple[list[Cluster], Impressions | None]:  # fmt: skip
     """Looks for attacks: clusters of a class, in what was recorded of features and ranked log-probabilities.
 
     Args:
@@ -75,8 +76,7 @@ def find_attacks(
       far: [N], scores of `suspicions` with `by_class`, if they are known.
 
     Returns:
-      Clusters that are possible at least, and int [N], what each example looked like after the first epoch, if features
-      were recorded.
+      Clusters that are possible at least, and what each example looks like, if features were recorded.
 
     Raises:
       UsageError: neither features nor ranked log-probabilities were recorded.
@@ -88,11 +88,11 @@ def find_attacks(
     if far is None:
         kind = "combined" if len(kinds) == 2 else kinds[0]
         far = suspicions(store, probe_ids, {**scoring, "by_class": True}, (kind,), mesh)[0][kind].scores
-    seen_as = first_seen_as(store.rows("features", used[:1]), labels) if "features" in kinds else None
+    looks = impressions_of(store.rows("features", used), labels) if "features" in kinds else None
     is_probe = np.isin(np.arange(store.num_examples), probe_ids)
     recorded = [store.rows(kind, used) for kind in kinds]
-    clusters = find_clusters(recorded, labels, is_probe, far, seen_as, threshold=POSSIBLE, seed=seed, mesh=mesh)
-    return clusters, seen_as
+    clusters = find_clusters(recorded, labels, is_probe, far, looks, threshold=POSSIBLE, seed=seed, mesh=mesh)
+    return clusters, looks
 
 
 def detect(

@@ -23,7 +23,7 @@ from badloss_jax.files import as_unicode, printable, write_atomically, write_tex
 from badloss_jax.report.gallery import data_uri, sheet, thumbnails
 from badloss_jax.report.page import COLUMNS, SPARK, environment_of_templates, spark_path, tile_place
 from badloss_jax.report.plots import LOW_LOSS, Draw, svg_uri
-from badloss_jax.scoring import Verdict
+from badloss_jax.scoring import Impressions, Verdict
 
 REASONS = ("learned too early", "learned too late", "unlike its class")
 _SHOWN = 300  # suspects with their images
@@ -232,11 +232,15 @@ def write_scores(
     scores: Float[np.ndarray, "N"],
     verdict: Verdict,
     is_probe: Bool[np.ndarray, "N"],
+    looks: Impressions | None,
 ) -> None:
     """Writes scores.parquet, a row an image: path, label, whether it is a probe, score, p-value (none of a probe),
-    rank, attack, whether it is removed."""
+    rank, attack, whether it is removed, what it looks like and how surely (none if no features were recorded)."""
     classes = pa.array([as_unicode(name) for name in examples.class_names], pa.string())
     p_values = np.where(is_probe, np.nan, verdict.p_values)
+    late, odds = pa.nulls(len(scores), pa.int32()), pa.nulls(len(scores), pa.float32())
+    if looks is not None:
+        late, odds = pa.array(looks.late, pa.int32()), pa.array(looks.odds, pa.float32())
     table = pa.table(
         {
             "path": pa.array([as_unicode(name) for name in examples.names], pa.string()),
@@ -244,9 +248,11 @@ def write_scores(
             "probe": is_probe,
             "score": scores.astype(np.float64),
             "p_value": pa.array(p_values, mask=is_probe),
-            "rank": verdict.ranking(scores),
+            "rank": verdict.ranking(scores, None if looks is None else looks.odds),
             "attack": verdict.attack_of().astype(np.int32),
             "removed": verdict.removed,
+            "looks_like": pa.DictionaryArray.from_arrays(late, classes),
+            "odds": odds,
         }
     )
     write_atomically(folder / "scores.parquet", lambda aside: pq.write_table(table, aside))
@@ -278,9 +284,9 @@ def sentence(verdict: Verdict, class_names: Sequence[str], num_probes: int) -> s
         )
     elif any(entry["judged"] for entry in verdict.classes):
         parts.append(
-            "Nothing stands out: no group of images is alike, far from the probes and without one of them. That is no"
-            " proof: poison that the network has not learnt, or learnt as its class, leaves no trace, and a small group"
-            " can lack probes by chance."
+            "Nothing stands out: no group of images is alike, without a probe among them, and far from these or taken"
+            " for other classes. That is no proof: poison that the network learnt as its class leaves no trace, and a"
+            " small group can lack probes by chance."
         )
 
     if verdict.possible:

@@ -10,7 +10,7 @@ from badloss_jax.scoring.calibration import (
 )
 from badloss_jax.scoring.clusters import CERTAIN, POSSIBLE, Cluster, Signs, find_clusters
 from badloss_jax.scoring.distances import knn_distances, leave_one_out_distances, nearest_probes
-from badloss_jax.scoring.impressions import first_seen_as
+from badloss_jax.scoring.impressions import Impressions, impressions_of
 from badloss_jax.scoring.rejection import (
     benjamini_hochberg,
     benjamini_hochberg_threshold,
@@ -24,6 +24,7 @@ __all__ = [
     "CERTAIN",
     "POSSIBLE",
     "Cluster",
+    "Impressions",
     "PoisonedShare",
     "Signs",
     "Verdict",
@@ -34,7 +35,7 @@ __all__ = [
     "conformal_p_values",
     "filter_epochs",
     "find_clusters",
-    "first_seen_as",
+    "impressions_of",
     "in_attacks",
     "judge",
     "knn_distances",

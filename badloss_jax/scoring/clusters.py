@@ -7,8 +7,8 @@ share a trigger, and what the network learnt of it. So within each class
 2. each grows, or shrinks, to a fixed point of a linear classifier, "of the cluster or not". It is a ridge regression
    whose leave-one-out predictions have a closed form (PRESS; Allen 1974), so that no example judges itself;
 3. the evidence for each is weighed: how far it lies from the probes, how few probes it holds for its share of the
-   class, how wide the gap around it is, how many starts agree on it, and from how many classes its members seem to
-   come, by what the network took them for after its first epoch;
+   class, how wide the gap around it is, how many starts agree on it, from how many classes its members seem to come,
+   by what the network took them for after its first epoch, and whether it takes them for others in the end;
 4. the cluster of the most evidence is taken out, and the rest of the class searched again, until nothing is left.
 
 All classes of about one size are one batched program; the devices share the classes. `growth` has the mathematics of
@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from badloss_jax.errors import UsageError
 from badloss_jax.scoring.distances import Rows, row_chunks
 from badloss_jax.scoring.growth import best_of_class
+from badloss_jax.scoring.impressions import MOST_ODDS, Impressions, chosen_epochs
 from badloss_jax.seeding import derived_seed
 from badloss_jax.training.mesh import by_rows, make_mesh, place_rows, round_up, to_host
 
@@ -53,8 +54,12 @@ class Signs:
       probes_p: probability of no more probes than it holds, were they drawn from the class at random.
       gap: distance of its mean score from the rest's, in standard deviations within.
       agreement: share of the mixtures that led to it.
-      sources: number of other classes that its members seem to come from (the exponential of the entropy), as a share
-        of how many there could be, times the share of members that look like another class; NaN if not recorded.
+      sources: number of other classes that its members seem to come from after the first epoch (the exponential of the
+        entropy), as a share of how many there could be, times the share of members that look like another class.
+      late_sources: likewise by all epochs together.
+      odds: mean log-odds, by these, of the other class that a member looks most like, against its own.
+
+    The last three are NaN where no features were recorded.
     """
 
     far: float
@@ -62,6 +67,8 @@ class Signs:
     gap: float
     agreement: float
     sources: float
+    late_sources: float
+    odds: float
 
 
 @dataclass(frozen=True)
@@ -99,15 +106,9 @@ def clean_class_p_value(evidence: float) -> float:
     return share * math.exp(-max(evidence - start, 0.0) / scale)
 
 
-def chosen_epochs(num_epochs: int) -> Int[np.ndarray, "E"]:
-    """Returns the epochs that are looked at: six, or all of fewer, closer together at the beginning."""
-    places = np.array([0, 1 / 7, 2 / 7, 1 / 2, 11 / 14, 1])
-    return np.unique(np.round(places * (num_epochs - 1)).astype(np.int64))
-
-
 def find_clusters(
     kinds: Sequence[Float[np.ndarray, "N T w"] | Rows], labels: Int[np.ndarray, "N"], is_probe: Bool[np.ndarray, "N"],
-    far: Float[np.ndarray, "N"], seen_as: Int[np.ndarray, "N"] | None = None, *, threshold: float, seed: int = 0,
+    far: Float[np.ndarray, "N"], looks: Impressions | None = None, *, threshold: float, seed: int = 0,
     mesh: Mesh | None = None,
 ) -> list[Cluster]:  # fmt: skip
     """Finds the clusters of every class whose evidence reaches a threshold, and says which are certain.
@@ -122,7 +123,7 @@ def find_clusters(
       labels: int [N], as trained on.
       is_probe: bool [N].
       far: [N], log distance to the probes, a class on the scale of its own (`standardised_by_class`).
-      seen_as: int [N], the class that each example looked like after the first epoch (`first_seen_as`).
+      looks: what each example looks like, if features were recorded (`impressions_of`).
       threshold: evidence of a cluster, at least.
       seed: of the mixtures' starts.
       mesh: the devices, by default one.
@@ -141,10 +142,10 @@ def find_clusters(
     labels, far = np.asarray(labels), np.asarray(far, np.float32)
     known, sizes = np.unique(labels, return_counts=True)
     group = np.searchsorted(known, labels)
-    seen = group if seen_as is None else np.minimum(np.searchsorted(known, seen_as), len(known) - 1)
     order = np.argsort(group, kind="stable")
     members = dict(zip(range(len(known)), np.split(order, np.cumsum(sizes)[:-1]), strict=True))
-    look = _Look(kinds, *_moments(kinds), is_probe, far, group, seen, len(known), seen_as is not None)
+    first, late, odds = _strange(looks, known, group)
+    look = _Look(kinds, *_moments(kinds), is_probe, far, first, late, odds, len(known), looks is not None)
 
     found: list[Cluster] = []
     waiting = {label: ids for label, ids in members.items() if len(ids) >= FEW}
@@ -189,10 +190,11 @@ class _Look:
     spreads: list[np.ndarray]
     is_probe: np.ndarray
     far: np.ndarray
-    group: np.ndarray
-    seen: np.ndarray
+    first: np.ndarray
+    late: np.ndarray
+    odds: np.ndarray
     num_classes: int
-    has_seen: bool
+    has_looks: bool
 
     @property
     def width(self) -> int:
@@ -204,6 +206,22 @@ class _Look:
         parts = [(_values(rows, ids) - mean) / spread
                  for rows, mean, spread in zip(self.kinds, self.means, self.spreads, strict=True)]  # fmt: skip
         return np.concatenate(parts, axis=1)
+
+
+def _strange(looks: Impressions | None, known: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Returns the other classes that examples look like, first and late, and the odds for them.
+
+    What an example looks like counts where that is another class; its own is the number past all classes.
+    """
+    nothing = np.full(len(group), len(known), np.int32)
+    if looks is None:
+        return nothing, nothing, np.full(len(group), -MOST_ODDS, np.float32)
+
+    def other(seen: np.ndarray) -> np.ndarray:
+        place = np.minimum(np.searchsorted(known, seen), len(known) - 1).astype(np.int32)
+        return np.where(place == group, nothing, place)
+
+    return other(looks.first), other(looks.late), looks.odds.astype(np.float32)
 
 
 def _values(rows: Rows, which: slice | np.ndarray) -> Float[np.ndarray, "n D"]:
@@ -267,13 +285,13 @@ def _search(
 
 def _cluster(look: _Look, label: int, ids: np.ndarray, scores: np.ndarray, values: np.ndarray) -> Cluster | None:
     """Makes a cluster of what the devices found; None if they found none."""
-    far, probes_p, gap, agreement, sources, evidence = values.tolist()
+    *known, evidence = values.tolist()
+    signs = Signs(*known) if look.has_looks else Signs(*known[:4], *[math.nan] * 3)
     # Two standard deviations above the rest's mean, which is at -1.
-    fringe = min(max(4 / max(gap, 1e-6) - 1, _FRINGE), 0.0)
+    fringe = min(max(4 / max(signs.gap, 1e-6) - 1, _FRINGE), 0.0)
     members = ids[(scores > fringe) & ~look.is_probe[ids]]
     if not math.isfinite(evidence) or not len(members):
         return None
-    signs = Signs(far, probes_p, gap, agreement, sources if look.has_seen else math.nan)
     return Cluster(label, members, evidence, signs, scores, ids)
 
 
@@ -283,7 +301,7 @@ def _seeds(labels: list[int], seed: int, count: int, begin: int, end: int) -> np
 
 
 def _arrays(look: _Look, slots: list[np.ndarray], size: int, mesh: Mesh) -> list[jax.Array]:
-    """Places points, which of them are real, which probes, distances and impressions, padded, by classes."""
+    """Places points, which of them are real, which probes, distances and looks, padded, by classes."""
 
     def rows(of: np.ndarray, dtype: type) -> jax.Array:
         def read(begin: int, end: int) -> np.ndarray:
@@ -301,14 +319,14 @@ def _arrays(look: _Look, slots: list[np.ndarray], size: int, mesh: Mesh) -> list
                 out[slot - begin, : len(slots[slot])] = look.points(slots[slot])
         return out
 
-    # What an example looks like counts where that is another class; its own is the number past all classes.
-    strange = np.where((look.seen == look.group) | (not look.has_seen), look.num_classes, look.seen)
     return [
         place_rows((len(slots), size, look.width), mesh, points),
-        rows(np.ones(len(look.group), bool), np.bool_),
+        rows(np.ones(len(look.far), bool), np.bool_),
         rows(look.is_probe, np.bool_),
         rows(look.far, np.float32),
-        rows(strange, np.int32),
+        rows(look.first, np.int32),
+        rows(look.late, np.int32),
+        rows(look.odds, np.float32),
     ]
 
 

@@ -16,7 +16,7 @@ _SIZES = (2, 3, 4, 6, 8, 12, 16)  # of mixtures
 _STARTS = 3  # of each size
 _STEPS = 40  # of expectation and maximisation
 _ROUNDS = 8  # of growth
-_FURTHEST = (0.02, 0.05, 0.1, 0.2)  # shares of a class, those furthest from the probes, that clusters grow from, too
+_FOREMOST = (0.02, 0.05, 0.1, 0.2)  # shares of a class, the furthest and the least like it, where clusters grow from
 _ALIKE = 0.8  # clusters of at least this Jaccard index are one
 _SMALLEST = 12  # examples of a cluster, at least
 _SMALLEST_SHARE = 0.01  # of its class, likewise
@@ -26,8 +26,8 @@ _LARGEST = 0.55  # share of a class that a cluster may have: beyond, the probes 
 
 def best_of_class(
     points: Float[Array, "n D"], real: Bool[Array, "n"], probe: Bool[Array, "n"], far: Float[Array, "n"],
-    strange: Int[Array, "n"], seed: Int[Array, "1"], num_classes: int,
-) -> tuple[Float[Array, "n"], Float[Array, "6"]]:  # fmt: skip
+    first: Int[Array, "n"], late: Int[Array, "n"], odds: Float[Array, "n"], seed: Int[Array, "1"], num_classes: int,
+) -> tuple[Float[Array, "n"], Float[Array, "8"]]:  # fmt: skip
     """Finds the cluster of the most evidence.
 
     Args:
@@ -35,21 +35,23 @@ def best_of_class(
       real: [n], False for padding.
       probe: [n].
       far: [n], distance to the probes; higher is further.
-      strange: int [n], the other class that an example looked like, or K if it looked like its own.
+      first: int [n], the other class that an example looked like at first, or K if it looked like its own.
+      late: int [n], likewise in the end.
+      odds: [n], log-odds of another class against its own.
       seed: uint32 [1], of the mixtures' starts.
       num_classes: K.
 
     Returns:
-      Scores [n], about 1 in the cluster and -1 in the rest; and its five signs, in the order of `Signs`, with their
+      Scores [n], about 1 in the cluster and -1 in the rest; and its signs, in the order of `Signs`, with their
       evidence, which is -infinity if no cluster is possible.
     """
     classifier, whitened = _axes(points, real)
 
-    # Mixtures find crowds wherever they lie; the furthest examples are a start where a crowd is faint.
+    # Mixtures find crowds wherever they lie; the strangest examples are a start where a crowd is faint.
     starts = _proposals(whitened, real, jax.random.key(seed[0]))
-    starts = jnp.concatenate([starts, _furthest(far, real)], axis=1)
+    starts = jnp.concatenate([starts, _foremost(far, real), _foremost(odds, real)], axis=1)
     scores, members = _grown(classifier, real, starts)
-    signs = _signs(scores, members, real, probe, far, strange, num_classes)
+    signs = _signs(scores, members, real, probe, far, first, late, odds, num_classes)
 
     # Only now are they judged: a proposal may be a splinter that grows to an attack, or an attack's half.
     size = members.sum(0)
@@ -130,11 +132,11 @@ def _mixture(
     return jax.nn.one_hot(held.argmax(1), most, dtype=points.dtype) * weight
 
 
-def _furthest(far: Float[Array, "n"], real: Bool[Array, "n"]) -> Float[Array, "n F"]:
-    """Returns the shares of a class that lie furthest from the probes."""
-    rank = jnp.argsort(jnp.argsort(jnp.where(real, -far, jnp.inf)))
-    shares = jnp.array(_FURTHEST) * real.sum()
-    return ((rank[:, None] < shares) & real[:, None]).astype(far.dtype)
+def _foremost(values: Float[Array, "n"], real: Bool[Array, "n"]) -> Float[Array, "n F"]:
+    """Returns the shares of a class whose values are the highest."""
+    rank = jnp.argsort(jnp.argsort(jnp.where(real, -values, jnp.inf)))
+    shares = jnp.array(_FOREMOST) * real.sum()
+    return ((rank[:, None] < shares) & real[:, None]).astype(values.dtype)
 
 
 def _grown(
@@ -168,9 +170,9 @@ def _grown(
 
 def _signs(
     scores: Float[Array, "n G"], members: Float[Array, "n G"], real: Bool[Array, "n"], probe: Bool[Array, "n"],
-    far: Float[Array, "n"], strange: Int[Array, "n"], num_classes: int,
+    far: Float[Array, "n"], first: Int[Array, "n"], late: Int[Array, "n"], odds: Float[Array, "n"], num_classes: int,
 ) -> tuple[Float[Array, "G"], ...]:  # fmt: skip
-    """Returns far, probes_p, gap, agreement and sources of each cluster; see `Signs`."""
+    """Returns the signs of each cluster, in the order of `Signs`."""
     size = jnp.maximum(members.sum(0), 1)
     others = real[:, None] - members
     rest = jnp.maximum(others.sum(0), 1)
@@ -193,15 +195,21 @@ def _signs(
     of_mixture = np.eye(len(runs), dtype=np.float32)[mixtures]
     agreement = (alike[:, : len(mixtures)].astype(members.dtype) @ of_mixture > 0).mean(1)
 
-    looks = jax.nn.one_hot(strange, num_classes, dtype=members.dtype)  # of an own look, all zeros
-    seen = members.T @ (looks * real[:, None])
+    sources = [_sources(looks, members, num_classes) for looks in (first, late)]
+    return further, few, gap, agreement, *sources, odds @ members / size
+
+
+def _sources(looks: Int[Array, "n"], members: Float[Array, "n G"], num_classes: int) -> Float[Array, "G"]:
+    """Returns from how many other classes members seem to come, as a share, times the share of those that do."""
+    size = jnp.maximum(members.sum(0), 1)
+    seen = members.T @ jax.nn.one_hot(looks, num_classes, dtype=members.dtype)  # of an own look, all zeros
     strangers = seen.sum(1)
     chances = seen / jnp.maximum(strangers, 1)[:, None]
     entropy = -(chances * jnp.log(jnp.maximum(chances, 1e-12))).sum(1)
     # A small cluster cannot come from many classes: what counts is how many it could have come from.
     possible = jnp.minimum(num_classes - 1.0, 1 + size / 2)
     sources = jnp.minimum(jnp.exp(entropy) / possible, 1.0) * strangers / size
-    return further, few, gap, agreement, jnp.where(strangers > 0, sources, 0.0)
+    return jnp.where(strangers > 0, sources, 0.0)
 
 
 def _so_few(held: Float[Array, "G"], draws: Int[Array, ""], share: Float[Array, "G"]) -> Float[Array, "G"]:
@@ -216,22 +224,31 @@ def _so_few(held: Float[Array, "G"], draws: Int[Array, ""], share: Float[Array, 
 
 def evidence_of(
     far: Float[Array, "G"], probes_p: Float[Array, "G"], gap: Float[Array, "G"], agreement: Float[Array, "G"],
-    sources: Float[Array, "G"],
+    sources: Float[Array, "G"], late_sources: Float[Array, "G"], odds: Float[Array, "G"],
 ) -> Float[Array, "G"]:  # fmt: skip
     """Weighs the signs of clusters (see `Signs`) against each other; 0 and less is none.
 
     Each sign alone is wrong somewhere: a natural group of odd images lies far out, too, a few probes miss a tenth of a
     class by chance, and attackers who keep the labels have one source. What counts in each is limited, so that none
-    decides alone; and what lies hardly further out than the rest of its class is the class itself, cut in two.
+    decides alone.
+
+    There are two ways to be an attack, and the better counts. What was learnt lies far out, in a place of its own; what
+    lies hardly further out than the rest of its class is the class itself, cut in two. What was relabelled and not
+    learnt is still taken for other classes in the end, and for many; the hard images of a class are, too, but less
+    surely, with no gap to the rest, and probes are among them. What the rest of its class lies far beyond is what is
+    left of the class where most of it is an attack.
 
     The weights were settled on recordings of Fashion-MNIST, CIFAR-10 and traffic signs, attacked and clean
     (scoring/README.md has what they give).
     """
     lacking = jnp.minimum(-jnp.log10(probes_p + 1e-12), 2.0)
-    distance = 0.5 * jnp.minimum(far, 4.0) - 3.0 * jnp.maximum(1.5 - far, 0.0)
-    separation = 0.25 * jnp.clip(gap - 3.0, 0.0, 4.0)
-    # A class that is merely cut in two has a gap of 2 to 3.5.
-    doubt = jnp.maximum(3.0 - gap, 0.0) + 0.5 * jnp.clip(4.0 - gap, 0.0, 1.0)
     # A gap alone, or too few probes alone, is often natural; a crowd well apart in which probes should be is not.
     crowd = 0.4 * lacking * jnp.clip(gap - 5.0, 0.0, 3.0)
-    return 1.5 * lacking + distance + separation - doubt + crowd + agreement + 2.0 * sources
+    common = 1.5 * lacking + 0.25 * jnp.clip(gap - 3.0, 0.0, 4.0) - jnp.maximum(3.0 - gap, 0.0) + crowd + agreement
+
+    # A class that is merely cut in two has a gap of 2 to 3.5.
+    narrow = jnp.clip(4.0 - gap, 0.0, 1.0)
+    distance = 0.5 * jnp.minimum(far, 4.0) - 3.0 * jnp.maximum(1.5 - far, 0.0)
+    learnt = distance - 0.5 * narrow + 2.0 * sources
+    mistaken = 0.75 * jnp.clip(odds, -3.0, 5.0) - 1.5 * narrow + 1.5 * late_sources - jnp.maximum(-3.0 - far, 0.0)
+    return common + jnp.maximum(learnt, mistaken)

@@ -1,33 +1,136 @@
-"""What each example looks like to a network that has not learnt the trigger yet: where relabelled poison came from."""
+"""What each example looks like to a network that has not learnt it: where relabelled images came from."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.optimize import minimize_scalar
 
 from badloss_jax.scoring.distances import Rows, row_chunks
 
+MOST_ODDS = 15.0  # log-odds beyond say no more
 _VALUES = 2**22  # held at a time
+_SHRINKAGE = 0.05  # of the classifier's covariance towards a multiple of the identity
+_CALIBRATED_ON = 5_000  # examples, at most
 
 
-def first_seen_as(features: Float[np.ndarray, "N d"] | Rows, labels: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
-    """Returns the class whose mean each example's features are nearest to, int64, at an early epoch.
+@dataclass(frozen=True)
+class Impressions:
+    """What each example looks like.
+
+    Attributes:
+      first: int64 [N], the class that it looked like after the first epoch, of those in the labels.
+      late: int64 [N], the likeliest class but its own, by all epochs together, or its own where that is likelier.
+      odds: float32 [N], log-odds of the likeliest other class against its own, by all epochs, in [-15, 15].
+    """
+
+    first: Int[np.ndarray, "N"]
+    late: Int[np.ndarray, "N"]
+    odds: Float[np.ndarray, "N"]
+
+
+def chosen_epochs(num_epochs: int) -> Int[np.ndarray, "E"]:
+    """Returns the epochs that are looked at: six, or all of fewer, closer together at the beginning."""
+    places = np.array([0, 1 / 7, 2 / 7, 1 / 2, 11 / 14, 1])
+    return np.unique(np.round(places * (num_epochs - 1)).astype(np.int64))
+
+
+def impressions_of(features: Float[np.ndarray, "N T d"] | Rows, labels: Int[np.ndarray, "N"]) -> Impressions:
+    """Tells what examples look like.
+
+    After the first epoch that is the class whose mean is the nearest. By all of `chosen_epochs`, a linear discriminant
+    analysis of each, labels as given, says how likely the classes are. Its log-likelihoods are averaged, and divided by
+    the one temperature at which the labels are the likeliest (Guo et al. 2017): epochs of much the same would be surer
+    than they are right.
 
     Args:
-      features: [N, d], or [N, 1, d], of one epoch; in memory, or read chunk by chunk.
+      features: [N, T, d], in memory, or read chunk by chunk.
       labels: int [N], as trained on; poison shifts a class's mean, but no more than its share.
     """
-    count, width = len(labels), int(np.prod(features.shape[1:]))
     known, group, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    means = np.zeros((len(known), width))
-    for start, stop in row_chunks(features, 0, count):
-        np.add.at(means, group[start:stop], _flat(features[start:stop]))
-    means /= sizes[:, None]
-    squares, seen = (means**2).sum(1), np.empty(count, np.int64)
-    rows = max(1, _VALUES // max(width, len(known)))
-    for start in range(0, count, rows):
-        chunk = _flat(features[start : start + rows])
-        seen[start : start + rows] = (squares - 2 * chunk @ means.T).argmin(1)
-    return known[seen].astype(np.int64)
+    count, width, epochs = len(labels), features.shape[2], chosen_epochs(features.shape[1])
+    chunks = [slice(*chunk) for chunk in row_chunks(features, 0, count)]
+
+    def read(rows: slice | np.ndarray) -> Float[np.ndarray, "n D"]:
+        chunk = np.asarray(features[rows])[:, epochs]
+        return chunk.reshape(len(chunk), -1).astype(np.float32)
+
+    means, spread = _moments(read, chunks, group, sizes)
+    weights, constants = _discriminants(read, chunks, means, spread, sizes, width)
+    some = np.unique(np.linspace(0, count - 1, min(count, _CALIBRATED_ON)).astype(np.int64))
+    temperature = _temperature(read(some) @ weights + constants, group[some])
+    at_first = means[:, :width].T.astype(np.float32)
+    squares = (at_first**2).sum(0)
+
+    first, late, odds = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.float32)
+    step = max(1, _VALUES // max(weights.shape))
+    for chunk in chunks:
+        for start in range(chunk.start, chunk.stop, step):
+            rows = slice(start, min(start + step, chunk.stop))
+            values, own = read(rows), group[rows, None]
+            first[rows] = (squares - 2 * values[:, :width] @ at_first).argmin(1)
+
+            scores = values @ weights + constants
+            ours = np.take_along_axis(scores, own, 1)
+            np.put_along_axis(scores, own, -np.inf, 1)
+            other = scores.argmax(1)[:, None]
+            more = (np.take_along_axis(scores, other, 1) - ours)[:, 0] / temperature
+            odds[rows] = np.clip(more, -MOST_ODDS, MOST_ODDS)
+            late[rows] = np.where(more > 0, other[:, 0], own[:, 0])
+    return Impressions(known[first].astype(np.int64), known[late].astype(np.int64), odds)
 
 
-def _flat(rows: np.ndarray) -> np.ndarray:
-    return np.asarray(rows).reshape(len(rows), -1).astype(np.float64)
+def _moments(
+    read: Callable[[slice], Float[np.ndarray, "n D"]], chunks: Sequence[slice], group: Int[np.ndarray, "N"],
+    sizes: Int[np.ndarray, "K"],
+) -> tuple[Float[np.ndarray, "K D"], Float[np.ndarray, "D"]]:  # fmt: skip
+    """Returns the classes' means, and the standard deviation of all, infinite where nothing varies."""
+    sums, squares = np.zeros((len(sizes), 0)), np.zeros(0)
+    for chunk in chunks:
+        values, order = read(chunk).astype(np.float64), np.argsort(group[chunk], kind="stable")
+        if not squares.size:
+            sums, squares = np.zeros((len(sizes), values.shape[1])), np.zeros(values.shape[1])
+        there, starts = np.unique(group[chunk][order], return_index=True)
+        sums[there] += np.add.reduceat(values[order], starts)
+        squares += (values**2).sum(0)
+    variance = squares / len(group) - (sums.sum(0) / len(group)) ** 2
+    return sums / sizes[:, None], np.where(variance > 1e-8, np.sqrt(np.maximum(variance, 0)), np.inf)
+
+
+def _discriminants(
+    read: Callable[[slice], Float[np.ndarray, "n D"]], chunks: Sequence[slice], means: Float[np.ndarray, "K D"],
+    spread: Float[np.ndarray, "D"], sizes: Int[np.ndarray, "K"], width: int,
+) -> tuple[Float[np.ndarray, "D K"], Float[np.ndarray, "K"]]:  # fmt: skip
+    """Returns weights and constants of the classes' log-likelihoods, averaged over epochs of so many values."""
+    count, epochs = sizes.sum(), means.shape[1] // width
+    middle = sizes @ means / count
+
+    def parted(values: np.ndarray) -> Float[np.ndarray, "E n d"]:
+        return ((values - middle) / spread).reshape(-1, epochs, width).transpose(1, 0, 2).astype(np.float32)
+
+    within = np.zeros((epochs, width, width))
+    for chunk in chunks:
+        values = parted(read(chunk))
+        within += values.transpose(0, 2, 1) @ values
+    classes = parted(means).astype(np.float64)
+    within = (within - (classes.transpose(0, 2, 1) * sizes) @ classes) / count
+    common = np.trace(within, axis1=1, axis2=2) / width + 1e-6
+    within = (1 - _SHRINKAGE) * within + _SHRINKAGE * common[:, None, None] * np.eye(width)
+
+    directions = np.linalg.solve(within, classes.transpose(0, 2, 1)) / epochs
+    constants = -0.5 * (directions * classes.transpose(0, 2, 1)).sum((0, 1))
+    weights = directions.reshape(-1, len(sizes)) / spread[:, None]
+    return weights.astype(np.float32), (constants - middle @ weights).astype(np.float32)
+
+
+def _temperature(scores: Float[np.ndarray, "n K"], group: Int[np.ndarray, "n"]) -> float:
+    """Returns what log-likelihoods are divided by where the labels are the likeliest."""
+    scores = scores.astype(np.float64) - scores.max(1, keepdims=True)
+    ours = np.take_along_axis(scores, group[:, None], 1)[:, 0]
+
+    def surprise(log_temperature: float) -> float:
+        inverse = np.exp(-log_temperature)
+        return float((np.log(np.exp(scores * inverse).sum(1)) - ours * inverse).mean())
+
+    return float(np.exp(minimize_scalar(surprise, bounds=(-3, 6), method="bounded").x))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from badloss_jax.errors import UsageError
 from badloss_jax.scoring.calibration import conformal_p_values
 from badloss_jax.scoring.clusters import POSSIBLE, Cluster, find_clusters
-from badloss_jax.scoring.impressions import first_seen_as
+from badloss_jax.scoring.impressions import impressions_of
 from badloss_jax.scoring.scores import distances_by_kind, filter_epochs, scores_by_class
 from badloss_jax.scoring.verdict import in_attacks
 from badloss_jax.settings import default_config
@@ -92,8 +92,8 @@ def score_recorded(
     recorded = [np.asarray(buffer[name])[rows, :used] for name in kinds]
     ours, is_probe = classes[rows], np.isin(rows, probes)
     scores, _ = scores_by_class(kind, *found, ours, places)
-    seen_as = first_seen_as(recorded[0][:, :1], ours) if kinds[0] == "features" else None
-    clusters = find_clusters(recorded, ours, is_probe, scores, seen_as, threshold=POSSIBLE, mesh=mesh)
+    looks = impressions_of(recorded[0], ours) if kinds[0] == "features" else None
+    clusters = find_clusters(recorded, ours, is_probe, scores, looks, threshold=POSSIBLE, mesh=mesh)
     of_all = [replace(one, ids=rows[one.ids], score_ids=rows[one.score_ids]) for one in clusters]
     return Scores(distances, p_values, kept, kind, tuple(of_all))
 

@@ -56,17 +56,29 @@ class Verdict:
             numbers[cluster.ids] = number
         return numbers
 
-    def ranking(self, scores: Float[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
+    def ranking(
+        self, scores: Float[np.ndarray, "N"], odds: Float[np.ndarray, "N"] | None = None
+    ) -> Int[np.ndarray, "N"]:
         """Returns the rank of each example, from 1, the most suspicious, on.
 
-        Members of clusters come first, of the most evidence at the beginning; then, by score, all others.
+        Members of clusters come first, of the most evidence at the beginning; then all others, each at the better of
+        its two places: by score, and by the odds that it is of another class (`impressions_of`). What was learnt as a
+        trigger lies far out, what was not looks mislabelled, and hardly anything is both.
         """
         evidence = np.zeros(len(scores))
         for cluster in [*self.attacks, *self.possible]:
             evidence[cluster.ids] = cluster.evidence
+        strange = _places(scores) if odds is None else np.maximum(_places(scores), _places(odds))
         ranks = np.empty(len(scores), np.int64)
-        ranks[np.lexsort((-scores, -evidence))] = np.arange(1, len(scores) + 1)
+        ranks[np.lexsort((-scores, -strange, -evidence))] = np.arange(1, len(scores) + 1)
         return ranks
+
+
+def _places(values: Float[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
+    """Returns at which place each would be in ascending order."""
+    places = np.empty(len(values), np.int64)
+    places[np.argsort(values, kind="stable")] = np.arange(len(values))
+    return places
 
 
 def judge(

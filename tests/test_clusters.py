@@ -183,13 +183,13 @@ def test_more_evidence_is_rarer_in_clean_classes():
 def test_beside_an_attack_less_evidence_is_enough(evidence, classes, certain):
     ids = np.arange(3)
 
-    def told(gap, far=2.9):
-        signs = clusters.Signs(far, 0.1, gap, agreement=0.0, sources=0.0, late_sources=0.0, odds=-5.0)
+    def told(gap, far=2.9, odds=2.4):
+        signs = clusters.Signs(far, 0.1, gap, agreement=0.0, sources=0.0, late_sources=0.0, odds=odds)
         found = [clusters.Cluster(0, ids, value, signs, np.zeros(3), ids) for value in evidence]
         return [one.certain for one in clusters._judged(found, classes)]
 
     assert told(4.0) == [True] * certain + [False] * (len(evidence) - certain)
-    assert told(3.9, 3.0) == told(4.0)
+    assert told(3.9, far=3.0) == told(3.9, odds=2.5) == told(4.0)
     assert told(3.9) == [value >= CERTAIN for value in evidence]  # half of a class is no crowd
 
 

@@ -36,7 +36,8 @@ _LOWEST = -15.0  # log-probabilities below say no more
 CERTAIN = 5.3  # evidence of a cluster that is called an attack
 POSSIBLE = 4.4  # and of one that is worth a look
 _NATURAL = 0.05  # beside an attack others of less evidence are called so, as long as at most such a share is natural
-_APART, _FAR = 4.0, 3.0  # and its gap, or how far it lies, is no less: one of 3.2 and 1.8 was two thirds clean
+# And one of its gap, how far it lies, and its odds is no less: a group of 3.2, 1.8 and less was two thirds clean.
+_APART, _FAR, _MISTAKEN = 4.0, 3.0, 2.5
 # Of 235 clean classes, a fifth had a cluster of more evidence than 2.5, which exceeded that by 0.7 on average.
 _TAIL = (2.5, 0.2, 0.7)
 _FRINGE = -0.3  # score from which on examples are taken out with a cluster that is well apart; 0 is the middle
@@ -113,9 +114,9 @@ def find_clusters(
 ) -> list[Cluster]:  # fmt: skip
     """Finds the clusters of every class whose evidence reaches a threshold, and says which are certain.
 
-    From `CERTAIN` on they are. Where there are such, somebody attacks, and others that are well apart, or far out, need
-    less: the least evidence v at which the clean classes that would have it, K x `clean_class_p_value`(v), are at most
-    5 % of the clusters that do (Benjamini and Hochberg 1995).
+    From `CERTAIN` on they are. Where there are such, somebody attacks, and others that are well apart, or far out, or
+    surely taken for other classes, need less: the least evidence v at which the clean classes that would have it,
+    K x `clean_class_p_value`(v), are at most 5 % of the clusters that do (Benjamini and Hochberg 1995).
 
     Args:
       kinds: trajectories, in memory or on disk, such as features and ranked log-probabilities; values below -15 count
@@ -169,7 +170,8 @@ def _judged(found: list[Cluster], num_classes: int) -> list[Cluster]:
     """Says which of the clusters of so many classes are certain."""
 
     def conspicuous(one: Cluster) -> bool:
-        return one.evidence >= CERTAIN or one.signs.gap >= _APART or one.signs.far >= _FAR
+        signs = one.signs
+        return one.evidence >= CERTAIN or signs.gap >= _APART or signs.far >= _FAR or signs.odds >= _MISTAKEN
 
     evidence = np.sort([one.evidence for one in found if conspicuous(one)])[::-1]
     least = CERTAIN

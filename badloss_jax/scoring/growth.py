@@ -250,5 +250,6 @@ def evidence_of(
     narrow = jnp.clip(4.0 - gap, 0.0, 1.0)
     distance = 0.5 * jnp.minimum(far, 4.0) - 3.0 * jnp.maximum(1.5 - far, 0.0)
     learnt = distance - 0.5 * narrow + 2.0 * sources
-    mistaken = 0.75 * jnp.clip(odds, -3.0, 5.0) - 1.5 * narrow + 1.5 * late_sources - jnp.maximum(-3.0 - far, 0.0)
+    likelier = 0.75 * jnp.minimum(odds, 5.0) - 2.0 * jnp.maximum(2.0 - odds, 0.0)
+    mistaken = likelier - 1.5 * narrow + 1.5 * late_sources - jnp.maximum(-3.0 - far, 0.0)
     return common + jnp.maximum(learnt, mistaken)

@@ -131,7 +131,9 @@ def test_scans_are_summed_up_as_was_measured():
     assert f"now it is {found:.1f} and {found_cifar:.1f} %, with {lost:.2f} and {lost_cifar:.2f} %" in guide
     clean, clean_cifar = figures_of_scans("clean"), figures_of_scans("clean-cifar10")
     assert f"{len(clean)} clean sets of 2,000 images of Fashion-MNIST and {len(clean_cifar)} of CIFAR-10" in guide
-    assert not any(figure["stands_out"] for figure in [*clean, *clean_cifar])
+    later = figures_of_scans("clean-cifar10-2"), figures_of_scans("clean-cifar10-3")
+    assert f"in {len(later[0])} of 2,000 and {len(later[1])} of 1,000 images of CIFAR-10 (100 probes" in guide
+    assert not any(figure["stands_out"] for figure in [*clean, *clean_cifar, *later[0], *later[1]])
 
 
 def test_narcissus_does_what_noise_of_its_size_does_not():

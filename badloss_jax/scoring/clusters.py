@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
+from threadpoolctl import threadpool_limits
 
 from badloss_jax.errors import UsageError
 from badloss_jax.scoring.distances import Rows, row_chunks
@@ -153,7 +154,10 @@ def find_clusters(
     searched, padded = len(waiting), _padded_sizes(sizes)
     for attempt in range(_ATTACKS_OF_A_CLASS):
         again = {}
-        for label, ids, cluster in _search(look, waiting, padded, derived_seed(seed, "clusters", attempt), mesh):
+        # JAX takes LAPACK from SciPy, whose idle threads would spin on the cores that XLA needs next.
+        with threadpool_limits(1, user_api="blas"):
+            best = _search(look, waiting, padded, derived_seed(seed, "clusters", attempt), mesh)
+        for label, ids, cluster in best:
             if cluster is None or cluster.evidence < threshold:
                 continue
             found.append(Cluster(int(known[label]), cluster.ids, cluster.evidence, cluster.signs, cluster.scores, ids))
@@ -335,5 +339,12 @@ def _arrays(look: _Look, slots: list[np.ndarray], size: int, mesh: Mesh) -> list
 @lru_cache(maxsize=8)
 def _best_cluster(mesh: Mesh, num_classes: int) -> Callable[..., tuple[Array, Array]]:
     """Compiles the search for the classes of a batch, which the devices share."""
-    search = jax.vmap(partial(best_of_class, num_classes=num_classes))
-    return jax.jit(search, in_shardings=by_rows(mesh), out_shardings=by_rows(mesh))
+    one, rows = partial(best_of_class, num_classes=num_classes), by_rows(mesh)
+
+    def in_turn(*arrays: Array) -> tuple[Array, Array]:
+        return jax.lax.map(lambda of_class: one(*of_class), arrays)
+
+    # XLA shares a product among the cores of a CPU only where it is not one of a batch.
+    search = in_turn if mesh.devices.flat[0].platform == "cpu" else jax.vmap(one)
+    shared = jax.shard_map(search, mesh=mesh, in_specs=rows.spec, out_specs=rows.spec, check_vma=False)
+    return jax.jit(shared, in_shardings=rows)

@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 _SHRINKAGE = 0.1  # of the classifier's covariance towards a multiple of the identity
 _COMPONENTS = 20  # principal components that mixtures are fitted to
-_SIZES = (2, 3, 4, 6, 8, 12, 16)  # of mixtures
+_SIZES = ((2, 3, 4, 6), (8, 12, 16))  # of mixtures, those in one program that are nearly as large
 _STARTS = 3  # of each size
+_RUNS = np.repeat(np.concatenate(_SIZES), _STARTS)  # sizes of all mixtures, in the order of their fitting
 _STEPS = 40  # of expectation and maximisation
 _ROUNDS = 8  # of growth
 _FOREMOST = (0.02, 0.05, 0.1, 0.2)  # shares of a class, the furthest and the least like it, where clusters grow from
@@ -81,25 +82,29 @@ def _axes(points: Float[Array, "n D"], real: Bool[Array, "n"]) -> tuple[Float[Ar
 
 def _proposals(points: Float[Array, "n C"], real: Bool[Array, "n"], key: Array) -> Float[Array, "n G"]:
     """Fits mixtures of every size from every start; returns which points each of their components holds."""
-    sizes = np.repeat(_SIZES, _STARTS)
-    draws = jax.random.uniform(key, (len(sizes), max(_SIZES)), points.dtype)
-    held = jax.vmap(partial(_mixture, points, real))(draws, jnp.asarray(sizes))
-    exists = np.flatnonzero(np.arange(max(_SIZES)) < sizes[:, None])
-    return held.transpose(1, 0, 2).reshape(len(points), -1)[:, exists]
+    draws = jax.random.uniform(key, (len(_RUNS), max(_RUNS)), points.dtype)
+    held, begin = [], 0
+    for sizes in _SIZES:
+        runs = np.repeat(sizes, _STARTS)
+        rows = slice(begin, begin + len(runs))
+        fitted = jax.vmap(partial(_mixture, points, real))(draws[rows, : max(sizes)], jnp.asarray(runs))
+        exists = np.flatnonzero(np.arange(max(sizes)) < runs[:, None])
+        held.append(fitted.reshape(-1, len(points))[exists])
+        begin = rows.stop
+    return jnp.concatenate(held).T
 
 
 def _mixture(
     points: Float[Array, "n C"], real: Bool[Array, "n"], draws: Float[Array, "S"], size: Int[Array, ""]
-) -> Float[Array, "n S"]:
+) -> Float[Array, "S n"]:
     """Fits one mixture with a shared covariance, from k-means, itself from k-means++ (Arthur, Vassilvitskii 2007).
 
-    `draws`, uniform in [0, 1), choose the first means.
-
-    Components from `size` on, of the largest number, stay empty: so one program fits mixtures of all sizes.
+    `draws`, uniform in [0, 1), choose the first means; components from `size` on stay empty, so that one program fits
+    mixtures of several sizes. Components are rows, because XLA vectorises reductions over them on CPUs.
     """
-    most, exists = max(_SIZES), jnp.arange(max(_SIZES)) < size
+    place = jnp.arange(len(draws))[:, None]
+    exists = place < size
     count, width = jnp.maximum(real.sum(), 1), points.shape[1]
-    weight = real[:, None].astype(points.dtype)
     scatter = points.T @ points / count
 
     def draw(distances: Array, uniform: Array) -> tuple[Array, Array]:
@@ -107,29 +112,33 @@ def _mixture(
         mean = points[jnp.searchsorted(below, uniform * below[-1], side="right").clip(max=len(points) - 1)]
         return jnp.minimum(distances, ((points - mean) ** 2).sum(1)), mean
 
-    def nearest(means: Float[Array, "S C"]) -> Float[Array, "n S"]:
-        distances = jnp.where(exists, (means**2).sum(1) - 2 * points @ means.T, jnp.inf)
-        return jax.nn.one_hot(distances.argmin(1), most, dtype=points.dtype) * weight
+    def highest(values: Float[Array, "S n"]) -> Float[Array, "S n"]:
+        # The first of the highest, without an argmax, which XLA does not vectorise on CPUs.
+        first = jnp.where(values == values.max(0), place, len(place)).min(0)
+        return ((place == first) & real).astype(points.dtype)
+
+    def nearest(means: Float[Array, "S C"]) -> Float[Array, "S n"]:
+        return highest(jnp.where(exists, 2 * means @ points.T - (means**2).sum(1, keepdims=True), -jnp.inf))
 
     def centre(means: Array, _: None) -> tuple[Array, None]:
         held = nearest(means)
-        sizes = held.sum(0)[:, None]
-        return jnp.where(sizes > 0, held.T @ points / jnp.maximum(sizes, 1), means), None
+        sizes = held.sum(1)[:, None]
+        return jnp.where(sizes > 0, held @ points / jnp.maximum(sizes, 1), means), None
 
     def improve(held: Array, _: None) -> tuple[Array, None]:
-        sizes = held.sum(0) + 1e-6
-        means = held.T @ points / sizes[:, None]
+        sizes = held.sum(1)[:, None] + 1e-6
+        means = held @ points / sizes
         # The covariance within is the whole scatter less that of the means.
-        within = scatter - (means * (sizes / count)[:, None]).T @ means + 2e-3 * jnp.eye(width, dtype=points.dtype)
-        directions = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(within), True), means.T)
-        constants = jnp.log(sizes / count) - 0.5 * (means.T * directions).sum(0)
-        logits = points @ directions + constants  # up to what components have in common
-        return jax.nn.softmax(jnp.where(exists, logits, -jnp.inf), axis=1) * weight, None
+        within = scatter - (means * (sizes / count)).T @ means + 2e-3 * jnp.eye(width, dtype=points.dtype)
+        directions = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(within), True), means.T).T
+        constants = jnp.log(sizes / count) - 0.5 * (means * directions).sum(1, keepdims=True)
+        logits = directions @ points.T + constants  # up to what components have in common
+        return jax.nn.softmax(jnp.where(exists, logits, -jnp.inf), axis=0) * real, None
 
     _, means = jax.lax.scan(draw, jnp.full(len(points), 1e3, points.dtype), draws)
     means, _ = jax.lax.scan(centre, means, length=8)
     held, _ = jax.lax.scan(improve, nearest(means), length=_STEPS)
-    return jax.nn.one_hot(held.argmax(1), most, dtype=points.dtype) * weight
+    return highest(held)
 
 
 def _foremost(values: Float[Array, "n"], real: Bool[Array, "n"]) -> Float[Array, "n F"]:
@@ -190,9 +199,8 @@ def _signs(
 
     common = members.T @ members
     alike = common >= _ALIKE * (size[:, None] + size[None, :] - common)
-    runs = np.repeat(_SIZES, _STARTS)
-    mixtures = np.repeat(np.arange(len(runs)), runs)  # that each of the first columns is a component of
-    of_mixture = np.eye(len(runs), dtype=np.float32)[mixtures]
+    mixtures = np.repeat(np.arange(len(_RUNS)), _RUNS)  # that each of the first columns is a component of
+    of_mixture = np.eye(len(_RUNS), dtype=np.float32)[mixtures]
     agreement = (alike[:, : len(mixtures)].astype(members.dtype) @ of_mixture > 0).mean(1)
 
     sources = [_sources(looks, members, num_classes) for looks in (first, late)]

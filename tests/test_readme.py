@@ -83,7 +83,7 @@ def test_the_scorers_are_as_fast_as_was_measured():
     assert taken["jax top_k", 1_281_167]["seconds"]["median"] > 5 * ours
 
 
-@pytest.mark.parametrize("name", ["store2", "store3"])
+@pytest.mark.parametrize("name", ["store2", "store3", "store4"])
 def test_attacks_are_searched_as_fast_as_was_measured(name):
     (figure,) = json.loads((RESULTS / "benchmarks" / f"{name}.json").read_text("utf-8"))["figures"]
     seconds = [f"{figure['seconds'][part]:.1f} s" for part in ("distances", "clusters", "all")]

@@ -13,7 +13,8 @@ SIX = "('patch','single_pix','blend_r','blend_p','sinusoid','frequency')"
 
 @pytest.fixture(scope="module")
 def config():
-    return load_config("configs/digits.py", [f"--config.attacks.names={SIX}", "--config.probes.count=40"])
+    return load_config("configs/digits.py", [f"--config.attacks.names={SIX}", "--config.probes.count=60",
+                                               "--config.scoring.loss.k=55"])  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def test_a_regime_poisons_what_it_says(config, clean, name):
     np.testing.assert_array_equal(one.images, again.images)
     np.testing.assert_array_equal(one.labels, again.labels)
     assert one.images.dtype == np.uint8
-    assert len(one.probe_ids) == (regime.probes or 40)
+    assert len(one.probe_ids) == (regime.probes or 60)
     assert (one.attack_of[one.probe_ids] == "").all()
 
     poisoned = one.attack_of != ""

@@ -146,6 +146,8 @@ def _settled(config: ConfigDict, seed: int, regime: Regime) -> ConfigDict:
     settings: dict[str, Any] = {"seed": seed, "attacks.names": tuple(names)}
     if regime.probes:
         settings["probes.count"] = regime.probes
+        # A scan has its own k; the config's may be too large for so few probes, and would be refused.
+        settings |= {f"scoring.{kind}.k": 1 for kind in config.scoring.kinds}
     dataset = load_dataset(config.data, seed)
     classes, most = dataset.num_classes, len(dataset.train.labels)
     if regime.examples:

@@ -151,6 +151,22 @@ def test_leave_one_out_scores_are_what_leaving_one_out_gives(rng, monkeypatch):
     np.testing.assert_allclose(scores[:, 0], (expected - (high + low) / 2) / ((high - low) / 2), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("evidence", "gap", "expected"),
+    [
+        ((7.0, 6.6, 6.7, 6.9), (5.0, 6.0, 5.4, 9.0), 1),  # the third is hardly better apart, the fourth lies elsewhere
+        ((7.0, 6.5, 6.5, 6.9), (5.0, 6.0, 8.0, 9.0), 0),  # of too little evidence
+        ((5.5, 5.2, 5.2, 5.0), (5.0, 6.0, 8.0, 9.0), 0),  # which alone would be no attack
+        ((7.0, 6.6, 6.7, 6.9), (5.0, 6.0, 5.6, 9.0), 2),  # of two, that of more evidence
+    ],
+)
+def test_of_a_cluster_the_part_that_is_better_apart_is_taken(evidence, gap, expected):
+    members = np.zeros((100, 4), np.float32)
+    for column, rows in enumerate((slice(0, 40), slice(0, 20), slice(18, 38), slice(50, 70))):
+        members[rows, column] = 1
+    assert growth._tighter(np.argmax(evidence), members, np.array(evidence), np.array(gap)) == expected
+
+
 def test_so_few_probes_are_as_likely_as_the_binomial_says():
     held, draws, share = np.array([0, 1, 5, 20, 30, 31, 40.0]), 40, np.array([0.1, 0.3, 0.2, 0.5, 0.9, 0.9, 0.3])
     expected = stats.binom.cdf(held, draws, share)
@@ -183,14 +199,14 @@ def test_more_evidence_is_rarer_in_clean_classes():
 def test_beside_an_attack_less_evidence_is_enough(evidence, classes, certain):
     ids = np.arange(3)
 
-    def told(gap, far=2.9, odds=2.4):
+    def told(gap, far=3.4, odds=2.4):
         signs = clusters.Signs(far, 0.1, gap, agreement=0.0, sources=0.0, late_sources=0.0, odds=odds)
         found = [clusters.Cluster(0, ids, value, signs, np.zeros(3), ids) for value in evidence]
         return [one.certain for one in clusters._judged(found, classes)]
 
-    assert told(4.0) == [True] * certain + [False] * (len(evidence) - certain)
-    assert told(3.9, far=3.0) == told(3.9, odds=2.5) == told(4.0)
-    assert told(3.9) == [value >= CERTAIN for value in evidence]  # half of a class is no crowd
+    assert told(5.0) == [True] * certain + [False] * (len(evidence) - certain)
+    assert told(4.9, far=3.5) == told(4.9, odds=2.5) == told(5.0)
+    assert told(4.9) == [value >= CERTAIN for value in evidence]  # a natural group, or half of a class
 
 
 @pytest.mark.parametrize(

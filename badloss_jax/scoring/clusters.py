@@ -28,17 +28,16 @@ from threadpoolctl import threadpool_limits
 
 from badloss_jax.errors import UsageError
 from badloss_jax.scoring.distances import Rows, row_chunks
-from badloss_jax.scoring.growth import best_of_class
+from badloss_jax.scoring.growth import CERTAIN, best_of_class
 from badloss_jax.scoring.impressions import MOST_ODDS, Impressions, chosen_epochs
 from badloss_jax.seeding import derived_seed
 from badloss_jax.training.mesh import by_rows, make_mesh, place_rows, round_up, to_host
 
 _LOWEST = -15.0  # log-probabilities below say no more
-CERTAIN = 5.3  # evidence of a cluster that is called an attack
-POSSIBLE = 4.4  # and of one that is worth a look
+POSSIBLE = 4.4  # evidence of a cluster that is worth a look; from `CERTAIN` on it is called an attack
 _NATURAL = 0.05  # beside an attack others of less evidence are called so, as long as at most such a share is natural
-# And one of its gap, how far it lies, and its odds is no less: a group of 3.2, 1.8 and less was two thirds clean.
-_APART, _FAR, _MISTAKEN = 4.0, 3.0, 2.5
+# And one of its gap, how far it lies, and its odds is no less: a fifth of the trousers had 4.9, 3.0 and -8.9.
+_APART, _FAR, _MISTAKEN = 5.0, 3.5, 2.5
 # Of 235 clean classes, a fifth had a cluster of more evidence than 2.5, which exceeded that by 0.7 on average.
 _TAIL = (2.5, 0.2, 0.7)
 _FRINGE = -0.3  # score from which on examples are taken out with a cluster that is well apart; 0 is the middle

@@ -204,9 +204,9 @@ def test_beside_an_attack_less_evidence_is_enough(evidence, classes, certain):
         found = [clusters.Cluster(0, ids, value, signs, np.zeros(3), ids) for value in evidence]
         return [one.certain for one in clusters._judged(found, classes)]
 
-    assert told(5.0) == [True] * certain + [False] * (len(evidence) - certain)
-    assert told(4.9, far=3.5) == told(4.9, odds=2.5) == told(5.0)
-    assert told(4.9) == [value >= CERTAIN for value in evidence]  # a natural group, or half of a class
+    assert told(6.0) == [True] * certain + [False] * (len(evidence) - certain)
+    assert told(5.9, far=3.5) == told(5.9, odds=2.5) == told(6.0)
+    assert told(5.9) == [value >= CERTAIN for value in evidence]  # a natural group, or half of a class
 
 
 @pytest.mark.parametrize(

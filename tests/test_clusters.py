@@ -226,7 +226,9 @@ def test_odd_inputs_give_numbers(spoil):
         is_probe = is_probe & (labels != 1)
     if spoil == "three epochs":
         kinds = [kind[:, :3] for kind in kinds]
-    for one in find(kinds, labels, is_probe, far, looks):
+    found = find(kinds, labels, is_probe, far, looks)
+    assert {4} - {one.label for one in found} == ({4} if spoil == "constant" else set())
+    for one in found:
         assert np.isfinite(one.evidence)
         assert np.isfinite(one.scores).all()
         assert len(one.ids)
@@ -235,7 +237,7 @@ def test_odd_inputs_give_numbers(spoil):
 def test_without_impressions_the_other_signs_count():
     kinds, labels, is_probe, far, _, poison = planted(3)
     found = find(kinds, labels, is_probe, far)
-    assert {1, 4} >= {one.label for one in found}
+    assert {one.label for one in found} == {1, 4}
     assert all(np.isnan([one.signs.sources, one.signs.late_sources, one.signs.odds]).all() for one in found)
     assert all((poison[one.ids] > 0).mean() > 0.9 for one in found)
 
@@ -293,3 +295,35 @@ def test_shapes_that_do_not_fit_are_refused():
         find([kinds[0][:-1]], labels, is_probe, far, looks)
     with pytest.raises(UsageError, match="expected"):
         find(kinds, labels, is_probe, far[:-1], looks)
+
+
+def test_in_a_class_without_probes_nothing_is_certain():
+    kinds, labels, is_probe, far, looks, _ = planted(3)
+    assert {one.label for one in find(kinds, labels, is_probe, far, looks) if one.certain} == {1, 4}
+    unknown = is_probe & ((labels != 1) | (np.cumsum(is_probe & (labels == 1)) <= 2))
+    assert {one.label for one in find(kinds, labels, unknown, far, looks) if one.certain} == {4}
+
+
+def test_of_more_classes_more_evidence_is_asked():
+    signs = clusters.Signs(9.0, 0.1, 9.0, agreement=0.0, sources=0.0, late_sources=0.0, odds=9.0)
+    one = clusters.Cluster(0, np.arange(3), 6.0, signs, np.zeros(3), np.arange(3))
+    assert [clusters._judged([one], classes)[0].certain for classes in (10, 37, 38, 1000)] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("spoilt", ["far", "features", "ranked"])
+def test_values_that_are_not_finite_are_refused(spoilt):
+    kinds, labels, is_probe, far, looks, _ = planted(7)
+    kinds, far = [kind.astype(np.float32) for kind in kinds], far.copy()
+    {"far": far, "features": kinds[0], "ranked": kinds[1]}[spoilt].flat[0] = np.nan
+    with pytest.raises(UsageError, match="NaN"):
+        find(kinds, labels, is_probe, far, looks)
+
+
+def test_features_may_have_any_scale():
+    """Log-probabilities below -15 say no more; features do."""
+    kinds, labels, is_probe, far, looks, _ = planted(3)
+    larger = [100 * kinds[0].astype(np.float32), *kinds[1:]]
+    ours, theirs = find(kinds, labels, is_probe, far, looks), find(larger, labels, is_probe, far, looks)
+    assert [one.label for one in ours] == [one.label for one in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert len(np.setxor1d(one.ids, other.ids)) <= 0.05 * len(one.ids)

@@ -76,6 +76,9 @@ def score_stored(
     source = _open(trajectories)
     given = _Probes.read(probes, source) if probes else _Probes(source.marked_probes())
     config = _settings(source, len(given), overrides, own_probes=given.rows is None)
+    if exclude_non_finite and "clusters" in config.rejection.rules:
+        raise UsageError("the rule clusters needs every example's trajectories, so nothing can be left out: use it"
+                         " without --exclude_non_finite")  # fmt: skip
     about = {
         "format": _FORMAT,
         "trajectories": source.identity,

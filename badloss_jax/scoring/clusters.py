@@ -34,15 +34,17 @@ from badloss_jax.seeding import derived_seed
 from badloss_jax.training.mesh import by_rows, make_mesh, place_rows, round_up, to_host
 
 _LOWEST = -15.0  # log-probabilities below say no more
+_SOME = 4096  # examples that show whether values are log-probabilities
 POSSIBLE = 4.4  # evidence of a cluster that is worth a look; from `CERTAIN` on it is called an attack
-_NATURAL = 0.05  # beside an attack others of less evidence are called so, as long as at most such a share is natural
-# And one of its gap, how far it lies, and its odds is no less: a fifth of the trousers had 4.9, 3.0 and -8.9, of the
-# bags 5.6, 1.3 and -12.
+_NATURAL = 0.05  # clean classes' clusters that are called so: at most, in a clean set, and as a share beside an attack
+# Of less evidence than `CERTAIN`, a cluster must reach one of these: its gap, how far it lies, its odds. Natural groups
+# that do not: a fifth of the trousers had 4.9, 3.0 and -8.9, of the bags 5.6, 1.3 and -12.
 _APART, _FAR, _MISTAKEN = 6.0, 3.5, 2.5
 # Of 235 clean classes, a fifth had a cluster of more evidence than 2.5, which exceeded that by 0.7 on average.
 _TAIL = (2.5, 0.2, 0.7)
 _FRINGE = -0.3  # score from which on examples are taken out with a cluster that is well apart; 0 is the middle
 FEW = 30  # examples; in a class of fewer nothing is looked for
+FEW_PROBES = 3  # in a class of fewer nothing is certain
 _ATTACKS_OF_A_CLASS = 8  # at most
 _VALUES = 2**26  # of trajectories on the devices at a time
 
@@ -53,8 +55,9 @@ class Signs:
 
     Attributes:
       far: how much further from the probes its members lie than the rest of the class, in spreads of the probes.
-      probes_p: probability of no more probes than it holds, were they drawn from the class at random.
-      gap: distance of its mean score from the rest's, in standard deviations within.
+      probes_p: probability of no more probes than it holds, were they drawn from the class at random; 1 if
+        it holds more than 30.
+      gap: distance of its mean score from the rest's, in standard deviations within, of both together.
       agreement: share of the mixtures that led to it.
       sources: number of other classes that its members seem to come from after the first epoch (the exponential of the
         entropy), as a share of how many there could be, times the share of members that look like another class.
@@ -83,7 +86,7 @@ class Cluster:
       evidence: see `evidence_of`.
       signs: what it is made of.
       scores: [n], of all examples of the class that were left when it was found: about 1 in the cluster and -1 in the
-        rest. The fringe begins two standard deviations of the rest above its mean, but not below -0.3.
+        rest. The fringe begins two standard deviations above the rest's mean, but between -0.3 and 0.
       score_ids: int64 [n].
       certain: whether it is called an attack: its evidence is `CERTAIN`, or there are such and `find_clusters` expects
         few of so much among clean classes.
@@ -115,13 +118,14 @@ def find_clusters(
 ) -> list[Cluster]:  # fmt: skip
     """Finds the clusters of every class whose evidence reaches a threshold, and says which are certain.
 
-    From `CERTAIN` on they are. Where there are such, somebody attacks, and others that are well apart, or far out, or
-    surely taken for other classes, need less: the least evidence v at which the clean classes that would have it,
-    K x `clean_class_p_value`(v), are at most 5 % of the clusters that do (Benjamini and Hochberg 1995).
+    From `CERTAIN` on they are; of more than 13 classes from where K x `clean_class_p_value`(v) is 5 %. Where there are
+    such, somebody attacks, and others that are well apart, or far out, or surely taken for other classes, need less:
+    the least evidence v at which the clean classes that would have it, K x `clean_class_p_value`(v), are at most 5 % of
+    the clusters that do (Benjamini and Hochberg 1995). In classes of fewer than 3 probes none is certain.
 
     Args:
-      kinds: trajectories, in memory or on disk, such as features and ranked log-probabilities; values below -15 count
-        as that. Six of their epochs are looked at, which a class at a time is read of.
+      kinds: trajectories, in memory or on disk, such as features and ranked log-probabilities; of a kind that is never
+        positive, values below -15 count as that. Six of their epochs are looked at, which a class at a time is read of.
       labels: int [N], as trained on.
       is_probe: bool [N].
       far: [N], log distance to the probes, a class on the scale of its own (`standardised_by_class`).
@@ -134,7 +138,7 @@ def find_clusters(
       Clusters, class by class in the order in which they were found.
 
     Raises:
-      UsageError: shapes that do not fit.
+      UsageError: shapes that do not fit; values that are not finite.
     """
     count = len(labels)
     if any(len(rows.shape) != 3 or rows.shape[0] != count for rows in kinds) or len(far) != count:
@@ -147,7 +151,11 @@ def find_clusters(
     order = np.argsort(group, kind="stable")
     members = dict(zip(range(len(known)), np.split(order, np.cumsum(sizes)[:-1]), strict=True))
     first, late, odds = _strange(looks, known, group)
-    look = _Look(kinds, *_moments(kinds), is_probe, far, first, late, odds, len(known), looks is not None)
+    floors = [_floor(rows) for rows in kinds]
+    means, spreads = _moments(kinds, floors)
+    if not all(np.isfinite(values).all() for values in (far, *means)):
+        raise UsageError("trajectories or distances hold NaN or infinity: leave such examples out")
+    look = _Look(kinds, floors, means, spreads, is_probe, far, first, late, odds, len(known), looks is not None)
 
     found: list[Cluster] = []
     waiting = {label: ids for label, ids in members.items() if len(ids) >= FEW}
@@ -160,14 +168,17 @@ def find_clusters(
         for label, ids, cluster in best:
             if cluster is None or cluster.evidence < threshold:
                 continue
-            found.append(Cluster(int(known[label]), cluster.ids, cluster.evidence, cluster.signs, cluster.scores, ids))
+            found.append(replace(cluster, label=int(known[label])))
             left = np.setdiff1d(ids, cluster.ids)
             if len(left) >= FEW:
                 again[label] = left
         waiting = again
         if not waiting:
             break
-    return sorted(_judged(found, searched), key=lambda cluster: cluster.label)
+    unknown = set(known[np.bincount(group[is_probe], minlength=len(known)) < FEW_PROBES].tolist())
+    judged = _judged([one for one in found if one.label not in unknown], searched)
+    judged += [one for one in found if one.label in unknown]
+    return sorted(judged, key=lambda cluster: cluster.label)
 
 
 def _judged(found: list[Cluster], num_classes: int) -> list[Cluster]:
@@ -178,11 +189,12 @@ def _judged(found: list[Cluster], num_classes: int) -> list[Cluster]:
         return one.evidence >= CERTAIN or signs.gap >= _APART or signs.far >= _FAR or signs.odds >= _MISTAKEN
 
     evidence = np.sort([one.evidence for one in found if conspicuous(one)])[::-1]
-    least = CERTAIN
-    if (evidence >= CERTAIN).any():  # else nobody is known to attack, and no less is enough
+    start, share, scale = _TAIL
+    least = max(CERTAIN, start + scale * math.log(share * max(num_classes, 1) / _NATURAL))
+    if (evidence >= least).any():  # else nobody is known to attack, and no less is enough
         natural = num_classes * np.array([clean_class_p_value(value) for value in evidence])
         few = natural <= _NATURAL * np.arange(1, len(evidence) + 1)
-        least = evidence[few].min(initial=CERTAIN)
+        least = evidence[few].min(initial=least)
 
     return [replace(one, certain=bool(conspicuous(one) and one.evidence >= least)) for one in found]
 
@@ -192,6 +204,7 @@ class _Look:
     """Everything that a search reads."""
 
     kinds: Sequence[Rows]
+    floors: list[float]
     means: list[np.ndarray]
     spreads: list[np.ndarray]
     is_probe: np.ndarray
@@ -209,8 +222,8 @@ class _Look:
 
     def points(self, ids: np.ndarray) -> Float[np.ndarray, "n D"]:
         """Reads the standardised trajectories of a few examples."""
-        parts = [(_values(rows, ids) - mean) / spread
-                 for rows, mean, spread in zip(self.kinds, self.means, self.spreads, strict=True)]  # fmt: skip
+        parts = [(_values(rows, ids, floor) - mean) / spread for rows, floor, mean, spread
+                 in zip(self.kinds, self.floors, self.means, self.spreads, strict=True)]  # fmt: skip
         return np.concatenate(parts, axis=1)
 
 
@@ -230,19 +243,24 @@ def _strange(looks: Impressions | None, known: np.ndarray, group: np.ndarray) ->
     return other(looks.first), other(looks.late), looks.odds.astype(np.float32)
 
 
-def _values(rows: Rows, which: slice | np.ndarray) -> Float[np.ndarray, "n D"]:
+def _floor(rows: Rows) -> float:
+    """Returns the least value that counts: log-probabilities have one, features have none."""
+    return _LOWEST if (np.asarray(rows[:_SOME]) <= 0).all() else -math.inf
+
+
+def _values(rows: Rows, which: slice | np.ndarray, floor: float) -> Float[np.ndarray, "n D"]:
     chunk = np.asarray(rows[which])[:, chosen_epochs(rows.shape[1])]
-    return np.maximum(chunk.reshape(len(chunk), -1).astype(np.float32), _LOWEST)
+    return np.maximum(chunk.reshape(len(chunk), -1).astype(np.float32), floor)
 
 
-def _moments(kinds: Sequence[Rows]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _moments(kinds: Sequence[Rows], floors: Sequence[float]) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Returns mean and standard deviation of every value, read chunk by chunk."""
     means, spreads = [], []
-    for rows in kinds:
+    for rows, floor in zip(kinds, floors, strict=True):
         width = len(chosen_epochs(rows.shape[1])) * rows.shape[2]
         total, squares = np.zeros((2, width))
         for start, stop in row_chunks(rows, 0, rows.shape[0]):
-            chunk = _values(rows, slice(start, stop)).astype(np.float64)
+            chunk = _values(rows, slice(start, stop), floor).astype(np.float64)
             total += chunk.sum(0)
             squares += (chunk**2).sum(0)
         mean = total / rows.shape[0]
@@ -339,7 +357,12 @@ def _arrays(look: _Look, slots: list[np.ndarray], size: int, mesh: Mesh) -> list
 @lru_cache(maxsize=8)
 def _best_cluster(mesh: Mesh, num_classes: int) -> Callable[..., tuple[Array, Array]]:
     """Compiles the search for the classes of a batch, which the devices share."""
-    one, rows = partial(best_of_class, num_classes=num_classes), by_rows(mesh)
+    rows, best = by_rows(mesh), partial(best_of_class, num_classes=num_classes)
+
+    def one(*of_class: Array) -> tuple[Array, Array]:
+        # Where products are rounded by default, a mixture's covariance may cease to be one.
+        with jax.default_matmul_precision("highest"):
+            return best(*of_class)
 
     def in_turn(*arrays: Array) -> tuple[Array, Array]:
         return jax.lax.map(lambda of_class: one(*of_class), arrays)

@@ -40,9 +40,9 @@ def impressions_of(features: Float[np.ndarray, "N T d"] | Rows, labels: Int[np.n
     """Tells what examples look like.
 
     After the first epoch that is the class whose mean is the nearest. By all of `chosen_epochs`, a linear discriminant
-    analysis of each, labels as given, says how likely the classes are. Its log-likelihoods are averaged, and divided by
-    the one temperature at which the labels are the likeliest (Guo et al. 2017): epochs of much the same would be surer
-    than they are right.
+    analysis of each, labels as given, says how likely the classes are, each as frequent as the others. Its
+    log-likelihoods are averaged, and divided by the one temperature at which the labels are the likeliest (Guo et al.
+    2017): epochs of much the same would be surer than they are right.
 
     Args:
       features: [N, T, d], in memory, or read chunk by chunk.

@@ -70,7 +70,8 @@ def score_recorded(
     if k is not None:
         scoring[kind] = {"k": integer("k", k, 1, len(probes) - 1)}
     parts = ("features", "ranked") if kind == "combined" else (kind,)
-    there = np.asarray(_finite({part: buffer[part] for part in {"loss", *parts}}))[:num_examples, :used]
+    searched = [name for name in ("features", "ranked") if name in buffer and classes is not None]
+    there = np.asarray(_finite({part: buffer[part] for part in {"loss", *parts, *searched}}))[:num_examples, :used]
     rows = np.flatnonzero(there.all(axis=1))
     _check_complete(there, probes, kind, exclude=incomplete == "exclude")
     kept = filter_epochs(np.asarray(buffer["loss"])[rows, :used])

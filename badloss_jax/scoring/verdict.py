@@ -8,11 +8,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from badloss_jax.scoring.calibration import PoisonedShare, conformal_p_values, no_poison_p_value, poisoned_share
-from badloss_jax.scoring.clusters import FEW, Cluster, clean_class_p_value
+from badloss_jax.scoring.clusters import FEW, FEW_PROBES, Cluster, clean_class_p_value
 from badloss_jax.scoring.rejection import reject
 
 UNLIKELY = 0.005  # p-value of the distances of all images below which more lie far out than chance explains
-_FEW_PROBES = 3  # of a class with fewer nothing is said
 _PURE = 0.8  # of the members of certain clusters, at least this share is poison: the interval's lower end
 _HIDDEN = 1.5  # as much again as half of what was found may hide beside it: the interval's upper end, at least
 _LEARNT_LATE = 0.3  # p-value that poison which is no crowd is taken to have, at most: the upper end counts up to it
@@ -117,7 +116,7 @@ def judge(
             "probes": int(probes[label]),
             "members": int(inside[label]),
             "affected": bool(inside[label]),
-            "judged": bool(images[label] >= FEW and probes[label] >= _FEW_PROBES),
+            "judged": bool(images[label] >= FEW and probes[label] >= FEW_PROBES),
         }
         for label in range(num_classes)
     ]

@@ -55,8 +55,8 @@ class Signs:
 
     Attributes:
       far: how much further from the probes its members lie than the rest of the class, in spreads of the probes.
-      probes_p: probability of no more probes than it holds, were they drawn from the class at random; 1 if
-        it holds more than 30.
+      probes_p: probability of no more probes than it holds, were they drawn from the class at random; or, if larger,
+        how much likelier those that it holds are in a natural group than in an attack; 1 of more than 30.
       gap: distance of its mean score from the rest's, in standard deviations within, of both together.
       agreement: share of the mixtures that led to it.
       sources: number of other classes that its members seem to come from after the first epoch (the exponential of the

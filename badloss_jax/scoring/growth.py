@@ -22,6 +22,7 @@ _FOREMOST = (0.02, 0.05, 0.1, 0.2)  # shares of a class, the furthest and the le
 _ALIKE = 0.8  # clusters of at least this Jaccard index are one
 _SMALLEST = 12  # examples of a cluster, at least
 _SMALLEST_SHARE = 0.01  # of its class, likewise
+_ASTRAY = 0.03  # share of a class's probes that lie in an attack by mistake
 _PROBES_HELD = 30  # a cluster with more is not thought to lack any
 _TIGHTER = (0.85, 0.9, 1.1, 0.45)  # see `_tighter`
 _LARGEST = 0.55  # share of a class that a cluster may have: beyond, the probes are in the other half
@@ -239,12 +240,18 @@ def _sources(looks: Int[Array, "n"], members: Float[Array, "n G"], num_classes: 
 
 
 def _so_few(held: Float[Array, "G"], draws: Int[Array, ""], share: Float[Array, "G"]) -> Float[Array, "G"]:
-    """Returns the binomial probability of no more than `held` in so many draws; 1 for more than 30."""
+    """Returns how likely a natural group holds no more than `held` probes of so many; 1 for more than 30.
+
+    That is the binomial probability; or, if larger, that of none, times for each how much likelier it is in a natural
+    group than in an attack, where it lies by mistake: half of a class rarely holds 4 of 23, an attack never.
+    """
     number = jnp.arange(_PROBES_HELD + 1)
     factors = jnp.maximum(draws - number + 1, 1e-30) / jnp.maximum(number, 1)
     choices = jnp.cumsum(jnp.where(number > 0, jnp.log(factors), 0))  # logs of draws over number
     logs = choices + number * jnp.log(share)[:, None] + (draws - number) * jnp.log1p(-share)[:, None]
     few = jnp.where((number <= held[:, None]) & (number <= draws), jnp.exp(logs), 0).sum(1)
+    each = jnp.log(share) - jnp.log1p(-share) - np.log(_ASTRAY / (1 - _ASTRAY))
+    few = jnp.maximum(few, jnp.exp(jnp.minimum(draws * jnp.log1p(-share) + held * each, 0.0)))
     return jnp.where((held > _PROBES_HELD) | (held >= draws), 1.0, jnp.minimum(few, 1.0))
 
 

@@ -282,6 +282,14 @@ def test_stored_trajectories_are_removed_by_the_same_clusters(own_loop, tmp_path
     np.testing.assert_array_equal(removed, recorder.score(probe_ids, labels=labels).removed)
 
 
+def test_nothing_can_be_left_out_of_a_search(own_loop, tmp_path, capsys):
+    _, _, probe_ids, _, folder = own_loop
+    (tmp_path / "probes.txt").write_text("\n".join(map(str, probe_ids)), "utf-8")
+    command = ["score", "--trajectories", str(folder), "--probes", str(tmp_path / "probes.txt"), "--exclude_non_finite"]
+    assert main([*command, "--workdir", str(tmp_path / "out"), "--config.rejection.rules=('clusters',)"]) == 2
+    assert "without --exclude_non_finite" in capsys.readouterr().err
+
+
 def test_trajectories_without_labels_have_no_clusters(own_loop, tmp_path, capsys):
     recorder, _, probe_ids, *_ = own_loop
     recorder.save(tmp_path / "plain")

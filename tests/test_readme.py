@@ -138,6 +138,28 @@ def test_scans_are_summed_up_as_was_measured():
     assert f"now it is {found:.1f} and {found_cifar:.1f} %, with {lost:.2f} and {lost_cifar:.2f} %" in guide
 
 
+@pytest.mark.parametrize(
+    ("name", "seeds", "digits"), [("fashion_mnist-3", [86], 2), ("cifar10-2", [84], 2), ("fashion_mnist-7", [84], 1),
+                                  ("fashion_mnist-8", [85], 1)]
+)  # fmt: skip
+def test_what_was_looked_at_once_is_told(name, seeds, digits):
+    figures = [figure for figure in figures_of_scans(name) if figure["seed"] in seeds]
+    found, lost = found_and_lost(figures, "held-out")
+    guide = Path("badloss_jax/README.md").read_text("utf-8")
+    assert re.search(rf"{found:.1f} %[a-z ]* with {lost:.{digits}f} %", " ".join(guide.split()))
+
+
+@pytest.mark.parametrize(
+    ("names", "regime"), [(names, regime) for names in SCANS[:2] for regime in ("drawn", "held-out")]
+)
+def test_recall_by_trigger_is_what_was_measured(names, regime):
+    figures = [figure for figure in figures_of_scans(*names) if figure["regime"] == regime]
+    mean = {name: 100 * np.mean([figure["recall"][name] for figure in figures]) for name in figures[0]["recall"]}
+    guide = " ".join(Path("badloss_jax/README.md").read_text("utf-8").split())
+    for share in {f"{value:.0f}" for value in mean.values()}:
+        assert ", ".join(name for name, value in mean.items() if f"{value:.0f}" == share) + f" {share} %" in guide
+
+
 def test_clean_sets_were_called_what_the_guide_says():
     rows = [["data set", "images", "probes", "sets", "called poisoned", "clean removed"]]
     for path in sorted((RESULTS / "benchmarks").glob("scan-clean-*.json")):

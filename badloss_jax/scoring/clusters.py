@@ -146,10 +146,13 @@ def find_clusters(
                          f" [{count}, T, width] and [{count}]")  # fmt: skip
     mesh = mesh or make_mesh(jax.local_devices()[:1])
     labels, far = np.asarray(labels), np.asarray(far, np.float32)
+
     known, sizes = np.unique(labels, return_counts=True)
     group = np.searchsorted(known, labels)
     order = np.argsort(group, kind="stable")
     members = dict(zip(range(len(known)), np.split(order, np.cumsum(sizes)[:-1]), strict=True))
+    few_probes = set(known[np.bincount(group[is_probe], minlength=len(known)) < FEW_PROBES].tolist())
+
     first, late, odds = _strange(looks, known, group)
     floors = [_floor(rows) for rows in kinds]
     means, spreads = _moments(kinds, floors)
@@ -175,9 +178,10 @@ def find_clusters(
         waiting = again
         if not waiting:
             break
-    unknown = set(known[np.bincount(group[is_probe], minlength=len(known)) < FEW_PROBES].tolist())
-    judged = _judged([one for one in found if one.label not in unknown], searched)
-    judged += [one for one in found if one.label in unknown]
+
+    # What nothing is certain of must not make others certain, either.
+    judged = _judged([one for one in found if one.label not in few_probes], searched)
+    judged += [one for one in found if one.label in few_probes]
     return sorted(judged, key=lambda cluster: cluster.label)
 
 

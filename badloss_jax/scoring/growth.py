@@ -24,7 +24,10 @@ _SMALLEST = 12  # examples of a cluster, at least
 _SMALLEST_SHARE = 0.01  # of its class, likewise
 _ASTRAY = 0.03  # share of a class's probes that lie in an attack by mistake
 _PROBES_HELD = 30  # a cluster with more is not thought to lack any
-_TIGHTER = (0.85, 0.9, 1.1, 0.45)  # see `_tighter`
+_INSIDE = 0.85  # share of a smaller cluster that lies within the best one
+_SMALLER = 0.9  # of the best one's size, at most
+_WIDER = 1.1  # times its gap, at least
+_LESS = 0.45  # evidence than the best one, at most
 _LARGEST = 0.55  # share of a class that a cluster may have: beyond, the probes are in the other half
 
 
@@ -75,11 +78,10 @@ def _tighter(
     An attack and natural images beside it, or two attacks, have more evidence together than each, as more members lack
     probes. What is left out here is searched again.
     """
-    inside, smaller, apart, less = _TIGHTER
     size = members.sum(0)
-    within = (members.T @ members[:, best] >= inside * size) & (size <= smaller * size[best])
-    enough = evidence >= jnp.maximum(evidence[best] - less, CERTAIN)
-    among = jnp.where(within & enough & (gap >= apart * gap[best]), evidence, -jnp.inf)
+    within = (members.T @ members[:, best] >= _INSIDE * size) & (size <= _SMALLER * size[best])
+    enough = evidence >= jnp.maximum(evidence[best] - _LESS, CERTAIN)
+    among = jnp.where(within & enough & (gap >= _WIDER * gap[best]), evidence, -jnp.inf)
     return jnp.where(among.max() > -jnp.inf, among.argmax(), best)
 
 

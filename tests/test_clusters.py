@@ -201,21 +201,23 @@ def test_more_evidence_is_rarer_in_clean_classes():
 def test_beside_an_attack_less_evidence_is_enough(evidence, classes, certain):
     ids = np.arange(3)
 
-    def told(gap, far=3.4, odds=2.4):
-        signs = clusters.Signs(far, 0.1, gap, agreement=0.0, sources=0.0, late_sources=0.0, odds=odds)
+    def told(gap=6.9, far=3.4, odds=2.9, sources=0.6, probes_p=0.3):
+        signs = clusters.Signs(far, probes_p, gap, agreement=0.0, sources=sources, late_sources=0.0, odds=odds)
         found = [clusters.Cluster(0, ids, value, signs, np.zeros(3), ids) for value in evidence]
         return [one.certain for one in clusters._judged(found, classes)]
 
-    assert told(6.0) == [True] * certain + [False] * (len(evidence) - certain)
-    assert told(5.9, far=3.5) == told(5.9, odds=2.5) == told(6.0)
-    assert told(5.9) == [value >= CERTAIN for value in evidence]  # a natural group, or half of a class
+    assert told(gap=7.0) == [True] * certain + [False] * (len(evidence) - certain)
+    assert told(far=3.5) == told(odds=3.0) == told(far=2.0, sources=0.7, probes_p=0.5) == told(gap=7.0)
+    alone = [value >= CERTAIN for value in evidence]
+    assert told() == told(far=1.9, sources=0.9) == alone  # a natural group, or half of a class
+    assert told(gap=7.0, probes_p=0.31) == alone  # too small for probes to notice
 
 
 @pytest.mark.parametrize(
     "spoil", ["constant", "duplicates", "one class of one", "no probes in a class", "three epochs"]
 )
 def test_odd_inputs_give_numbers(spoil):
-    kinds, labels, is_probe, far, looks, _ = planted(7)
+    kinds, labels, is_probe, far, looks, _ = planted(3)
     kinds = [kind.copy() for kind in kinds]
     if spoil == "constant":
         kinds = [np.zeros_like(kind) for kind in kinds]

@@ -9,7 +9,8 @@ share a trigger, and what the network learnt of it. So within each class
 3. the evidence for each is weighed: how far it lies from the probes, how few probes it holds for its share of the
    class, how wide the gap around it is, how many starts agree on it, from how many classes its members seem to come,
    by what the network took them for after its first epoch, and whether it takes them for others in the end;
-4. the cluster of the most evidence is taken out, and the rest of the class searched again, until nothing is left.
+4. the cluster of the most evidence is taken out, and the rest of the class searched again, until nothing is left;
+5. what is certain in a class is divided anew, by attacks (`parts`).
 
 All classes of about one size are one batched program; the devices share the classes. `growth` has the mathematics of
 one class; here classes are read, padded, handed to the devices, and searched again.
@@ -30,6 +31,7 @@ from badloss_jax.errors import UsageError
 from badloss_jax.scoring.distances import Rows, row_chunks
 from badloss_jax.scoring.growth import CERTAIN, best_of_class
 from badloss_jax.scoring.impressions import MOST_ODDS, Impressions, chosen_epochs
+from badloss_jax.scoring.parts import attacks_among
 from badloss_jax.seeding import derived_seed
 from badloss_jax.training.mesh import by_rows, make_mesh, place_rows, round_up, to_host
 
@@ -37,9 +39,11 @@ _LOWEST = -15.0  # log-probabilities below say no more
 _SOME = 4096  # examples that show whether values are log-probabilities
 POSSIBLE = 4.4  # evidence of a cluster that is worth a look; from `CERTAIN` on it is called an attack
 _NATURAL = 0.05  # clean classes' clusters that are called so: at most, in a clean set, and as a share beside an attack
-# Of less evidence than `CERTAIN`, a cluster must reach one of these: its gap, how far it lies, its odds. Natural groups
-# that do not: a fifth of the trousers had 4.9, 3.0 and -8.9, of the bags 5.6, 1.3 and -12.
-_APART, _FAR, _MISTAKEN = 6.0, 3.5, 2.5
+# Of less evidence than `CERTAIN`, a cluster must reach one of these: its gap, how far it lies, its odds; or its sources
+# if it lies somewhat far, too. Natural groups that do not: a fifth of the trousers had 4.9, 3.0, -8.9 and .1, a tenth
+# of the frogs 3.2, -.4, 2.5 and .8.
+_APART, _FAR, _MISTAKEN, _FROM_ALL, _SOMEWHAT_FAR = 7.0, 3.5, 3.0, 0.7, 2.0
+_NOTICED = 0.3  # `Signs.probes_p` of what reaches one of the first three, at most: of small ones probes say nothing
 # Of 235 clean classes, a fifth had a cluster of more evidence than 2.5, which exceeded that by 0.7 on average.
 _TAIL = (2.5, 0.2, 0.7)
 _FRINGE = -0.3  # score from which on examples are taken out with a cluster that is well apart; 0 is the middle
@@ -83,8 +87,8 @@ class Cluster:
     Attributes:
       label: the class.
       ids: int64 [M], its members and its fringe, ascending; no probes.
-      evidence: see `evidence_of`.
-      signs: what it is made of.
+      evidence: see `evidence_of`; of attacks that were found as one cluster, that of this cluster.
+      signs: what it is made of, likewise.
       scores: [n], of all examples of the class that were left when it was found: about 1 in the cluster and -1 in the
         rest. The fringe begins two standard deviations above the rest's mean, but between -0.3 and 0.
       score_ids: int64 [n].
@@ -119,7 +123,7 @@ def find_clusters(
     """Finds the clusters of every class whose evidence reaches a threshold, and says which are certain.
 
     From `CERTAIN` on they are; of more than 13 classes from where K x `clean_class_p_value`(v) is 5 %. Where there are
-    such, somebody attacks, and others that are well apart, or far out, or surely taken for other classes, need less:
+    such, somebody attacks, and others that are well apart, far out, or surely from other classes, need less:
     the least evidence v at which the clean classes that would have it, K x `clean_class_p_value`(v), are at most 5 % of
     the clusters that do (Benjamini and Hochberg 1995). In classes of fewer than 3 probes none is certain.
 
@@ -135,7 +139,7 @@ def find_clusters(
       mesh: the devices, by default one.
 
     Returns:
-      Clusters, class by class in the order in which they were found.
+      Clusters, class by class, the certain ones first.
 
     Raises:
       UsageError: shapes that do not fit; values that are not finite.
@@ -181,8 +185,22 @@ def find_clusters(
 
     # What nothing is certain of must not make others certain, either.
     judged = _judged([one for one in found if one.label not in few_probes], searched)
-    judged += [one for one in found if one.label in few_probes]
-    return sorted(judged, key=lambda cluster: cluster.label)
+    possible = [one for one in judged if not one.certain] + [one for one in found if one.label in few_probes]
+    attacks: list[Cluster] = []
+    for label in sorted({one.label for one in judged if one.certain}):
+        those = [one for one in judged if one.certain and one.label == label]
+        attacks += _divided(those, look, derived_seed(seed, "parts", label))
+    return sorted([*attacks, *possible], key=lambda cluster: cluster.label)
+
+
+def _divided(those: list[Cluster], look: "_Look", seed: int) -> list[Cluster]:
+    """Divides the certain clusters of a class by attacks, each of which takes its signs from where most of it was."""
+    with threadpool_limits(1, user_api="blas"):
+        attacks = attacks_among([one.ids for one in those], look.points, look.first, look.num_classes, seed)
+    return [
+        replace(max(those, key=lambda one: len(np.intersect1d(one.ids, ids, assume_unique=True))), ids=ids)
+        for ids in attacks
+    ]
 
 
 def _judged(found: list[Cluster], num_classes: int) -> list[Cluster]:
@@ -190,7 +208,9 @@ def _judged(found: list[Cluster], num_classes: int) -> list[Cluster]:
 
     def conspicuous(one: Cluster) -> bool:
         signs = one.signs
-        return one.evidence >= CERTAIN or signs.gap >= _APART or signs.far >= _FAR or signs.odds >= _MISTAKEN
+        from_all = signs.sources >= _FROM_ALL and signs.far >= _SOMEWHAT_FAR
+        extreme = signs.gap >= _APART or signs.far >= _FAR or signs.odds >= _MISTAKEN
+        return one.evidence >= CERTAIN or from_all or (extreme and signs.probes_p <= _NOTICED)
 
     evidence = np.sort([one.evidence for one in found if conspicuous(one)])[::-1]
     start, share, scale = _TAIL

@@ -29,6 +29,8 @@ _SMALLER = 0.9  # of the best one's size, at most
 _WIDER = 1.1  # times its gap, at least
 _LESS = 0.45  # evidence than the best one, at most
 _LARGEST = 0.55  # share of a class that a cluster may have: beyond, the probes are in the other half
+_PART = 0.1  # of what is cut in two, at least
+_KEPT = 0.5  # Jaccard index of what is told apart with what it was told to, at least
 
 
 def best_of_class(
@@ -61,13 +63,49 @@ def best_of_class(
     signs = _signs(scores, members, real, probe, far, first, late, odds, num_classes)
 
     # Only now are they judged: a proposal may be a splinter that grows to an attack, or an attack's half.
-    size = members.sum(0)
-    least = jnp.maximum(_SMALLEST, _SMALLEST_SHARE * real.sum())
-    possible = (size >= least) & (size <= _LARGEST * real.sum()) & (scores.max(0) > 0)
-    evidence = jnp.where(possible, evidence_of(*signs), -jnp.inf)
+    size, count = members.sum(0), jnp.maximum(real.sum(), 1)
+    least = jnp.maximum(_SMALLEST, _SMALLEST_SHARE * count)
+    possible = (size >= least) & (size <= _LARGEST * count) & (scores.max(0) > 0)
+    evidence = jnp.where(possible, evidence_of(size / count, *signs), -jnp.inf)
     best = _tighter(evidence.argmax(), members, evidence, gap=signs[2])
     values = jnp.stack([*(sign[best] for sign in signs), evidence[best]])
     return scores[:, best], values
+
+
+def halves_of(
+    points: Float[Array, "n D"], real: Bool[Array, "n"], first: Int[Array, "n"], seed: Int[Array, "1"], num_classes: int
+) -> tuple[Float[Array, "n"], Float[Array, "2"]]:
+    """Cuts examples in the two parts that are best apart, wherever they seem to come from.
+
+    Images that one attacker took from two classes lie apart as well, so what examples that looked alike at first have
+    in common is taken away.
+
+    Args:
+      points, real, first, seed, num_classes: as of `best_of_class`, of what may be two attacks.
+
+    Returns:
+      Scores [n], about 1 in one part and -1 in the other; and the gap between these, 0 if no part is large enough, with
+      `Signs.sources` of all together.
+    """
+    looks = jax.nn.one_hot(first, num_classes + 1, dtype=points.dtype) * real[:, None]
+    means = looks.T @ points / jnp.maximum(looks.sum(0), 1)[:, None]
+    classifier, whitened = _axes(points - looks @ means, real)
+    scores, members = _grown(classifier, real, _proposals(whitened, real, jax.random.key(seed[0])))
+
+    share = members.sum(0) / jnp.maximum(real.sum(), 1)
+    gap = jnp.where(jnp.minimum(share, 1 - share) >= _PART, _gap(scores, members, real), 0)
+    best = gap.argmax()
+    sources = _sources(first, real[:, None].astype(points.dtype), num_classes)
+    return scores[:, best], jnp.stack([gap[best], sources[0]])
+
+
+def gap_between(points: Float[Array, "n D"], real: Bool[Array, "n"], members: Float[Array, "n"]) -> Float[Array, ""]:
+    """Returns the gap between members and others, or 0 if the classifier takes other examples for members."""
+    classifier, _ = _axes(points, real)
+    scores, grown = _grown(classifier, real, members[:, None])
+    common = grown[:, 0] @ members
+    kept = common >= _KEPT * (grown.sum() + members.sum() - common)
+    return jnp.where(kept, _gap(scores, grown, real)[0], 0)
 
 
 def _tighter(
@@ -214,10 +252,6 @@ def _signs(
     share = size / jnp.maximum(real.sum(), 1)
     few = _so_few(held, probes, jnp.clip(share, 1e-6, 1 - 1e-6))
 
-    mean, mean_rest = (scores * members).sum(0) / size, (scores * others).sum(0) / rest
-    within = (((scores - mean) ** 2 * members).sum(0) / size + ((scores - mean_rest) ** 2 * others).sum(0) / rest) / 2
-    gap = (mean - mean_rest) / jnp.sqrt(jnp.maximum(within, 1e-6))
-
     common = members.T @ members
     alike = common >= _ALIKE * (size[:, None] + size[None, :] - common)
     mixtures = np.repeat(np.arange(len(_RUNS)), _RUNS)  # that each of the first columns is a component of
@@ -225,7 +259,16 @@ def _signs(
     agreement = (alike[:, : len(mixtures)].astype(members.dtype) @ of_mixture > 0).mean(1)
 
     sources = [_sources(looks, members, num_classes) for looks in (first, late)]
-    return further, few, gap, agreement, *sources, odds @ members / size
+    return further, few, _gap(scores, members, real), agreement, *sources, odds @ members / size
+
+
+def _gap(scores: Float[Array, "n G"], members: Float[Array, "n G"], real: Bool[Array, "n"]) -> Float[Array, "G"]:
+    """Returns how far the members' mean score is from the others', in standard deviations within both."""
+    others = real[:, None] - members
+    size, rest = jnp.maximum(members.sum(0), 1), jnp.maximum(others.sum(0), 1)
+    mean, mean_rest = (scores * members).sum(0) / size, (scores * others).sum(0) / rest
+    within = (((scores - mean) ** 2 * members).sum(0) / size + ((scores - mean_rest) ** 2 * others).sum(0) / rest) / 2
+    return (mean - mean_rest) / jnp.sqrt(jnp.maximum(within, 1e-6))
 
 
 def _sources(looks: Int[Array, "n"], members: Float[Array, "n G"], num_classes: int) -> Float[Array, "G"]:
@@ -258,10 +301,10 @@ def _so_few(held: Float[Array, "G"], draws: Int[Array, ""], share: Float[Array, 
 
 
 def evidence_of(
-    far: Float[Array, "G"], probes_p: Float[Array, "G"], gap: Float[Array, "G"], agreement: Float[Array, "G"],
-    sources: Float[Array, "G"], late_sources: Float[Array, "G"], odds: Float[Array, "G"],
+    share: Float[Array, "G"], far: Float[Array, "G"], probes_p: Float[Array, "G"], gap: Float[Array, "G"],
+    agreement: Float[Array, "G"], sources: Float[Array, "G"], late_sources: Float[Array, "G"], odds: Float[Array, "G"],
 ) -> Float[Array, "G"]:  # fmt: skip
-    """Weighs the signs of clusters (see `Signs`) against each other; 0 and less is none.
+    """Weighs the signs of clusters (see `Signs`), which hold a share of their class, against each other; 0 is none.
 
     Each sign alone is wrong somewhere: a natural group of odd images lies far out, too, a few probes miss a tenth of a
     class by chance, and attackers who keep the labels have one source. What counts in each is limited, so that none
@@ -282,11 +325,13 @@ def evidence_of(
     crowd = 0.4 * lacking * jnp.clip(gap - 5.0, 0.0, 3.0)
     common = 1.5 * lacking + 0.25 * jnp.clip(gap - 3.0, 0.0, 4.0) - jnp.maximum(3.0 - gap, 0.0) + crowd + agreement
 
-    # A class that is merely cut in two has a gap of 2 to 3.5.
-    narrow = jnp.clip(4.0 - gap, 0.0, 1.0)
+    # A class that is merely cut in two has a gap of 2 to 3.5; a kind of its own images, of up to 6.5.
+    narrow, small = jnp.clip(4.0 - gap, 0.0, 1.0), jnp.clip((0.055 - share) / 0.03, 0.0, 1.0)
+    own, partly = jnp.clip((0.4 - sources) / 0.15, 0.0, 1.0), jnp.clip((0.6 - sources) / 0.1, 0.0, 1.0)
+    natural = 1.5 * own * jnp.clip(7.0 - gap, 0.0, 1.0) + 1.5 * partly * small * jnp.clip(8.0 - gap, 0.0, 1.0)
     distance = 0.5 * jnp.minimum(far, 4.0) - 3.0 * jnp.maximum(1.5 - far, 0.0)
-    learnt = distance - 0.5 * narrow + 2.0 * sources
+    learnt = distance - 0.5 * narrow + 2.0 * sources - natural
     likelier = 0.75 * jnp.minimum(odds, 5.0) - 2.0 * jnp.maximum(2.0 - odds, 0.0)
-    unnoticed = 4.0 * jnp.maximum(probes_p - 0.5, 0.0)
+    unnoticed = 2.0 * jnp.maximum(small, 2.0 * jnp.maximum(probes_p - 0.5, 0.0))
     mistaken = likelier - 1.5 * narrow + 1.5 * late_sources - unnoticed - jnp.maximum(-3.0 - far, 0.0)
     return common + jnp.maximum(learnt, mistaken)

@@ -201,16 +201,16 @@ def test_more_evidence_is_rarer_in_clean_classes():
 def test_beside_an_attack_less_evidence_is_enough(evidence, classes, certain):
     ids = np.arange(3)
 
-    def told(gap=6.9, far=3.4, odds=2.9, sources=0.6, probes_p=0.3):
+    def told(gap=6.6, far=3.4, odds=2.9, sources=0.6, probes_p=0.3):
         signs = clusters.Signs(far, probes_p, gap, agreement=0.0, sources=sources, late_sources=0.0, odds=odds)
         found = [clusters.Cluster(0, ids, value, signs, np.zeros(3), ids) for value in evidence]
         return [one.certain for one in clusters._judged(found, classes)]
 
-    assert told(gap=7.0) == [True] * certain + [False] * (len(evidence) - certain)
-    assert told(far=3.5) == told(odds=3.0) == told(far=2.0, sources=0.7, probes_p=0.5) == told(gap=7.0)
+    assert told(gap=6.7) == [True] * certain + [False] * (len(evidence) - certain)
+    assert told(far=3.5) == told(odds=3.0) == told(far=2.0, sources=0.7, probes_p=0.5) == told(gap=6.7)
     alone = [value >= CERTAIN for value in evidence]
     assert told() == told(far=1.9, sources=0.9) == alone  # a natural group, or half of a class
-    assert told(gap=7.0, probes_p=0.31) == alone  # too small for probes to notice
+    assert told(gap=6.7, probes_p=0.31) == alone  # too small for probes to notice
 
 
 @pytest.mark.parametrize(

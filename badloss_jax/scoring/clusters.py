@@ -42,7 +42,7 @@ _NATURAL = 0.05  # clean classes' clusters that are called so: at most, in a cle
 # Of less evidence than `CERTAIN`, a cluster must reach one of these: its gap, how far it lies, its odds; or its sources
 # if it lies somewhat far, too. Natural groups that do not: a fifth of the trousers had 4.9, 3.0, -8.9 and .1, a tenth
 # of the frogs 3.2, -.4, 2.5 and .8.
-_APART, _FAR, _MISTAKEN, _FROM_ALL, _SOMEWHAT_FAR = 7.0, 3.5, 3.0, 0.7, 2.0
+_APART, _FAR, _MISTAKEN, _FROM_ALL, _SOMEWHAT_FAR = 6.7, 3.5, 3.0, 0.7, 2.0
 _NOTICED = 0.3  # `Signs.probes_p` of what reaches one of the first three, at most: of small ones probes say nothing
 # Of 235 clean classes, a fifth had a cluster of more evidence than 2.5, which exceeded that by 0.7 on average.
 _TAIL = (2.5, 0.2, 0.7)

@@ -328,7 +328,7 @@ def evidence_of(
     # A class that is merely cut in two has a gap of 2 to 3.5; a kind of its own images, of up to 6.5.
     narrow, small = jnp.clip(4.0 - gap, 0.0, 1.0), jnp.clip((0.055 - share) / 0.03, 0.0, 1.0)
     own, partly = jnp.clip((0.4 - sources) / 0.15, 0.0, 1.0), jnp.clip((0.6 - sources) / 0.1, 0.0, 1.0)
-    natural = 1.5 * own * jnp.clip(7.0 - gap, 0.0, 1.0) + 1.5 * partly * small * jnp.clip(8.0 - gap, 0.0, 1.0)
+    natural = 2.0 * own * jnp.clip(6.7 - gap, 0.0, 1.0) + 1.5 * partly * small * jnp.clip(8.0 - gap, 0.0, 1.0)
     distance = 0.5 * jnp.minimum(far, 4.0) - 3.0 * jnp.maximum(1.5 - far, 0.0)
     learnt = distance - 0.5 * narrow + 2.0 * sources - natural
     likelier = 0.75 * jnp.minimum(odds, 5.0) - 2.0 * jnp.maximum(2.0 - odds, 0.0)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -521,6 +522,16 @@ def test_images_rank_by_the_better_of_two_places():
     assert first[4] == 6
     assert np.argsort(verdict.ranking(scores))[2:4].tolist() == [5, 6]
     assert sorted(verdict.ranking(scores, odds)) == list(range(1, 1_001))
+
+
+def test_images_rank_higher_where_they_are_like_an_attack_of_their_class():
+    """The strangest of three is hardly more like it than the rest, the least strange nearly a member."""
+    likeness, scores = np.full(100, -1.0), np.zeros(1_000)
+    likeness[[20, 30, 40]], scores[[320, 330, 340]] = (-0.9, 0.0, 0.5), (3.0, 2.0, 1.0)
+    found = replace(cluster(3, [310, 311], 7.0), scores=likeness, score_ids=np.arange(300, 400))
+    assert np.argsort(judged([found])[0].ranking(scores))[2:5].tolist() == [340, 330, 320]
+    possible = replace(found, certain=False)  # likeness to what may be none makes nobody suspect
+    assert np.argsort(judged([possible])[0].ranking(scores))[2:5].tolist() == [320, 330, 340]
 
 
 def test_certain_clusters_go_and_possible_ones_are_shown():

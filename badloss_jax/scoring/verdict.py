@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.stats import norm
 
 from badloss_jax.scoring.calibration import PoisonedShare, conformal_p_values, no_poison_p_value, poisoned_share
 from badloss_jax.scoring.clusters import FEW, FEW_PROBES, Cluster, clean_class_p_value
@@ -62,12 +63,18 @@ class Verdict:
 
         Members of clusters come first, of the most evidence at the beginning; then all others, each at the better of
         its two places: by score, and by the odds that it is of another class (`impressions_of`). What was learnt as a
-        trigger lies far out, what was not looks mislabelled, and hardly anything is both.
+        trigger lies far out, what was not looks mislabelled, and hardly anything is both. In the class of an attack
+        also counts how alike to it an image is: that and its place are added up, in standard deviations.
         """
-        evidence = np.zeros(len(scores))
+        evidence, alike = np.zeros((2, len(scores)))
         for cluster in [*self.attacks, *self.possible]:
             evidence[cluster.ids] = cluster.evidence
-        strange = _places(scores) if odds is None else np.maximum(_places(scores), _places(odds))
+        for cluster in self.attacks:
+            # The others' scores have their mean at -1, and the members' at 1, a gap away.
+            above = (cluster.scores + 1) / 2 * cluster.signs.gap
+            alike[cluster.score_ids] = np.maximum(alike[cluster.score_ids], above)
+        place = _places(scores) if odds is None else np.maximum(_places(scores), _places(odds))
+        strange = norm.ppf((place + 0.5) / len(scores)) + alike
         ranks = np.empty(len(scores), np.int64)
         ranks[np.lexsort((-scores, -strange, -evidence))] = np.arange(1, len(scores) + 1)
         return ranks

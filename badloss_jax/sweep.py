@@ -269,7 +269,9 @@ def run_sweep(
     for number in numbers:
         if not 0 <= number < len(sweep.items):
             raise UsageError(f"there is no item {number}: the sweep has {len(sweep.items)}, from 0")
-    if folder.is_dir() and not (folder / "sweep.json").is_file() and any(folder.iterdir()):
+    # Hidden files are what another process begins with that starts the same sweep at this moment.
+    others = folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir())
+    if others and not (folder / "sweep.json").is_file():
         raise UsageError(f"--workdir {folder} holds other files and no sweep: choose an empty or a new folder")
     with locked(folder, lambda holder: None):
         write_sweep(folder, sweep)

@@ -87,6 +87,14 @@ def test_files_that_are_no_sweeps_are_refused(tmp_path):
         run_sweep(small(), tmp_path)
 
 
+def test_what_another_process_has_begun_is_no_other_file(tmp_path):
+    """Items of an array that start at one moment: the lock is there, and the list of items not yet."""
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".sweep-abc.json").touch()
+    assert run_sweep(small(), tmp_path, chosen=[]) == {}
+    assert (tmp_path / "sweep.json").is_file()
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, mesh):
     """A finished sweep of two seeds; the tests only read it."""

@@ -61,14 +61,13 @@ class Verdict:
     ) -> Int[np.ndarray, "N"]:
         """Returns the rank of each example, from 1, the most suspicious, on.
 
-        Members of clusters come first, of the most evidence at the beginning; then all others, each at the better of
-        its two places: by score, and by the odds that it is of another class (`impressions_of`). What was learnt as a
+        Members of attacks come first, of the most evidence at the beginning, then those of possible ones; then all
+        others, each at the better of its two places: by score, and by the odds that it is of another class (`impressions_of`). What was learnt as a
         trigger lies far out, what was not looks mislabelled, and hardly anything is both. In the class of an attack
         also counts how alike to it an image is: that and its place are added up, in standard deviations.
         """
-        evidence, alike = np.zeros((2, len(scores)))
-        for cluster in [*self.attacks, *self.possible]:
-            evidence[cluster.ids] = cluster.evidence
+        numbers, alike = self.attack_of(), np.zeros(len(scores))
+        last = len(self.attacks) + len(self.possible) + 1
         for cluster in self.attacks:
             # The others' scores have their mean at -1, and the members' at 1, a gap away.
             above = (cluster.scores + 1) / 2 * cluster.signs.gap
@@ -76,7 +75,7 @@ class Verdict:
         place = _places(scores) if odds is None else np.maximum(_places(scores), _places(odds))
         strange = norm.ppf((place + 0.5) / len(scores)) + alike
         ranks = np.empty(len(scores), np.int64)
-        ranks[np.lexsort((-scores, -strange, -evidence))] = np.arange(1, len(scores) + 1)
+        ranks[np.lexsort((-scores, -strange, np.where(numbers, numbers, last)))] = np.arange(1, len(scores) + 1)
         return ranks
 
 

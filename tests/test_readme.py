@@ -98,11 +98,7 @@ def figures_of_scans(*names):
     return [figure for file in files for figure in json.loads(file.read_text("utf-8"))["figures"]]
 
 
-SCANS = [
-    ("fashion_mnist-5", "fashion_mnist-6", "fashion_mnist-2", "fashion_mnist-3", "fashion_mnist-4"),
-    ("cifar10-5", "cifar10-2", "cifar10-4"),
-    ("small",),
-]
+SCANS = [("fashion_mnist-3", "fashion_mnist-4"), ("cifar10-3", "cifar10-4"), ("small",)]
 
 
 @pytest.mark.parametrize("names", SCANS, ids=lambda names: names[0])
@@ -123,30 +119,35 @@ def test_scans_are_summed_up_as_was_measured():
     ]
     said = f"{found:.1f} and {found_cifar:.1f} % of the poison is found, with {lost:.2f} and {lost_cifar:.2f} %"
     assert said in guide
-    assert f"{found:.0f} % of the poison and lost {lost:.1f} % of the clean images" in README
-    assert f"({found_cifar:.0f} and {lost_cifar:.1f} % on CIFAR-10, in twelve," in README
+    assert f"{found:.0f} % of the poison and lost {lost:.2f} % of the clean images" in README
+    assert f"({found_cifar:.0f} and {lost_cifar:.2f} % on CIFAR-10, in thirteen," in README
+
+    now = [figures_of_scans(*names) for names in SCANS[:2]]
+    (found, lost), (found_cifar, lost_cifar) = [found_and_lost(figures, "held-out") for figures in now]
+    ranked = [
+        100 * np.mean([figure["found_at"]["0.02"] for figure in figures if figure["regime"] == "held-out"])
+        for figures in now
+    ]
+    assert f"settled on {found:.1f} and {found_cifar:.1f} %, with {lost:.2f} and {lost_cifar:.2f} %; before" in guide
+    assert f"rank {ranked[0]:.1f} and {ranked[1]:.1f} %" in guide
 
     before = [found_and_lost(figures_of_scans(f"{name}-1"), "held-out") for name in ("fashion_mnist", "cifar10")]
     (found, lost), (found_cifar, lost_cifar) = before
-    said = f"{found:.1f} and {found_cifar:.1f} %, with {lost:.2f} and {lost_cifar:.2f} % of the clean images; now"
+    said = f"{found:.1f} and {found_cifar:.1f} %, with {lost:.2f} and {lost_cifar:.2f} % of the clean images (seeds 81"
     assert said in guide
-    same = [
-        [figure for figure in figures_of_scans(f"{name}-2") if figure["seed"] in (81, 82, 83)]
-        for name in ("fashion_mnist", "cifar10")
-    ]
-    (found, lost), (found_cifar, lost_cifar) = [found_and_lost(figures, "held-out") for figures in same]
-    assert f"now it is {found:.1f} and {found_cifar:.1f} %, with {lost:.2f} and {lost_cifar:.2f} %" in guide
 
 
-@pytest.mark.parametrize(
-    ("name", "seeds", "digits"), [("fashion_mnist-3", [86], 2), ("cifar10-2", [84], 2), ("fashion_mnist-7", [84], 1),
-                                  ("fashion_mnist-8", [85], 1)]
-)  # fmt: skip
-def test_what_was_looked_at_once_is_told(name, seeds, digits):
-    figures = [figure for figure in figures_of_scans(name) if figure["seed"] in seeds]
-    found, lost = found_and_lost(figures, "held-out")
-    guide = Path("badloss_jax/README.md").read_text("utf-8")
-    assert re.search(rf"{found:.1f} %[a-z ]* with {lost:.{digits}f} %", " ".join(guide.split()))
+def test_attacks_were_counted_as_the_guide_says():
+    guide = " ".join(Path("badloss_jax/README.md").read_text("utf-8").split())
+    drawn = [[figure for figure in figures_of_scans(*names) if figure["regime"] == "drawn"] for names in SCANS[:2]]
+    counted = [sum(figure["certain_attacks"] for figure in figures) for figures in drawn]
+    assert f"{counted[0]} and {counted[1]} attacks of 18 were counted" in guide
+    figures = [figure for names in SCANS for figure in figures_of_scans(*names)]
+    assert max(abs(figure["certain_attacks"] - figure["attacks"]) for figure in figures) == 1
+    inside = sum(
+        figure["estimate"]["low"] <= figure["poisoned_share"] <= figure["estimate"]["high"] for figure in figures
+    )
+    assert f"interval of {inside} of these {len(figures)} sets" in guide
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,10 @@ def test_clean_sets_were_called_what_the_guide_says():
         suspected = sum(figure["stands_out"] for figure in figures)
         lost = 100 * np.mean([figure["clean_removed_share"] for figure in figures])
         rows.append([config, f"{images:,}", str(probes), str(len(figures)), str(suspected), f"{lost:.2f} %"])
-    assert as_markdown(rows) in Path("badloss_jax/README.md").read_text("utf-8")
+    guide = Path("badloss_jax/README.md").read_text("utf-8")
+    assert as_markdown(rows) in guide
+    sets, poisoned = (sum(int(row[column]) for row in rows[1:]) for column in (3, 4))
+    assert f"{sets} clean sets, of which {poisoned} were called poisoned" in guide
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "cifar10"])

@@ -62,9 +62,10 @@ class Verdict:
         """Returns the rank of each example, from 1, the most suspicious, on.
 
         Members of attacks come first, of the most evidence at the beginning, then those of possible ones; then all
-        others, each at the better of its two places: by score, and by the odds that it is of another class (`impressions_of`). What was learnt as a
-        trigger lies far out, what was not looks mislabelled, and hardly anything is both. In the class of an attack
-        also counts how alike to it an image is: that and its place are added up, in standard deviations.
+        others, each at the better of its two places: by score, and by the odds that it is of another class
+        (`impressions_of`). What was learnt as a trigger lies far out, what was not looks mislabelled, and hardly
+        anything is both. In the class of an attack also counts how alike to it an image is: that and its place are
+        added up, in standard deviations.
         """
         numbers, alike = self.attack_of(), np.zeros(len(scores))
         last = len(self.attacks) + len(self.possible) + 1

@@ -325,13 +325,17 @@ def evidence_of(
     crowd = 0.4 * lacking * jnp.clip(gap - 5.0, 0.0, 3.0)
     common = 1.5 * lacking + 0.25 * jnp.clip(gap - 3.0, 0.0, 4.0) - jnp.maximum(3.0 - gap, 0.0) + crowd + agreement
 
-    # A class that is merely cut in two has a gap of 2 to 3.5; a kind of its own images, of up to 6.5.
-    narrow, small = jnp.clip(4.0 - gap, 0.0, 1.0), jnp.clip((0.055 - share) / 0.03, 0.0, 1.0)
-    own, partly = jnp.clip((0.4 - sources) / 0.15, 0.0, 1.0), jnp.clip((0.6 - sources) / 0.1, 0.0, 1.0)
-    natural = 2.0 * own * jnp.clip(6.7 - gap, 0.0, 1.0) + 1.5 * partly * small * jnp.clip(8.0 - gap, 0.0, 1.0)
+    # Natural groups: a class cut in two has a gap of 2 to 3.5; a kind of its own images, which comes from few classes,
+    # one of up to 6.5; and a small one is in most classes, of odd images or wrong labels.
+    narrow = jnp.clip(4.0 - gap, 0.0, 1.0)
+    small = jnp.clip((0.055 - share) / 0.03, 0.0, 1.0)
+    of_its_own = jnp.clip((0.4 - sources) / 0.15, 0.0, 1.0) * jnp.clip(6.7 - gap, 0.0, 1.0)
+    of_odd_images = small * jnp.clip((0.6 - sources) / 0.1, 0.0, 1.0) * jnp.clip(8.0 - gap, 0.0, 1.0)
+
     distance = 0.5 * jnp.minimum(far, 4.0) - 3.0 * jnp.maximum(1.5 - far, 0.0)
-    learnt = distance - 0.5 * narrow + 2.0 * sources - natural
+    learnt = distance + 2.0 * sources - 0.5 * narrow - 2.0 * of_its_own - 1.5 * of_odd_images
+
     likelier = 0.75 * jnp.minimum(odds, 5.0) - 2.0 * jnp.maximum(2.0 - odds, 0.0)
     unnoticed = 2.0 * jnp.maximum(small, 2.0 * jnp.maximum(probes_p - 0.5, 0.0))
-    mistaken = likelier - 1.5 * narrow + 1.5 * late_sources - unnoticed - jnp.maximum(-3.0 - far, 0.0)
+    mistaken = likelier + 1.5 * late_sources - 1.5 * narrow - unnoticed - jnp.maximum(-3.0 - far, 0.0)
     return common + jnp.maximum(learnt, mistaken)

@@ -110,6 +110,27 @@ def test_clean_classes_have_no_certain_cluster():
     assert len(evidence) <= 8
 
 
+def weighed(**signs):
+    """Evidence for a crowd that is far out and of few classes, in a class with so few probes that none was expected."""
+    usual = {"share": 0.08, "far": 5.6, "probes_p": 0.75, "gap": 9.5, "agreement": 0.0, "sources": 0.1,
+             "late_sources": 0.0, "odds": -6.0}  # fmt: skip
+    signs = usual | signs
+    return float(growth.evidence_of(**{name: np.float32(value) for name, value in signs.items()}))
+
+
+def test_a_crowd_further_apart_than_natural_ones_are_is_an_attack_whatever_the_probes():
+    assert weighed() >= CERTAIN > POSSIBLE > weighed(gap=7.0)
+    # Odd images, what lies near the probes, and what has as many probes as it should.
+    assert max(weighed(share=0.02), weighed(far=1.5), weighed(probes_p=1.0)) < POSSIBLE
+    assert weighed(share=0.02, sources=0.9) >= CERTAIN
+
+
+def test_half_of_a_class_needs_a_wider_gap():
+    half = partial(weighed, share=0.47, far=4.9, probes_p=0.008, sources=0.02)  # of seven probes all are in the other
+    assert half(gap=6.3) < CERTAIN <= half(gap=7.7)
+    assert weighed(share=0.2, far=4.9, probes_p=0.008, sources=0.02, gap=6.3) >= CERTAIN
+
+
 def test_the_same_seed_finds_the_same():
     *given, _ = planted(5)
     one, other = find(*given, seed=2), find(*given, seed=2)

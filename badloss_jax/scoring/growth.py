@@ -326,14 +326,22 @@ def evidence_of(
     common = 1.5 * lacking + 0.25 * jnp.clip(gap - 3.0, 0.0, 4.0) - jnp.maximum(3.0 - gap, 0.0) + crowd + agreement
 
     # Natural groups: a class cut in two has a gap of 2 to 3.5; a kind of its own images, which comes from few classes,
-    # one of up to 6.5; and a small one is in most classes, of odd images or wrong labels.
+    # one of up to 6.5, or more if it is half of the class; and a small one is in most classes, of odd images or wrong
+    # labels.
+    natural = 6.7 + jnp.clip((share - 0.2) / 0.2, 0.0, 1.0)
     narrow = jnp.clip(4.0 - gap, 0.0, 1.0)
     small = jnp.clip((0.055 - share) / 0.03, 0.0, 1.0)
-    of_its_own = jnp.clip((0.4 - sources) / 0.15, 0.0, 1.0) * jnp.clip(6.7 - gap, 0.0, 1.0)
-    of_odd_images = small * jnp.clip((0.6 - sources) / 0.1, 0.0, 1.0) * jnp.clip(8.0 - gap, 0.0, 1.0)
+    of_its_own = jnp.clip((0.4 - sources) / 0.15, 0.0, 1.0) * jnp.clip(natural - gap, 0.0, 1.0)
+    odd = small * jnp.clip((0.6 - sources) / 0.1, 0.0, 1.0)
+    of_odd_images = odd * jnp.clip(8.0 - gap, 0.0, 1.0)
+
+    # What is further apart than these, and not near the probes, is an attack even where a class has so few probes that
+    # none would be expected in it.
+    alone = jnp.clip(far - 1.5, 0.0, 1.0) * jnp.clip((1.0 - probes_p) / 0.1, 0.0, 1.0) * (1.0 - odd)
+    apart = jnp.clip(gap - natural - 0.3, 0.0, 3.0) * alone
 
     distance = 0.5 * jnp.minimum(far, 4.0) - 3.0 * jnp.maximum(1.5 - far, 0.0)
-    learnt = distance + 2.0 * sources - 0.5 * narrow - 2.0 * of_its_own - 1.5 * of_odd_images
+    learnt = distance + 2.0 * sources + apart - 0.5 * narrow - 2.0 * of_its_own - 1.5 * of_odd_images
 
     likelier = 0.75 * jnp.minimum(odds, 5.0) - 2.0 * jnp.maximum(2.0 - odds, 0.0)
     unnoticed = 2.0 * jnp.maximum(small, 2.0 * jnp.maximum(probes_p - 0.5, 0.0))

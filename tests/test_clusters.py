@@ -110,12 +110,12 @@ def test_clean_classes_have_no_certain_cluster():
     assert len(evidence) <= 8
 
 
-def weighed(**signs):
+def weighed(natural=growth.NATURAL[-1], **signs):
     """Evidence for a crowd that is far out and of few classes, in a class with so few probes that none was expected."""
     usual = {"share": 0.08, "far": 5.6, "probes_p": 0.75, "gap": 9.5, "agreement": 0.0, "sources": 0.1,
              "late_sources": 0.0, "odds": -6.0}  # fmt: skip
     signs = usual | signs
-    return float(growth.evidence_of(**{name: np.float32(value) for name, value in signs.items()}))
+    return float(growth.evidence_of(natural, **{name: np.float32(value) for name, value in signs.items()}))
 
 
 def test_a_crowd_further_apart_than_natural_ones_are_is_an_attack_whatever_the_probes():
@@ -129,6 +129,28 @@ def test_half_of_a_class_needs_a_wider_gap():
     half = partial(weighed, share=0.47, far=4.9, probes_p=0.008, sources=0.02)  # of seven probes all are in the other
     assert half(gap=6.3) < CERTAIN <= half(gap=7.7)
     assert weighed(share=0.2, far=4.9, probes_p=0.008, sources=0.02, gap=6.3) >= CERTAIN
+
+
+def test_natural_groups_say_how_far_apart_an_attack_is():
+    kept_labels = partial(weighed, share=0.22, far=4.6, probes_p=0.043, gap=5.4, agreement=0.9, sources=0.05)
+    assert kept_labels() < CERTAIN <= kept_labels(natural=5.0)
+
+    assert clusters._natural([4.0, 4.6, 0.0, 3.0]) == 5.0  # at least
+    assert clusters._natural([5.5, 0.0]) == pytest.approx(5.8)
+    assert clusters._natural([5.5, 0.0, 0.0]) == clusters._natural([7.5]) == growth.NATURAL[-1]
+
+
+def test_a_group_that_holds_its_probes_is_natural():
+    """A quarter of each class lies far apart, with the probes that its size lets expect in it, or with none."""
+    points = np.random.default_rng(0).normal(size=(64, 20)).astype(np.float32)
+    points[:16, 0] += 30.0
+    place, nothing, own = np.arange(64), np.zeros(64, np.float32), np.full(64, 3, np.int32)
+
+    def widest(probe):
+        seed = np.zeros(1, np.uint32)
+        return growth.best_of_class(points, place >= 0, probe, nothing, own, own, nothing, seed, 3)[2]
+
+    assert widest(place % 4 == 0) > 8.0 > widest((place % 4 == 0) & (place >= 16))
 
 
 def test_the_same_seed_finds_the_same():

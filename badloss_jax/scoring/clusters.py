@@ -29,7 +29,7 @@ from threadpoolctl import threadpool_limits
 
 from badloss_jax.errors import UsageError
 from badloss_jax.scoring.distances import Rows, row_chunks
-from badloss_jax.scoring.growth import CERTAIN, best_of_class
+from badloss_jax.scoring.growth import CERTAIN, NATURAL, best_of_class, evidence_of
 from badloss_jax.scoring.impressions import MOST_ODDS, Impressions, chosen_epochs
 from badloss_jax.scoring.parts import attacks_among
 from badloss_jax.seeding import derived_seed
@@ -46,11 +46,14 @@ _APART, _FAR, _MISTAKEN, _FROM_ALL, _SOMEWHAT_FAR = 6.7, 3.5, 3.0, 0.7, 2.0
 _NOTICED = 0.3  # `Signs.probes_p` of what reaches one of the first three, at most: of small ones probes say nothing
 # Of 235 clean classes, a fifth had a cluster of more evidence than 2.5, which exceeded that by 0.7 on average.
 _TAIL = (2.5, 0.2, 0.7)
+# Groups that hold probes are natural; attacks have wider gaps by so much. Fewer of the classes than these say nothing.
+_BEYOND, _KNOWN = 0.3, 0.5
 _FRINGE = -0.3  # score from which on examples are taken out with a cluster that is well apart; 0 is the middle
 FEW = 30  # examples; in a class of fewer nothing is looked for
 FEW_PROBES = 3  # in a class of fewer nothing is certain
 _ATTACKS_OF_A_CLASS = 8  # at most
 _VALUES = 2**26  # of trajectories on the devices at a time
+_evidence_of = jax.jit(evidence_of)
 
 
 @dataclass(frozen=True)
@@ -166,13 +169,15 @@ def find_clusters(
 
     found: list[Cluster] = []
     waiting = {label: ids for label, ids in members.items() if len(ids) >= FEW}
-    searched, padded = len(waiting), _padded_sizes(sizes)
+    searched, padded, natural = len(waiting), _padded_sizes(sizes), NATURAL[-1]
     for attempt in range(_ATTACKS_OF_A_CLASS):
         again = {}
         # JAX takes LAPACK from SciPy, whose idle threads would spin on the cores that XLA needs next.
         with threadpool_limits(1, user_api="blas"):
             best = _search(look, waiting, padded, derived_seed(seed, "clusters", attempt), mesh)
-        for label, ids, cluster in best:
+        if not attempt:
+            natural = _natural([one.natural for one in best])
+        for label, ids, cluster in ((one.label, one.ids, _cluster(look, one, natural)) for one in best):
             if cluster is None or cluster.evidence < threshold:
                 continue
             found.append(replace(cluster, label=int(known[label])))
@@ -303,10 +308,21 @@ def _padded_sizes(counts: Int[np.ndarray, "K"]) -> Int[np.ndarray, "K"]:
     return np.maximum(sizes, counts)
 
 
+@dataclass(frozen=True)
+class _Best:
+    """What `best_of_class` says of one class, padding cut off."""
+
+    label: int
+    ids: np.ndarray
+    scores: np.ndarray
+    values: np.ndarray
+    natural: float
+
+
 def _search(
     look: _Look, waiting: dict[int, np.ndarray], padded: Int[np.ndarray, "K"], seed: int, mesh: Mesh
-) -> list[tuple[int, np.ndarray, Cluster | None]]:
-    """Looks for the best cluster of each class; returns (class, ids, cluster or None)."""
+) -> list[_Best]:
+    """Looks for the best clusters of each class."""
     by_size: dict[int, list[int]] = {}
     for label in waiting:
         by_size.setdefault(int(padded[label]), []).append(label)
@@ -324,23 +340,34 @@ def _search(
             slots += [np.zeros(0, np.int64)] * (round_up(len(slots), mesh) - len(slots))
             arrays = _arrays(look, slots, size, mesh)
             keys = place_rows((len(slots), 1), mesh, partial(_seeds, chunk, seed, len(slots)))
-            scores, values = (to_host(array) for array in program(*arrays, keys))
+            scores, values, natural = (to_host(array) for array in program(*arrays, keys))
             for number, label in enumerate(chunk):
                 ids = slots[number]
-                found.append((label, ids, _cluster(look, label, ids, scores[number, : len(ids)], values[number])))
+                found.append(_Best(label, ids, scores[number, : len(ids)], values[number], float(natural[number])))
     return found
 
 
-def _cluster(look: _Look, label: int, ids: np.ndarray, scores: np.ndarray, values: np.ndarray) -> Cluster | None:
-    """Makes a cluster of what the devices found; None if they found none."""
-    *known, evidence = values.tolist()
+def _natural(gaps: Sequence[float]) -> float:
+    """Returns the gap that natural groups have at most, by the widest of each class, 0 where none is known."""
+    if sum(gap > 0 for gap in gaps) < _KNOWN * len(gaps):
+        return NATURAL[-1]
+    return float(np.clip(max(gaps, default=0.0) + _BEYOND, *NATURAL))
+
+
+def _cluster(look: _Look, best: _Best, natural: float) -> Cluster | None:
+    """Makes a cluster of what the devices found in a class; None if they found none."""
+    possible, share, *signs_of_both = best.values
+    evidence = np.where(possible, np.asarray(_evidence_of(natural, share, *signs_of_both)), -np.inf)
+    which = int(evidence.argmax())
+    known = [float(values[which]) for values in signs_of_both]
     signs = Signs(*known) if look.has_looks else Signs(*known[:4], *[math.nan] * 3)
     # Two standard deviations above the rest's mean, which is at -1.
     fringe = min(max(4 / max(signs.gap, 1e-6) - 1, _FRINGE), 0.0)
+    ids, scores = best.ids, best.scores[:, which]
     members = ids[(scores > fringe) & ~look.is_probe[ids]]
-    if not math.isfinite(evidence) or not len(members):
+    if not math.isfinite(evidence[which]) or not len(members):
         return None
-    return Cluster(label, members, evidence, signs, scores, ids)
+    return Cluster(best.label, members, float(evidence[which]), signs, scores, ids)
 
 
 def _seeds(labels: list[int], seed: int, count: int, begin: int, end: int) -> np.ndarray:
@@ -379,16 +406,16 @@ def _arrays(look: _Look, slots: list[np.ndarray], size: int, mesh: Mesh) -> list
 
 
 @lru_cache(maxsize=8)
-def _best_cluster(mesh: Mesh, num_classes: int) -> Callable[..., tuple[Array, Array]]:
+def _best_cluster(mesh: Mesh, num_classes: int) -> Callable[..., tuple[Array, Array, Array]]:
     """Compiles the search for the classes of a batch, which the devices share."""
     rows, best = by_rows(mesh), partial(best_of_class, num_classes=num_classes)
 
-    def one(*of_class: Array) -> tuple[Array, Array]:
+    def one(*of_class: Array) -> tuple[Array, Array, Array]:
         # Where products are rounded by default, a mixture's covariance may cease to be one.
         with jax.default_matmul_precision("highest"):
             return best(*of_class)
 
-    def in_turn(*arrays: Array) -> tuple[Array, Array]:
+    def in_turn(*arrays: Array) -> tuple[Array, Array, Array]:
         return jax.lax.map(lambda of_class: one(*of_class), arrays)
 
     # XLA shares a product among the cores of a CPU only where it is not one of a batch.

@@ -22,6 +22,7 @@ _FOREMOST = (0.02, 0.05, 0.1, 0.2)  # shares of a class, the furthest and the le
 _ALIKE = 0.8  # clusters of at least this Jaccard index are one
 _SMALLEST = 12  # examples of a cluster, at least
 _SMALLEST_SHARE = 0.01  # of its class, likewise
+_SMALL = 0.055  # of its class: odd images, or wrong labels, make up so much of most
 _ASTRAY = 0.03  # share of a class's probes that lie in an attack by mistake
 _PROBES_HELD = 30  # a cluster with more is not thought to lack any
 _INSIDE = 0.85  # share of a smaller cluster that lies within the best one
@@ -30,14 +31,16 @@ _WIDER = 1.1  # times its gap, at least
 _LESS = 0.45  # evidence than the best one, at most
 _LARGEST = 0.55  # share of a class that a cluster may have: beyond, the probes are in the other half
 _PART = 0.1  # of what is cut in two, at least
+NATURAL = (5.0, 6.7)  # gap that natural groups may have, at least and at most
+_HELD, _HELD_SHARE = 3, 0.5  # probes in a natural group, at least; and of those that its size lets expect
 _KEPT = 0.5  # Jaccard index of what is told apart with what it was told to, at least
 
 
 def best_of_class(
     points: Float[Array, "n D"], real: Bool[Array, "n"], probe: Bool[Array, "n"], far: Float[Array, "n"],
     first: Int[Array, "n"], late: Int[Array, "n"], odds: Float[Array, "n"], seed: Int[Array, "1"], num_classes: int,
-) -> tuple[Float[Array, "n"], Float[Array, "8"]]:  # fmt: skip
-    """Finds the cluster of the most evidence.
+) -> tuple[Float[Array, "n 2"], Float[Array, "9 2"], Float[Array, ""]]:  # fmt: skip
+    """Finds the cluster of the most evidence, for either end of what natural groups may have for a gap (`NATURAL`).
 
     Args:
       points: [n, D], standardised trajectories.
@@ -51,8 +54,9 @@ def best_of_class(
       num_classes: K.
 
     Returns:
-      Scores [n], about 1 in the cluster and -1 in the rest; and its signs, in the order of `Signs`, with their
-      evidence, which is -infinity if no cluster is possible.
+      Scores of the two [n, 2], about 1 in the cluster and -1 in the rest; whether each is possible, its share of the
+      class and its signs, in the order of `Signs`; and the widest gap of a natural group, one that holds its part of
+      the probes, or 0 if there is none.
     """
     classifier, whitened = _axes(points, real)
 
@@ -66,10 +70,18 @@ def best_of_class(
     size, count = members.sum(0), jnp.maximum(real.sum(), 1)
     least = jnp.maximum(_SMALLEST, _SMALLEST_SHARE * count)
     possible = (size >= least) & (size <= _LARGEST * count) & (scores.max(0) > 0)
-    evidence = jnp.where(possible, evidence_of(size / count, *signs), -jnp.inf)
-    best = _tighter(evidence.argmax(), members, evidence, gap=signs[2])
-    values = jnp.stack([*(sign[best] for sign in signs), evidence[best]])
-    return scores[:, best], values
+    share, gap = size / count, signs[2]
+
+    def best(natural: float) -> Int[Array, ""]:
+        evidence = jnp.where(possible, evidence_of(natural, share, *signs), -jnp.inf)
+        return _tighter(evidence.argmax(), members, evidence, gap)
+
+    both = jnp.stack([best(natural) for natural in NATURAL])
+    values = jnp.stack([possible, share, *signs])[:, both]
+
+    held, probes = (probe & real) @ members, (probe & real).sum()
+    natural = possible & (share > _SMALL) & (held >= jnp.maximum(_HELD, _HELD_SHARE * share * probes))
+    return scores[:, both], values, jnp.where(natural, gap, 0).max()
 
 
 def halves_of(
@@ -301,10 +313,13 @@ def _so_few(held: Float[Array, "G"], draws: Int[Array, ""], share: Float[Array, 
 
 
 def evidence_of(
-    share: Float[Array, "G"], far: Float[Array, "G"], probes_p: Float[Array, "G"], gap: Float[Array, "G"],
-    agreement: Float[Array, "G"], sources: Float[Array, "G"], late_sources: Float[Array, "G"], odds: Float[Array, "G"],
+    natural: Float[Array, ""] | float, share: Float[Array, "G"], far: Float[Array, "G"], probes_p: Float[Array, "G"],
+    gap: Float[Array, "G"], agreement: Float[Array, "G"], sources: Float[Array, "G"], late_sources: Float[Array, "G"],
+    odds: Float[Array, "G"],
 ) -> Float[Array, "G"]:  # fmt: skip
     """Weighs the signs of clusters (see `Signs`), which hold a share of their class, against each other; 0 is none.
+
+    What natural groups of the data set have for a gap, at most, is told (`natural`).
 
     Each sign alone is wrong somewhere: a natural group of odd images lies far out, too, a few probes miss a tenth of a
     class by chance, and attackers who keep the labels have one source. What counts in each is limited, so that none
@@ -326,19 +341,19 @@ def evidence_of(
     common = 1.5 * lacking + 0.25 * jnp.clip(gap - 3.0, 0.0, 4.0) - jnp.maximum(3.0 - gap, 0.0) + crowd + agreement
 
     # Natural groups: a class cut in two has a gap of 2 to 3.5; a kind of its own images, which comes from few classes,
-    # one of up to 6.5, or more if it is half of the class; and a small one is in most classes, of odd images or wrong
+    # a wider one, above all if it is half of the class; and a small one is in most classes, of odd images or wrong
     # labels.
-    natural = 6.7 + jnp.clip((share - 0.2) / 0.2, 0.0, 1.0)
+    half = jnp.clip((share - 0.2) / 0.2, 0.0, 1.0)
     narrow = jnp.clip(4.0 - gap, 0.0, 1.0)
-    small = jnp.clip((0.055 - share) / 0.03, 0.0, 1.0)
-    of_its_own = jnp.clip((0.4 - sources) / 0.15, 0.0, 1.0) * jnp.clip(natural - gap, 0.0, 1.0)
+    small = jnp.clip((_SMALL - share) / 0.03, 0.0, 1.0)
+    of_its_own = jnp.clip((0.4 - sources) / 0.15, 0.0, 1.0) * jnp.clip(natural + half - gap, 0.0, 1.0)
     odd = small * jnp.clip((0.6 - sources) / 0.1, 0.0, 1.0)
     of_odd_images = odd * jnp.clip(8.0 - gap, 0.0, 1.0)
 
-    # What is further apart than these, and not near the probes, is an attack even where a class has so few probes that
-    # none would be expected in it.
+    # What is further apart than these are in any data set, and not near the probes, is an attack even where a class has
+    # so few probes that none would be expected in it.
     alone = jnp.clip(far - 1.5, 0.0, 1.0) * jnp.clip((1.0 - probes_p) / 0.1, 0.0, 1.0) * (1.0 - odd)
-    apart = jnp.clip(gap - natural - 0.3, 0.0, 3.0) * alone
+    apart = jnp.clip(gap - half - 7.0, 0.0, 3.0) * alone
 
     distance = 0.5 * jnp.minimum(far, 4.0) - 3.0 * jnp.maximum(1.5 - far, 0.0)
     learnt = distance + 2.0 * sources + apart - 0.5 * narrow - 2.0 * of_its_own - 1.5 * of_odd_images

@@ -99,9 +99,10 @@ def figures_of_scans(*names):
 
 
 SCANS = [("fashion_mnist-3", "fashion_mnist-4"), ("cifar10-3", "cifar10-4"), ("small",)]
+OTHER_REGIMES = [("fashion_mnist-5",), ("cifar10-5",)]
 
 
-@pytest.mark.parametrize("names", SCANS, ids=lambda names: names[0])
+@pytest.mark.parametrize("names", SCANS + OTHER_REGIMES, ids=lambda names: names[0])
 def test_scans_found_what_the_guide_says(names):
     assert as_markdown(scan_table(figures_of_scans(*names))) in Path("badloss_jax/README.md").read_text("utf-8")
 

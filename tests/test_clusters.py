@@ -11,8 +11,8 @@ from scipy import stats
 from badloss_jax import TrajectoryRecorder
 from badloss_jax.cli import main
 from badloss_jax.errors import UsageError
-from badloss_jax.scoring import CERTAIN, POSSIBLE, Impressions, clusters, find_clusters, growth
-from badloss_jax.scoring.clusters import clean_class_p_value
+from badloss_jax.scoring import CERTAIN, POSSIBLE, Cluster, Impressions, Signs, find_clusters, growth
+from badloss_jax.scoring.evidence import NATURAL, clean_class_p_value, evidence_of, judged, natural_gap
 from badloss_jax.training.mesh import make_mesh
 
 CLASSES = 6
@@ -110,12 +110,12 @@ def test_clean_classes_have_no_certain_cluster():
     assert len(evidence) <= 8
 
 
-def weighed(natural=growth.NATURAL[-1], **signs):
+def weighed(natural=NATURAL[-1], **signs):
     """Evidence for a crowd that is far out and of few classes, in a class with so few probes that none was expected."""
     usual = {"share": 0.08, "far": 5.6, "probes_p": 0.75, "gap": 9.5, "agreement": 0.0, "sources": 0.1,
              "late_sources": 0.0, "odds": -6.0}  # fmt: skip
     signs = usual | signs
-    return float(growth.evidence_of(natural, **{name: np.float32(value) for name, value in signs.items()}))
+    return float(evidence_of(natural, **{name: np.float32(value) for name, value in signs.items()}))
 
 
 def test_a_crowd_further_apart_than_natural_ones_are_is_an_attack_whatever_the_probes():
@@ -135,9 +135,9 @@ def test_natural_groups_say_how_far_apart_an_attack_is():
     kept_labels = partial(weighed, share=0.22, far=4.6, probes_p=0.043, gap=5.4, agreement=0.9, sources=0.05)
     assert kept_labels() < CERTAIN <= kept_labels(natural=5.0)
 
-    assert clusters._natural([4.0, 4.6, 0.0, 3.0]) == 5.0  # at least
-    assert clusters._natural([5.5, 0.0]) == pytest.approx(5.8)
-    assert clusters._natural([5.5, 0.0, 0.0]) == clusters._natural([7.5]) == growth.NATURAL[-1]
+    assert natural_gap([4.0, 4.6, 0.0, 3.0]) == 5.0  # at least
+    assert natural_gap([5.5, 0.0]) == pytest.approx(5.8)
+    assert natural_gap([5.5, 0.0, 0.0]) == natural_gap([7.5]) == NATURAL[-1]
 
 
 def test_a_group_that_holds_its_probes_is_natural():
@@ -245,9 +245,9 @@ def test_beside_an_attack_less_evidence_is_enough(evidence, classes, certain):
     ids = np.arange(3)
 
     def told(gap=6.6, far=3.4, odds=2.9, sources=0.6, probes_p=0.3):
-        signs = clusters.Signs(far, probes_p, gap, agreement=0.0, sources=sources, late_sources=0.0, odds=odds)
-        found = [clusters.Cluster(0, ids, value, signs, np.zeros(3), ids) for value in evidence]
-        return [one.certain for one in clusters._judged(found, classes)]
+        signs = Signs(far, probes_p, gap, agreement=0.0, sources=sources, late_sources=0.0, odds=odds)
+        found = [Cluster(0, ids, value, signs, np.zeros(3), ids) for value in evidence]
+        return [one.certain for one in judged(found, classes)]
 
     assert told(gap=6.7) == [True] * certain + [False] * (len(evidence) - certain)
     assert told(far=3.5) == told(odds=3.0) == told(far=2.0, sources=0.7, probes_p=0.5) == told(gap=6.7)
@@ -360,9 +360,9 @@ def test_in_a_class_without_probes_nothing_is_certain():
 
 
 def test_of_more_classes_more_evidence_is_asked():
-    signs = clusters.Signs(9.0, 0.1, 9.0, agreement=0.0, sources=0.0, late_sources=0.0, odds=9.0)
-    one = clusters.Cluster(0, np.arange(3), 6.0, signs, np.zeros(3), np.arange(3))
-    assert [clusters._judged([one], classes)[0].certain for classes in (10, 37, 38, 1000)] == [True, True, False, False]
+    signs = Signs(9.0, 0.1, 9.0, agreement=0.0, sources=0.0, late_sources=0.0, odds=9.0)
+    one = Cluster(0, np.arange(3), 6.0, signs, np.zeros(3), np.arange(3))
+    assert [judged([one], classes)[0].certain for classes in (10, 37, 38, 1000)] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("spoilt", ["far", "features", "ranked"])

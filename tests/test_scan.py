@@ -106,6 +106,8 @@ def test_what_a_scan_writes(scanned):
         r" \([\d.]+ % to \d+ %\); what leaves no trace is not counted\.( .+)?"
     )
     assert re.fullmatch(told, results["verdict"])
+    assert attack["signs"]["gap"] > 7  # by which it is certain even where probes are few
+    assert f"with a gap of {attack['signs']['gap']:.1f} standard deviations" in (out / "report.html").read_text("utf-8")
     everything = pq.read_table(out / "scores.parquet")
     assert everything["path"].to_pylist() == sorted(names)
     assert {row["path"] for row in everything.to_pylist() if row["removed"]} == set(removed)

@@ -8,8 +8,9 @@ from badloss_jax.scoring.calibration import (
     standardised_by_class,
     unsupported,
 )
-from badloss_jax.scoring.clusters import CERTAIN, POSSIBLE, Cluster, Signs, find_clusters
+from badloss_jax.scoring.clusters import find_clusters
 from badloss_jax.scoring.distances import knn_distances, leave_one_out_distances, nearest_probes
+from badloss_jax.scoring.evidence import CERTAIN, POSSIBLE, Cluster, Signs
 from badloss_jax.scoring.impressions import Impressions, impressions_of
 from badloss_jax.scoring.rejection import (
     benjamini_hochberg,

@@ -8,12 +8,13 @@ share a trigger, and what the network learnt of it. So within each class
    whose leave-one-out predictions have a closed form (PRESS; Allen 1974), so that no example judges itself;
 3. the evidence for each is weighed: how far it lies from the probes, how few probes it holds for its share of the
    class, how wide the gap around it is, how many starts agree on it, from how many classes its members seem to come,
-   by what the network took them for after its first epoch, and whether it takes them for others in the end;
+   by what the network took them for after its first epoch, and whether it takes them for others in the end. How wide
+   a gap is natural differs from data set to data set: groups that do hold probes show it;
 4. the cluster of the most evidence is taken out, and the rest of the class searched again, until nothing is left;
 5. what is certain in a class is divided anew, by attacks (`parts`).
 
 All classes of about one size are one batched program; the devices share the classes. `growth` has the mathematics of
-one class; here classes are read, padded, handed to the devices, and searched again.
+one class, `evidence` what signs weigh; here classes are read, padded, handed to the devices, and searched again.
 """
 
 import math
@@ -29,7 +30,8 @@ from threadpoolctl import threadpool_limits
 
 from badloss_jax.errors import UsageError
 from badloss_jax.scoring.distances import Rows, row_chunks
-from badloss_jax.scoring.growth import CERTAIN, NATURAL, best_of_class, evidence_of
+from badloss_jax.scoring.evidence import NATURAL, Cluster, Signs, evidence_of, judged, natural_gap
+from badloss_jax.scoring.growth import best_of_class
 from badloss_jax.scoring.impressions import MOST_ODDS, Impressions, chosen_epochs
 from badloss_jax.scoring.parts import attacks_among
 from badloss_jax.seeding import derived_seed
@@ -37,85 +39,12 @@ from badloss_jax.training.mesh import by_rows, make_mesh, place_rows, round_up, 
 
 _LOWEST = -15.0  # log-probabilities below say no more
 _SOME = 4096  # examples that show whether values are log-probabilities
-POSSIBLE = 4.4  # evidence of a cluster that is worth a look; from `CERTAIN` on it is called an attack
-_NATURAL = 0.05  # clean classes' clusters that are called so: at most, in a clean set, and as a share beside an attack
-# Of less evidence than `CERTAIN`, a cluster must reach one of these: its gap, how far it lies, its odds; or its sources
-# if it lies somewhat far, too. Natural groups that do not: a fifth of the trousers had 4.9, 3.0, -8.9 and .1, a tenth
-# of the frogs 3.2, -.4, 2.5 and .8.
-_APART, _FAR, _MISTAKEN, _FROM_ALL, _SOMEWHAT_FAR = 6.7, 3.5, 3.0, 0.7, 2.0
-_NOTICED = 0.3  # `Signs.probes_p` of what reaches one of the first three, at most: of small ones probes say nothing
-# Of 235 clean classes, a fifth had a cluster of more evidence than 2.5, which exceeded that by 0.7 on average.
-_TAIL = (2.5, 0.2, 0.7)
-# Groups that hold probes are natural; attacks have wider gaps by so much. Fewer of the classes than these say nothing.
-_BEYOND, _KNOWN = 0.3, 0.5
 _FRINGE = -0.3  # score from which on examples are taken out with a cluster that is well apart; 0 is the middle
 FEW = 30  # examples; in a class of fewer nothing is looked for
 FEW_PROBES = 3  # in a class of fewer nothing is certain
 _ATTACKS_OF_A_CLASS = 8  # at most
 _VALUES = 2**26  # of trajectories on the devices at a time
 _evidence_of = jax.jit(evidence_of)
-
-
-@dataclass(frozen=True)
-class Signs:
-    """What is known of a cluster.
-
-    Attributes:
-      far: how much further from the probes its members lie than the rest of the class, in spreads of the probes.
-      probes_p: probability of no more probes than it holds, were they drawn from the class at random; or, if larger,
-        how much likelier those that it holds are in a natural group than in an attack; 1 of more than 30.
-      gap: distance of its mean score from the rest's, in standard deviations within, of both together.
-      agreement: share of the mixtures that led to it.
-      sources: number of other classes that its members seem to come from after the first epoch (the exponential of the
-        entropy), as a share of how many there could be, times the share of members that look like another class.
-      late_sources: likewise by all epochs together.
-      odds: mean log-odds, by these, of the other class that a member looks most like, against its own.
-
-    The last three are NaN where no features were recorded.
-    """
-
-    far: float
-    probes_p: float
-    gap: float
-    agreement: float
-    sources: float
-    late_sources: float
-    odds: float
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A cluster of one class.
-
-    Attributes:
-      label: the class.
-      ids: int64 [M], its members and its fringe, ascending; no probes.
-      evidence: see `evidence_of`; of attacks that were found as one cluster, that of this cluster.
-      signs: what it is made of, likewise.
-      scores: [n], of all examples of the class that were left when it was found: about 1 in the cluster and -1 in the
-        rest. The fringe begins two standard deviations above the rest's mean, but between -0.3 and 0.
-      score_ids: int64 [n].
-      certain: whether it is called an attack: its evidence is `CERTAIN`, or there are such and `find_clusters` expects
-        few of so much among clean classes.
-    """
-
-    label: int
-    ids: Int[np.ndarray, "M"]
-    evidence: float
-    signs: Signs
-    scores: Float[np.ndarray, "n"]
-    score_ids: Int[np.ndarray, "n"]
-    certain: bool = False
-
-
-def clean_class_p_value(evidence: float) -> float:
-    """Returns the probability that the best cluster of a clean class has at least this evidence, in (0, 0.2].
-
-    An exponential tail, fitted to clean classes of Fashion-MNIST, CIFAR-10 and traffic signs; scoring/README.md has how
-    they were recorded. It says nothing of other data whose classes have groups of their own.
-    """
-    start, share, scale = _TAIL
-    return share * math.exp(-max(evidence - start, 0.0) / scale)
 
 
 def find_clusters(
@@ -176,7 +105,7 @@ def find_clusters(
         with threadpool_limits(1, user_api="blas"):
             best = _search(look, waiting, padded, derived_seed(seed, "clusters", attempt), mesh)
         if not attempt:
-            natural = _natural([one.natural for one in best])
+            natural = natural_gap([one.natural for one in best])
         for label, ids, cluster in ((one.label, one.ids, _cluster(look, one, natural)) for one in best):
             if cluster is None or cluster.evidence < threshold:
                 continue
@@ -189,11 +118,11 @@ def find_clusters(
             break
 
     # What nothing is certain of must not make others certain, either.
-    judged = _judged([one for one in found if one.label not in few_probes], searched)
-    possible = [one for one in judged if not one.certain] + [one for one in found if one.label in few_probes]
+    weighed = judged([one for one in found if one.label not in few_probes], searched)
+    possible = [one for one in weighed if not one.certain] + [one for one in found if one.label in few_probes]
     attacks: list[Cluster] = []
-    for label in sorted({one.label for one in judged if one.certain}):
-        those = [one for one in judged if one.certain and one.label == label]
+    for label in sorted({one.label for one in weighed if one.certain}):
+        those = [one for one in weighed if one.certain and one.label == label]
         attacks += _divided(those, look, derived_seed(seed, "parts", label))
     return sorted([*attacks, *possible], key=lambda cluster: cluster.label)
 
@@ -206,26 +135,6 @@ def _divided(those: list[Cluster], look: "_Look", seed: int) -> list[Cluster]:
         replace(max(those, key=lambda one: len(np.intersect1d(one.ids, ids, assume_unique=True))), ids=ids)
         for ids in attacks
     ]
-
-
-def _judged(found: list[Cluster], num_classes: int) -> list[Cluster]:
-    """Says which of the clusters of so many classes are certain."""
-
-    def conspicuous(one: Cluster) -> bool:
-        signs = one.signs
-        from_all = signs.sources >= _FROM_ALL and signs.far >= _SOMEWHAT_FAR
-        extreme = signs.gap >= _APART or signs.far >= _FAR or signs.odds >= _MISTAKEN
-        return one.evidence >= CERTAIN or from_all or (extreme and signs.probes_p <= _NOTICED)
-
-    evidence = np.sort([one.evidence for one in found if conspicuous(one)])[::-1]
-    start, share, scale = _TAIL
-    least = max(CERTAIN, start + scale * math.log(share * max(num_classes, 1) / _NATURAL))
-    if (evidence >= least).any():  # else nobody is known to attack, and no less is enough
-        natural = num_classes * np.array([clean_class_p_value(value) for value in evidence])
-        few = natural <= _NATURAL * np.arange(1, len(evidence) + 1)
-        least = evidence[few].min(initial=least)
-
-    return [replace(one, certain=bool(conspicuous(one) and one.evidence >= least)) for one in found]
 
 
 @dataclass(frozen=True)
@@ -310,7 +219,7 @@ def _padded_sizes(counts: Int[np.ndarray, "K"]) -> Int[np.ndarray, "K"]:
 
 @dataclass(frozen=True)
 class _Best:
-    """What `best_of_class` says of one class, padding cut off."""
+    """What `best_of_class` says of one class, padding cut off: its clusters are two until the natural gap is known."""
 
     label: int
     ids: np.ndarray
@@ -345,13 +254,6 @@ def _search(
                 ids = slots[number]
                 found.append(_Best(label, ids, scores[number, : len(ids)], values[number], float(natural[number])))
     return found
-
-
-def _natural(gaps: Sequence[float]) -> float:
-    """Returns the gap that natural groups have at most, by the widest of each class, 0 where none is known."""
-    if sum(gap > 0 for gap in gaps) < _KNOWN * len(gaps):
-        return NATURAL[-1]
-    return float(np.clip(max(gaps, default=0.0) + _BEYOND, *NATURAL))
 
 
 def _cluster(look: _Look, best: _Best, natural: float) -> Cluster | None:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-CERTAIN = 5.3  # evidence of a cluster that is called an attack
+from badloss_jax.scoring.evidence import CERTAIN, NATURAL, SMALL, evidence_of
+
 _SHRINKAGE = 0.1  # of the classifier's covariance towards a multiple of the identity
 _COMPONENTS = 20  # principal components that mixtures are fitted to
 _SIZES = ((2, 3, 4, 6), (8, 12, 16))  # of mixtures, those in one program that are nearly as large
@@ -22,7 +23,6 @@ _FOREMOST = (0.02, 0.05, 0.1, 0.2)  # shares of a class, the furthest and the le
 _ALIKE = 0.8  # clusters of at least this Jaccard index are one
 _SMALLEST = 12  # examples of a cluster, at least
 _SMALLEST_SHARE = 0.01  # of its class, likewise
-_SMALL = 0.055  # of its class: odd images, or wrong labels, make up so much of most
 _ASTRAY = 0.03  # share of a class's probes that lie in an attack by mistake
 _PROBES_HELD = 30  # a cluster with more is not thought to lack any
 _INSIDE = 0.85  # share of a smaller cluster that lies within the best one
@@ -31,7 +31,6 @@ _WIDER = 1.1  # times its gap, at least
 _LESS = 0.45  # evidence than the best one, at most
 _LARGEST = 0.55  # share of a class that a cluster may have: beyond, the probes are in the other half
 _PART = 0.1  # of what is cut in two, at least
-NATURAL = (5.0, 6.7)  # gap that natural groups may have, at least and at most
 _HELD, _HELD_SHARE = 3, 0.5  # probes in a natural group, at least; and of those that its size lets expect
 _KEPT = 0.5  # Jaccard index of what is told apart with what it was told to, at least
 
@@ -80,7 +79,7 @@ def best_of_class(
     values = jnp.stack([possible, share, *signs])[:, both]
 
     held, probes = (probe & real) @ members, (probe & real).sum()
-    natural = possible & (share > _SMALL) & (held >= jnp.maximum(_HELD, _HELD_SHARE * share * probes))
+    natural = possible & (share > SMALL) & (held >= jnp.maximum(_HELD, _HELD_SHARE * share * probes))
     return scores[:, both], values, jnp.where(natural, gap, 0).max()
 
 
@@ -310,55 +309,3 @@ def _so_few(held: Float[Array, "G"], draws: Int[Array, ""], share: Float[Array, 
     each = jnp.log(share) - jnp.log1p(-share) - np.log(_ASTRAY / (1 - _ASTRAY))
     few = jnp.maximum(few, jnp.exp(jnp.minimum(draws * jnp.log1p(-share) + held * each, 0.0)))
     return jnp.where((held > _PROBES_HELD) | (held >= draws), 1.0, jnp.minimum(few, 1.0))
-
-
-def evidence_of(
-    natural: Float[Array, ""] | float, share: Float[Array, "G"], far: Float[Array, "G"], probes_p: Float[Array, "G"],
-    gap: Float[Array, "G"], agreement: Float[Array, "G"], sources: Float[Array, "G"], late_sources: Float[Array, "G"],
-    odds: Float[Array, "G"],
-) -> Float[Array, "G"]:  # fmt: skip
-    """Weighs the signs of clusters (see `Signs`), which hold a share of their class, against each other; 0 is none.
-
-    What natural groups of the data set have for a gap, at most, is told (`natural`).
-
-    Each sign alone is wrong somewhere: a natural group of odd images lies far out, too, a few probes miss a tenth of a
-    class by chance, and attackers who keep the labels have one source. What counts in each is limited, so that none
-    decides alone.
-
-    There are two ways to be an attack, and the better counts. What was learnt lies far out, in a place of its own; what
-    lies hardly further out than the rest of its class is the class itself, cut in two. What was relabelled and not
-    learnt is still taken for other classes in the end, and for many; the hard images of a class are, too, but less
-    surely, with no gap to the rest, and probes are among them. A few wrong labels are in every class: a group so small
-    that probes would hardly notice it needs more. What the rest of its class lies far beyond is what is left of the
-    class where most of it is an attack.
-
-    The weights were settled on recordings of Fashion-MNIST, CIFAR-10 and traffic signs, attacked and clean
-    (scoring/README.md has what they give).
-    """
-    lacking = jnp.minimum(-jnp.log10(probes_p + 1e-12), 2.0)
-    # A gap alone, or too few probes alone, is often natural; a crowd well apart in which probes should be is not.
-    crowd = 0.4 * lacking * jnp.clip(gap - 5.0, 0.0, 3.0)
-    common = 1.5 * lacking + 0.25 * jnp.clip(gap - 3.0, 0.0, 4.0) - jnp.maximum(3.0 - gap, 0.0) + crowd + agreement
-
-    # Natural groups: a class cut in two has a gap of 2 to 3.5; a kind of its own images, which comes from few classes,
-    # a wider one, above all if it is half of the class; and a small one is in most classes, of odd images or wrong
-    # labels.
-    half = jnp.clip((share - 0.2) / 0.2, 0.0, 1.0)
-    narrow = jnp.clip(4.0 - gap, 0.0, 1.0)
-    small = jnp.clip((_SMALL - share) / 0.03, 0.0, 1.0)
-    of_its_own = jnp.clip((0.4 - sources) / 0.15, 0.0, 1.0) * jnp.clip(natural + half - gap, 0.0, 1.0)
-    odd = small * jnp.clip((0.6 - sources) / 0.1, 0.0, 1.0)
-    of_odd_images = odd * jnp.clip(8.0 - gap, 0.0, 1.0)
-
-    # What is further apart than these are in any data set, and not near the probes, is an attack even where a class has
-    # so few probes that none would be expected in it.
-    alone = jnp.clip(far - 1.5, 0.0, 1.0) * jnp.clip((1.0 - probes_p) / 0.1, 0.0, 1.0) * (1.0 - odd)
-    apart = jnp.clip(gap - half - 7.0, 0.0, 3.0) * alone
-
-    distance = 0.5 * jnp.minimum(far, 4.0) - 3.0 * jnp.maximum(1.5 - far, 0.0)
-    learnt = distance + 2.0 * sources + apart - 0.5 * narrow - 2.0 * of_its_own - 1.5 * of_odd_images
-
-    likelier = 0.75 * jnp.minimum(odds, 5.0) - 2.0 * jnp.maximum(2.0 - odds, 0.0)
-    unnoticed = 2.0 * jnp.maximum(small, 2.0 * jnp.maximum(probes_p - 0.5, 0.0))
-    mistaken = likelier + 1.5 * late_sources - 1.5 * narrow - unnoticed - jnp.maximum(-3.0 - far, 0.0)
-    return common + jnp.maximum(learnt, mistaken)

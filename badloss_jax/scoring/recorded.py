@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from badloss_jax.errors import UsageError
 from badloss_jax.scoring.calibration import conformal_p_values
-from badloss_jax.scoring.clusters import POSSIBLE, Cluster, find_clusters
+from badloss_jax.scoring.clusters import find_clusters
+from badloss_jax.scoring.evidence import POSSIBLE, Cluster
 from badloss_jax.scoring.impressions import impressions_of
 from badloss_jax.scoring.scores import distances_by_kind, filter_epochs, scores_by_class
 from badloss_jax.scoring.verdict import in_attacks

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Int
 from scipy.stats import norm
 
 from badloss_jax.scoring.calibration import PoisonedShare, conformal_p_values, no_poison_p_value, poisoned_share
-from badloss_jax.scoring.clusters import FEW, FEW_PROBES, Cluster, clean_class_p_value
+from badloss_jax.scoring.clusters import FEW, FEW_PROBES
+from badloss_jax.scoring.evidence import Cluster, clean_class_p_value
 from badloss_jax.scoring.rejection import reject
 
 UNLIKELY = 0.005  # p-value of the distances of all images below which more lie far out than chance explains

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -16,6 +17,8 @@ from selenium.webdriver.chrome.service import Service
 if not os.environ.get("BADLOSS_TEST_GPU"):
     jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as of `nohup pytest &`; what tests start would ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from badloss_jax.config import RULES, load_config  # noqa: E402
 from badloss_jax.data import prepare as prepare_module  # noqa: E402

@@ -68,6 +68,17 @@ def test_regimes_are_what_they_are_called(config):
     np.testing.assert_array_equal(moved.labels[rows], (before.labels[rows] + 1) % 10)
 
 
+@pytest.mark.parametrize("name", ["drawn", "shared"])
+def test_a_target_is_large_enough_for_its_attack(config, clean, name):
+    sizes = np.bincount(clean.labels)
+    least = int(np.median(sizes)) + 1
+    picky = override(config, [f"--config.attacks.sinusoid.min_class={least}"])
+    targets = [draw_set(picky, seed, REGIMES[name]).targets["sinusoid"][0] for seed in range(6)]
+    assert (sizes[targets] >= least).all()
+    before = [draw_set(config, seed, REGIMES[name]).targets["sinusoid"][0] for seed in range(6)]
+    assert (sizes[before] < least).any()
+
+
 @pytest.mark.parametrize(
     ("setting", "regime", "told"),
     [

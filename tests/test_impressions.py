@@ -92,6 +92,7 @@ def test_degenerate_features_are_told_apart_as_far_as_they_are(rng, spoil):
 
 
 def test_epochs_are_spread_over_the_recording():
-    assert chosen_epochs(15).tolist() == [0, 2, 4, 7, 11, 14]
+    assert chosen_epochs(15).tolist() == [0, 1, 2, 4, 6, 8, 11, 14]
+    assert chosen_epochs(8).tolist() == list(range(8))
     assert chosen_epochs(3).tolist() == [0, 1, 2]
     assert chosen_epochs(1).tolist() == [0]

@@ -150,6 +150,7 @@ def _settled(config: ConfigDict, seed: int, regime: Regime) -> ConfigDict:
         settings |= {f"scoring.{kind}.k": 1 for kind in config.scoring.kinds}
     dataset = load_dataset(config.data, seed)
     classes, most = dataset.num_classes, len(dataset.train.labels)
+    sizes = np.bincount(dataset.train.labels, minlength=classes)
     if regime.examples:
         settings["data.train_examples"] = min(int(draw.choice(regime.examples)) or most, most)
     if regime.attackers == "nobody":
@@ -160,10 +161,15 @@ def _settled(config: ConfigDict, seed: int, regime: Regime) -> ConfigDict:
         # A quarter of a class, poison included, is a third of what is clean in it.
         settings[f"attacks.{name}.ratio"] = regime.share or regime.of_class / (1 - regime.of_class) / classes
     if regime.targets == "drawn":
-        settings |= {f"attacks.{name}.target": int(draw.integers(classes)) for name in names}
+        targets = {name: int(draw.integers(classes)) for name in names}
     elif regime.targets == "shared":
         target = int(draw.integers(classes))
-        settings |= {f"attacks.{name}.target": target for name in draw.permutation(names)[:3].tolist()}
+        targets = dict.fromkeys(draw.permutation(names)[:3].tolist(), target)
+    else:
+        targets = {}
+    # A class that is too small for an attack is left to the config, which knows larger ones.
+    settings |= {f"attacks.{name}.target": target for name, target in targets.items()
+                 if sizes[target] >= config.attacks[name].get("min_class", 0)}  # fmt: skip
     return changed(config, settings)
 
 

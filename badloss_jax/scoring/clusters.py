@@ -61,7 +61,8 @@ def find_clusters(
 
     Args:
       kinds: trajectories, in memory or on disk, such as features and ranked log-probabilities; of a kind that is never
-        positive, values below -15 count as that. Six of their epochs are looked at, which a class at a time is read of.
+        positive, values below -15 count as that. At most eight of their epochs are looked at (`chosen_epochs`), which
+        a class at a time is read of.
       labels: int [N], as trained on.
       is_probe: bool [N].
       far: [N], log distance to the probes, a class on the scale of its own (`standardised_by_class`).

@@ -31,8 +31,10 @@ class Impressions:
 
 
 def chosen_epochs(num_epochs: int) -> Int[np.ndarray, "E"]:
-    """Returns the epochs that are looked at: six, or all of fewer, closer together at the beginning."""
-    places = np.array([0, 1 / 7, 2 / 7, 1 / 2, 11 / 14, 1])
+    """Returns the epochs that are looked at: eight at most, closer together at the beginning, or all of so few."""
+    places = np.array([0, 1 / 14, 1 / 7, 2 / 7, 3 / 7, 4 / 7, 11 / 14, 1])
+    if num_epochs <= len(places):
+        return np.arange(num_epochs)
     return np.unique(np.round(places * (num_epochs - 1)).astype(np.int64))
 
 

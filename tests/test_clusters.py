@@ -200,6 +200,7 @@ def test_leave_one_out_scores_are_what_leaving_one_out_gives(rng, monkeypatch):
         ((7.0, 6.6, 6.7, 6.9), (5.0, 6.0, 5.4, 9.0), 1),  # the third is hardly better apart, the fourth lies elsewhere
         ((7.0, 6.5, 6.5, 6.9), (5.0, 6.0, 8.0, 9.0), 0),  # of too little evidence
         ((5.5, 5.2, 5.2, 5.0), (5.0, 6.0, 8.0, 9.0), 0),  # which alone would be no attack
+        ((4.9, 4.5, 4.7, 4.8), (5.0, 6.0, 5.2, 9.0), 1),  # as the best one is not, either
         ((7.0, 6.6, 6.7, 6.9), (5.0, 6.0, 5.6, 9.0), 2),  # of two, that of more evidence
     ],
 )

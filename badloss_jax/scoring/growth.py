@@ -125,11 +125,12 @@ def _tighter(
     """Returns the cluster within the best one that is better apart, if there is one of nearly as much evidence.
 
     An attack and natural images beside it, or two attacks, have more evidence together than each, as more members lack
-    probes. What is left out here is searched again.
+    probes. What is left out here is searched again. An attack does not become less than one.
     """
     size = members.sum(0)
     within = (members.T @ members[:, best] >= _INSIDE * size) & (size <= _SMALLER * size[best])
-    enough = evidence >= jnp.maximum(evidence[best] - _LESS, CERTAIN)
+    nearly = evidence[best] - _LESS
+    enough = evidence >= jnp.where(evidence[best] >= CERTAIN, jnp.maximum(nearly, CERTAIN), nearly)
     among = jnp.where(within & enough & (gap >= _WIDER * gap[best]), evidence, -jnp.inf)
     return jnp.where(among.max() > -jnp.inf, among.argmax(), best)
 

@@ -255,6 +255,7 @@ def test_beside_an_attack_less_evidence_is_enough(evidence, classes, certain):
     alone = [value >= CERTAIN for value in evidence]
     assert told() == told(far=1.9, sources=0.9) == alone  # a natural group, or half of a class
     assert told(gap=6.7, probes_p=0.31) == alone  # too small for probes to notice
+    assert told(gap=6.7, odds=3.0, probes_p=0.6) == told(gap=6.7, far=3.5, probes_p=0.6) == told(gap=6.7)
 
 
 @pytest.mark.parametrize(

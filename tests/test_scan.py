@@ -517,7 +517,13 @@ def test_clean_data_are_called_clean_and_nothing_is_removed():
 def test_images_rank_by_the_better_of_two_places():
     less = replace(cluster(4, [410], 4.6), certain=True)  # beside an attack it may be one, where more is but possible
     verdict, _ = judged([cluster(5, [510], 5.0), cluster(3, [310, 311], 7.0), less])
-    assert np.argsort(verdict.ranking(np.zeros(1_000)))[:4].tolist() == [311, 310, 410, 510]
+    scores = np.zeros(1_000)
+    scores[510] = -1  # what is but possible does not come before others beside an attack,
+    ranks = verdict.ranking(scores)
+    assert np.argsort(ranks)[:3].tolist() == [311, 310, 410]
+    assert ranks[510] == 1_000
+    verdict, _ = judged([cluster(5, [510], 5.0)])
+    assert verdict.ranking(scores)[510] == 1  # but alone it does
     verdict, _ = judged([cluster(3, [310, 311], 7.0)])
     scores, odds = np.zeros(1_000), np.full(1_000, -9.0)
     scores[[5, 6]], odds[[700, 6]] = (3.0, 1.0), (4.0, -8.0)

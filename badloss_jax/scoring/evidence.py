@@ -15,7 +15,7 @@ _NATURAL = 0.05  # clean classes' clusters that are called so: at most, in a cle
 # if it lies somewhat far, too. Natural groups that do not: a fifth of the trousers had 4.9, 3.0, -8.9 and .1, a tenth
 # of the frogs 3.2, -.4, 2.5 and .8.
 _APART, _FAR, _MISTAKEN, _FROM_ALL, _SOMEWHAT_FAR = 6.7, 3.5, 3.0, 0.7, 2.0
-_NOTICED = 0.3  # `Signs.probes_p` of what reaches one of the first three, at most: of small ones probes say nothing
+_NOTICED = 0.3  # `Signs.probes_p` of what reaches but one of the first three, at most: of small ones probes say nothing
 # Of 235 clean classes, a fifth had a cluster of more evidence than 2.5, which exceeded that by 0.7 on average.
 _TAIL = (2.5, 0.2, 0.7)
 NATURAL = (5.0, 6.7)  # gap that natural groups of a data set may have, at least and at most
@@ -157,8 +157,8 @@ def judged(found: list[Cluster], num_classes: int) -> list[Cluster]:
     def conspicuous(one: Cluster) -> bool:
         signs = one.signs
         from_all = signs.sources >= _FROM_ALL and signs.far >= _SOMEWHAT_FAR
-        extreme = signs.gap >= _APART or signs.far >= _FAR or signs.odds >= _MISTAKEN
-        return one.evidence >= CERTAIN or from_all or (extreme and signs.probes_p <= _NOTICED)
+        extreme = sum((signs.gap >= _APART, signs.far >= _FAR, signs.odds >= _MISTAKEN))
+        return one.evidence >= CERTAIN or from_all or extreme >= (1 if signs.probes_p <= _NOTICED else 2)
 
     evidence = np.sort([one.evidence for one in found if conspicuous(one)])[::-1]
     start, share, scale = _TAIL

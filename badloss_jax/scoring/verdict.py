@@ -62,14 +62,14 @@ class Verdict:
     ) -> Int[np.ndarray, "N"]:
         """Returns the rank of each example, from 1, the most suspicious, on.
 
-        Members of attacks come first, of the most evidence at the beginning, then those of possible ones; then all
-        others, each at the better of its two places: by score, and by the odds that it is of another class
-        (`impressions_of`). What was learnt as a trigger lies far out, what was not looks mislabelled, and hardly
-        anything is both. In the class of an attack also counts how alike to it an image is: that and its place are
-        added up, in standard deviations.
+        Members of attacks come first, of the most evidence at the beginning, or if there are none those of possible
+        ones, which beside an attack are mostly natural. Then come all others, each at the better of its two places: by
+        score, and by the odds that it is of another class (`impressions_of`). What was learnt as a trigger lies far
+        out, what was not looks mislabelled, and hardly anything is both. In the class of an attack also counts how
+        alike to it an image is: that and its place are added up, in standard deviations.
         """
         numbers, alike = self.attack_of(), np.zeros(len(scores))
-        last = len(self.attacks) + len(self.possible) + 1
+        last = (len(self.attacks) or len(self.possible)) + 1
         for cluster in self.attacks:
             # The others' scores have their mean at -1, and the members' at 1, a gap away.
             above = (cluster.scores + 1) / 2 * cluster.signs.gap
@@ -77,7 +77,8 @@ class Verdict:
         place = _places(scores) if odds is None else np.maximum(_places(scores), _places(odds))
         strange = norm.ppf((place + 0.5) / len(scores)) + alike
         ranks = np.empty(len(scores), np.int64)
-        ranks[np.lexsort((-scores, -strange, np.where(numbers, numbers, last)))] = np.arange(1, len(scores) + 1)
+        first = np.where(numbers, np.minimum(numbers, last), last)
+        ranks[np.lexsort((-scores, -strange, first))] = np.arange(1, len(scores) + 1)
         return ranks
 
 

@@ -13,7 +13,9 @@ from badloss_jax.scoring.clusters import FEW, FEW_PROBES
 from badloss_jax.scoring.evidence import Cluster, clean_class_p_value
 from badloss_jax.scoring.rejection import reject
 
-UNLIKELY = 0.005  # p-value of the distances of all images below which more lie far out than chance explains
+# p-value of the distances of all images below which more lie far out than chance explains. Probes and images are not
+# quite exchangeable on the scale of their classes: of 45 clean sets of digits, ten probes a class, two had below 0.005.
+UNLIKELY = 0.001
 _PURE = 0.8  # of the members of certain clusters, at least this share is poison: the interval's lower end
 _HIDDEN = 1.5  # as much again as half of what was found may hide beside it: the interval's upper end, at least
 _LEARNT_LATE = 0.3  # p-value that poison which is no crowd is taken to have, at most: the upper end counts up to it

@@ -98,8 +98,8 @@ def figures_of_scans(*names):
     return [figure for file in files for figure in json.loads(file.read_text("utf-8"))["figures"]]
 
 
-SCANS = [("fashion_mnist-3", "fashion_mnist-4"), ("cifar10-3", "cifar10-4"), ("small",)]
-OTHER_REGIMES = [("fashion_mnist-5",), ("cifar10-5",)]
+SCANS = [("fashion_mnist-3", "fashion_mnist-5"), ("cifar10-3", "cifar10-5"), ("gtsrb",), ("small",)]
+OTHER_REGIMES = [("fashion_mnist-4",), ("cifar10-4",)]
 
 
 @pytest.mark.parametrize("names", SCANS + OTHER_REGIMES, ids=lambda names: names[0])
@@ -121,7 +121,7 @@ def test_scans_are_summed_up_as_was_measured():
     said = f"{found:.1f} and {found_cifar:.1f} % of the poison is found, with {lost:.2f} and {lost_cifar:.2f} %"
     assert said in guide
     assert f"{found:.0f} % of the poison and lost {lost:.2f} % of the clean images" in README
-    assert f"({found_cifar:.0f} and {lost_cifar:.2f} % on CIFAR-10, in thirteen," in README
+    assert f"({found_cifar:.0f} and {lost_cifar:.2f} % on CIFAR-10, in seven," in README
 
     now = [figures_of_scans(*names) for names in SCANS[:2]]
     (found, lost), (found_cifar, lost_cifar) = [found_and_lost(figures, "held-out") for figures in now]
@@ -144,7 +144,8 @@ def test_attacks_were_counted_as_the_guide_says():
     counted = [sum(figure["certain_attacks"] for figure in figures) for figures in drawn]
     assert f"{counted[0]} and {counted[1]} attacks of 18 were counted" in guide
     figures = [figure for names in SCANS for figure in figures_of_scans(*names)]
-    assert max(abs(figure["certain_attacks"] - figure["attacks"]) for figure in figures) == 1
+    wrong_by = [abs(figure["certain_attacks"] - figure["attacks"]) for figure in figures if figure["probes"] > 50]
+    assert max(wrong_by) == 1
     inside = sum(
         figure["estimate"]["low"] <= figure["poisoned_share"] <= figure["estimate"]["high"] for figure in figures
     )
@@ -163,12 +164,15 @@ def test_recall_by_trigger_is_what_was_measured(names, regime):
 
 
 def test_clean_sets_were_called_what_the_guide_says():
-    rows = [["data set", "images", "probes", "sets", "called poisoned", "clean removed"]]
-    for path in sorted((RESULTS / "benchmarks").glob("scan-clean-*.json")):
+    scanned = {}
+    for path in (RESULTS / "benchmarks").glob("scan-clean-*.json"):
         measured = json.loads(path.read_text("utf-8"))
-        figures = measured["figures"]
-        (images, probes) = {(figure["images"], figure["probes"]) for figure in figures}.pop()
         config = re.search(r"configs/(\w+)\.py", measured["command"]).group(1)
+        for figure in measured["figures"]:
+            scanned.setdefault((config, figure["images"], figure["probes"]), []).append(figure)
+    rows = [["data set", "images", "probes", "sets", "called poisoned", "clean removed"]]
+    for (config, images, probes), figures in sorted(scanned.items()):
+        assert len({figure["seed"] for figure in figures}) == len(figures)
         suspected = sum(figure["stands_out"] for figure in figures)
         lost = 100 * np.mean([figure["clean_removed_share"] for figure in figures])
         rows.append([config, f"{images:,}", str(probes), str(len(figures)), str(suspected), f"{lost:.2f} %"])

@@ -3,12 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from badloss_jax.core import __version__
+
 if TYPE_CHECKING:
     from badloss_jax import attacks
     from badloss_jax.config import load_config
-    from badloss_jax.experiment import rescore, run_experiment
-    from badloss_jax.own_loop import TrajectoryRecorder
-    from badloss_jax.scanning import scan
+    from badloss_jax.runs.experiment import rescore, run_experiment
+    from badloss_jax.runs.own_loop import TrajectoryRecorder
+    from badloss_jax.runs.scan import scan
     from badloss_jax.scoring import (
         anomaly_scores,
         benjamini_hochberg,
@@ -19,10 +21,9 @@ if TYPE_CHECKING:
         reject,
     )
 
-__version__ = "0.1.0"
-
 __all__ = [
     "TrajectoryRecorder",
+    "__version__",
     "anomaly_scores",
     "attacks",
     "benjamini_hochberg",
@@ -37,8 +38,13 @@ __all__ = [
     "scan",
 ]
 
-_HOMES = {"TrajectoryRecorder": "own_loop", "load_config": "config", "rescore": "experiment",
-          "run_experiment": "experiment", "scan": "scanning"}  # fmt: skip
+_HOMES = {
+    "TrajectoryRecorder": "runs.own_loop",
+    "load_config": "config",
+    "rescore": "runs.experiment",
+    "run_experiment": "runs.experiment",
+    "scan": "runs.scan",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,14 +1,11 @@
-"""Configs: loading, overriding, checking, hashing; `settings` has every key with its default.
+"""Configs: loading, overriding, checking, hashing; `settings` has every key with its default and its range.
 
 A config file is Python with one function, `get_config(variant="")`, that starts from `default_config()` and sets what
-its data set needs.
+its data set needs. Imports the registries whose names a config may have, and what comes before these.
 """
 
-import difflib
-import hashlib
 import importlib.util
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,43 +13,67 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from badloss_jax.errors import UsageError
-from badloss_jax.settings import CONTROLS, KINDS, RECORDED_KINDS, RULES, WRITERS, default_config
+from badloss_jax.attacks import ATTACKS
+from badloss_jax.core.errors import UsageError, listed, nearest
+from badloss_jax.core.hashing import digest
+from badloss_jax.data import AUGMENTATIONS, SOURCES
+from badloss_jax.defenses import DEFENSES
+from badloss_jax.models import MODELS
+from badloss_jax.scoring import COMBINED, parts_of
+from badloss_jax.settings import (
+    CONTROLS,
+    KINDS,
+    RECORDED_KINDS,
+    RULES,
+    OneOf,
+    Registered,
+    SomeOf,
+    check_variant,
+    constraints,
+    default_config,
+    parse_rule,
+)
+
+__all__ = [  # the first three for config files
+    "CONTROLS",
+    "RECORDED_KINDS",
+    "changed",
+    "check_config",
+    "check_variant",
+    "config_hash",
+    "default_config",
+    "differences",
+    "from_json",
+    "load_config",
+    "load_file",
+    "override",
+    "settled",
+    "to_dict",
+    "to_json",
+]
 
 # Where files lie cannot change a result: the data's and the manifest's own fingerprints are hashed in their stead.
 # Nor can the way that images take to the devices, what is shown of a run, or how often it is saved on its way.
-_PLACES = ("data.dir", "data.cache_dir", "data.input", "data.workers", "data.threads", "attacks.manifest",
-           "report.gallery", "report.writers", "checkpoint.every_steps", "checkpoint.every_minutes",
-           "checkpoint.stall_minutes")  # fmt: skip
-# Settings of defences that are shares, or end in such a word: above 0 and below 1.
-_SHARES = ("fraction", "quantile", "eps", "share", "silhouette", "threshold")
-
-
-def parse_rule(text: str) -> tuple[str, float | None]:
-    """Splits "RULE" or "RULE@LEVEL"; a rule without a level takes that of `config.rejection`.
-
-    Raises:
-      UsageError: an unknown rule, or a level that is not above 0 and below 1.
-    """
-    rule, at, level = text.partition("@")
-    _one_of("rejection.rules", rule, RULES)
-    if not at:
-        return rule, None
-    if rule == "clusters":
-        raise UsageError(f"rejection.rules has {text!r}: the rule clusters has no level")
-    try:
-        value = float(level)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1:
-        raise UsageError(f"rejection.rules has {text!r}: expected a level above 0 and below 1 after the @")
-    return rule, value
-
-
-def check_variant(variant: str, known: Sequence[str]) -> None:
-    """Raises UsageError unless `variant` is "" or one of `known`; for config files."""
-    if variant and variant not in known:
-        raise UsageError(f"unknown variant {variant!r}: this config file has {_listed(known) or 'none'}")
+_PLACES = (
+    "data.dir",
+    "data.cache_dir",
+    "data.input",
+    "data.workers",
+    "data.threads",
+    "attacks.manifest",
+    "report.gallery",
+    "report.writers",
+    "checkpoint.every_steps",
+    "checkpoint.every_minutes",
+    "checkpoint.stall_minutes",
+)
+_REGISTRIES: dict[str, Mapping[str, Any]] = {
+    "attacks.ATTACKS": ATTACKS,
+    "data.AUGMENTATIONS": AUGMENTATIONS,
+    "data.SOURCES": SOURCES,
+    "defenses.DEFENSES": DEFENSES,
+    "models.MODELS": MODELS,
+}
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -146,12 +167,6 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
-def digest(*parts: Any) -> str:
-    """Hashes JSON-able parts to 16 hexadecimal digits; equal parts give equal digests on every machine."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def config_hash(config: ConfigDict | Mapping[str, Any]) -> str:
     """Hashes everything that can change a result, so not where the files lie; also of what `to_dict` returned."""
     return digest(settled(config))
@@ -172,134 +187,104 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str,
 
 def check_config(config: ConfigDict) -> None:
     """Raises UsageError naming the first key whose value is impossible, with what was expected."""
-    # The registries know their names; they are imported here, as what they hold builds on this module.
-    from badloss_jax.attacks import ATTACKS
-    from badloss_jax.data import AUGMENTATIONS, SOURCES
-    from badloss_jax.defenses import DEFENSES
-    from badloss_jax.models import MODELS
+    _check_types(config)
+    for key, constraint in constraints().items():
+        group, _, rest = key.partition(".")
+        if group == "attacks" and "." in rest and rest.partition(".")[0] not in config.attacks.names:
+            continue  # what does not attack may be anything
+        value = _at(config, key)
+        if isinstance(constraint, Registered):
+            several = isinstance(value, tuple)
+            constraint = (SomeOf if several else OneOf)(*_REGISTRIES[constraint.registry])
+        constraint.check(key, value)
 
-    for key, value in _leaves(to_dict(default_config())):
-        if isinstance(value, list):
-            wanted = type(value[0]) if value else str
-            if not all(type(element) is wanted for element in _at(config, key)):
-                raise UsageError(f"{key} = {_at(config, key)}: expected a tuple of {wanted.__name__}")
-    single: dict[str, Sequence[Any]] = {
-        "data.source": tuple(SOURCES),
-        "model.name": tuple(MODELS),
-        "model.dtype": ("float32", "bfloat16", "float64"),
-        "recording.capture": ("sweep", "step"),
-        "retraining.augment": tuple(AUGMENTATIONS),
-        "scoring.transform": ("log", "linear"),
-        "data.channels": (1, 3),
-        "data.input": ("auto", "resident", "streamed"),
-    }
-    for key, choices in single.items():
-        _one_of(key, _at(config, key), choices)
-    several: dict[str, Sequence[Any]] = {
-        "attacks.names": tuple(ATTACKS),
-        "controls": CONTROLS,
-        "recording.kinds": RECORDED_KINDS,
-        "scoring.kinds": KINDS,
-        "defenses.names": tuple(DEFENSES),
-        "report.writers": WRITERS,
-    }
-    for key, choices in several.items():
-        values = _at(config, key)
-        for value in values:
-            _one_of(key, value, choices)
-        if len(set(values)) != len(values):
-            raise UsageError(f"{key} names something twice: {values}")
-
-    for key in ("probes.count", "recording.batch_size", "recording.feature_dim", "recording.ranked_others",
-                "retraining.epochs", "retraining.batch_size", "evaluation.batch_size", "evaluation.max_triggered",
-                "model.stem_stride", "data.threads"):  # fmt: skip
-        _in_range(config, key, 1)
-    _in_range(config, "seed", 0, 2**63 - 1)
-    for key in ("data.train_examples", "data.test_examples", "data.pad", "data.image_size",
-                "scoring.combined.k", "scoring.epochs", "attacks.scale", "optimizer.weight_decay", "report.gallery",
-                "data.workers", "checkpoint.every_steps", "checkpoint.every_minutes",
-                "checkpoint.stall_minutes"):  # fmt: skip
-        _in_range(config, key, 0)
-    for key in ("optimizer.learning_rate", "optimizer.loss_clamp", "evaluation.boost"):
-        _in_range(config, key, 0, open_low=True)
-    for key in ("optimizer.b1", "optimizer.b2", "rejection.fraction", "rejection.alpha", "rejection.fdr",
-                "probes.contaminated", "attacks.overlap"):  # fmt: skip
-        _in_range(config, key, 0, 1, open_high=True)
-    _in_range(config, "recording.epochs", 3, why="the epoch filter starts from three epochs")
-    _in_range(config, "recording.schedule_epochs", config.recording.epochs, why="recording.epochs are its start")
+    recording = config.recording
+    if recording.schedule_epochs < recording.epochs:
+        raise UsageError(
+            f"recording.schedule_epochs = {recording.schedule_epochs}: expected a finite number of at least"
+            f" {recording.epochs} (recording.epochs are its start)"
+        )
     if not config.model.stages or min(config.model.stages) < 1:
         raise UsageError(f"model.stages = {config.model.stages}: expected one positive channel count a stage")
-    for name in config.attacks.names:
-        for key, value in config.attacks[name].items():
-            path = f"attacks.{name}.{key}"
-            if key == "target":
-                _in_range(config, path, -1)
-            elif key in ("ratio", "strength"):
-                _in_range(config, path, 0, 1, open_low=True)
-            elif key in ("min_images", "min_class"):
-                _in_range(config, path, 0)
-            elif key == "epsilon":
-                _in_range(config, path, 1, 127)
-            elif key == "surrogate":
-                _one_of(path, value, tuple(MODELS))
-            elif not (math.isfinite(value) and value > 0):
-                raise UsageError(f"{path} = {value}: expected a positive number")
-    for name in DEFENSES:
-        for key in config.defenses.get(name, {}):
-            share = key.rpartition("_")[2] in _SHARES
-            _in_range(config, f"defenses.{name}.{key}", 0, 1 if share else math.inf, open_low=True, open_high=share)
-    _check_kinds(config)
 
-
-def _check_kinds(config: ConfigDict) -> None:
-    from badloss_jax.defenses import DEFENSES
-
-    if not config.scoring.kinds and not config.defenses.names and "none" not in config.controls:
-        raise UsageError(f"scoring.kinds and defenses.names are empty: expected some of {_listed(KINDS)} or of"
-                         f" {_listed(tuple(DEFENSES))}")  # fmt: skip
-    recorded = {"loss", *config.recording.kinds}
-    if config.recording.capture == "step" and "step" in recorded:
+    recorded = {"loss", *recording.kinds}
+    if recording.capture == "step" and "step" in recorded:
         raise UsageError("recording.kinds has 'step', which is what recording.capture = 'step' records as the loss")
-    if 0 < config.scoring.epochs < 3 or config.scoring.epochs > config.recording.epochs:
-        raise UsageError(f"scoring.epochs = {config.scoring.epochs}: expected 0, or 3 to recording.epochs ="
-                         f" {config.recording.epochs}")  # fmt: skip
-    asked = {("scoring.kinds", kind): kind for kind in config.scoring.kinds}
+    _check_kinds(config, recorded)
+    _check_rules(config, recorded)
+    _check_variants(config)
+
+
+def _check_types(config: ConfigDict) -> None:
+    """Checks what a ConfigDict does not: the elements of tuples."""
+    for key, default in _leaves(to_dict(default_config())):
+        if not isinstance(default, list):
+            continue
+        wanted = type(default[0]) if default else str
+        value = _at(config, key)
+        if not all(type(element) is wanted for element in value):
+            raise UsageError(f"{key} = {value}: expected a tuple of {wanted.__name__}")
+
+
+def _check_kinds(config: ConfigDict, recorded: set[str]) -> None:
+    """Checks that whatever scores has the kinds of trajectory that it needs, and the probes."""
+    if not config.scoring.kinds and not config.defenses.names and "none" not in config.controls:
+        raise UsageError(
+            f"scoring.kinds and defenses.names are empty: expected some of {listed(KINDS)} or of"
+            f" {listed(tuple(DEFENSES))}"
+        )
+    epochs = config.recording.epochs
+    if 0 < config.scoring.epochs < 3 or config.scoring.epochs > epochs:
+        raise UsageError(f"scoring.epochs = {config.scoring.epochs}: expected 0, or 3 to recording.epochs = {epochs}")
+
+    for kind in config.scoring.kinds:
+        _check_kind(config, recorded, "scoring.kinds", kind, kind)
     for name in config.defenses.names:
-        if name.startswith("badloss"):
-            asked["defenses.names", name] = name.removeprefix("badloss_") if "_" in name else "loss"
-        if DEFENSES[name].margins and not {"ranked", "logits"} & recorded:
-            raise UsageError(f"defenses.names has {name!r}, which needs 'ranked' or 'logits' in recording.kinds ="
-                             f" {config.recording.kinds}")  # fmt: skip
-    for (key, name), kind in asked.items():
-        for part in ("features", "ranked") if kind == "combined" else (kind,):
-            if part not in recorded:
-                raise UsageError(
-                    f"{key} has {name!r}, which needs {part!r} in recording.kinds = {config.recording.kinds}"
-                )
-            k = config.scoring[kind].k or config.scoring[part].k
-            if not 1 <= k < config.probes.count:
-                raise UsageError(
-                    f"scoring.{kind}.k = {k} with probes.count = {config.probes.count}: expected 1 <= k < probes.count"
-                    " (a probe's own distance leaves itself out); ask for a smaller k or more probes"
-                )
+        defense = DEFENSES[name]
+        if defense.kind:
+            _check_kind(config, recorded, "defenses.names", name, defense.kind)
+        if defense.margins and not {"ranked", "logits"} & recorded:
+            raise UsageError(
+                f"defenses.names has {name!r}, which needs 'ranked' or 'logits' in recording.kinds ="
+                f" {config.recording.kinds}"
+            )
+
+
+def _check_kind(config: ConfigDict, recorded: set[str], key: str, name: str, kind: str) -> None:
+    """Checks that a kind of trajectory, which `key` asks for by `name`, was recorded, and that k fits the probes."""
+    for part, k in parts_of(kind, config.scoring).items():
+        if part not in recorded:
+            raise UsageError(f"{key} has {name!r}, which needs {part!r} in recording.kinds = {config.recording.kinds}")
+        if not 1 <= k < config.probes.count:
+            raise UsageError(
+                f"scoring.{kind}.k = {k} with probes.count = {config.probes.count}: expected 1 <= k < probes.count"
+                " (a probe's own distance leaves itself out); ask for a smaller k or more probes"
+            )
+
+
+def _check_rules(config: ConfigDict, recorded: set[str]) -> None:
     rules = config.rejection.rules
-    for rule in rules:
-        parse_rule(rule)
-        if rule == "clusters" and not {"features", "ranked"} & recorded:
-            raise UsageError("rejection.rules has 'clusters', which needs 'features' or 'ranked' in recording.kinds ="
-                             f" {config.recording.kinds}")  # fmt: skip
+    for text in rules:
+        rule, _ = parse_rule(text, config.rejection)
+        if rule == "clusters" and not recorded.intersection(COMBINED):
+            raise UsageError(
+                "rejection.rules has 'clusters', which needs 'features' or 'ranked' in recording.kinds ="
+                f" {config.recording.kinds}"
+            )
     if not rules or len(set(rules)) != len(rules):
-        raise UsageError(f"rejection.rules = {rules}: expected some of {_listed(RULES)}, each once")
+        raise UsageError(f"rejection.rules = {rules}: expected some of {listed(RULES)}, each once")
+
+
+def _check_variants(config: ConfigDict) -> None:
+    """Checks that what is to be retrained without is removed by somebody."""
+    rules = config.rejection.rules
     known = [f"{kind}/{rule}" for kind in config.scoring.kinds for rule in rules]
     for name in config.defenses.names:
-        own = ("own",) if DEFENSES[name].own_rule else ()
-        ours = name.partition("_")[0] == "badloss"
-        known += [f"{name}/{rule}" for rule in (*own, *rules)
-                  if not DEFENSES[name].cleanses and (ours or rule != "clusters")]  # fmt: skip
+        known += [f"{name}/{rule}" for rule in DEFENSES[name].rules(rules)]
     for variant in config.retraining.variants:
         if variant not in known:
-            told = "KIND/RULE or DEFENCE/RULE" if config.defenses.names else "KIND/RULE"
-            raise UsageError(f"retraining.variants has {variant!r}: expected {told}{_nearest(variant, known)}")
+            form = "KIND/RULE or DEFENCE/RULE" if config.defenses.names else "KIND/RULE"
+            raise UsageError(f"retraining.variants has {variant!r}: expected {form}{nearest(variant, known)}")
 
 
 def load_file(path: Path, variant: str) -> ConfigDict:
@@ -310,7 +295,7 @@ def load_file(path: Path, variant: str) -> ConfigDict:
     """
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise UsageError(f"config file {path} does not exist{_nearest(str(path), siblings)}")
+        raise UsageError(f"config file {path} does not exist{nearest(str(path), siblings)}")
     spec = importlib.util.spec_from_file_location(f"badloss_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UsageError(f"config file {path} is not a Python file")
@@ -335,7 +320,7 @@ def _check_key(config: ConfigDict, key: str) -> None:
             raise UsageError(f"unknown config key {key!r}: {'.'.join(parts[:depth])} is a value, not a group")
         if part not in node:
             known = [name for name, _ in _leaves(to_dict(config))]
-            raise UsageError(f"unknown config key {key!r}{_nearest(key, known)}")
+            raise UsageError(f"unknown config key {key!r}{nearest(key, known)}")
         node = node[part]
     if isinstance(node, ConfigDict):
         raise UsageError(f"config key {key!r} is a group: set one of {', '.join(f'{key}.{name}' for name in node)}")
@@ -359,32 +344,3 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _kind_of(value: Any) -> str:
     names = {bool: "True or False", int: "an integer", float: "a number", tuple: "a tuple, such as \"('a', 'b')\""}
     return names.get(type(value), "a string")
-
-
-def _one_of(key: str, value: Any, choices: Sequence[Any]) -> None:
-    if value not in choices:
-        raise UsageError(f"{key} has {value!r}: expected one of {_listed(choices)}{_nearest(value, choices)}")
-
-
-def _in_range(config: ConfigDict, key: str, low: float, high: float = math.inf, *, open_low: bool = False,
-              open_high: bool = False, why: str = "") -> None:  # fmt: skip
-    value = _at(config, key)
-    below = value <= low if open_low else value < low
-    above = value >= high if open_high else value > high
-    if below or above or (isinstance(value, float) and not math.isfinite(value)):
-        bounds = f"a finite number {'above' if open_low else 'of at least'} {low}"
-        if high < math.inf:
-            bounds += f" and {'below' if open_high else 'at most'} {high}"
-        raise UsageError(f"{key} = {value}: expected {bounds}" + (f" ({why})" if why else ""))
-
-
-def _listed(names: Sequence[Any]) -> str:
-    return ", ".join(str(name) for name in names)
-
-
-def _nearest(value: Any, known: Sequence[Any]) -> str:
-    names = [str(name) for name in known]
-    close = difflib.get_close_matches(str(value), names, 1, cutoff=0.5)
-    if not close:  # a right last part under a wrong group
-        close = [name for name in names if name.rpartition(".")[2] == str(value).rpartition(".")[2]][:1]
-    return f"; did you mean {close[0]!r}?" if close else ""

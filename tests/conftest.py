@@ -20,11 +20,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as of `nohup pytest &`; what tests start would ignore it, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from badloss_jax.config import RULES, load_config  # noqa: E402
+from badloss_jax.config import load_config  # noqa: E402
+from badloss_jax.core.mesh import make_mesh  # noqa: E402
+from badloss_jax.core.progress import Progress  # noqa: E402
 from badloss_jax.data import prepare as prepare_module  # noqa: E402
-from badloss_jax.experiment import run_experiment  # noqa: E402
-from badloss_jax.progress import Progress  # noqa: E402
-from badloss_jax.training.mesh import make_mesh  # noqa: E402
+from badloss_jax.runs.experiment import run_experiment  # noqa: E402
+from badloss_jax.settings import RULES  # noqa: E402
 
 CHROMIUM, CHROMEDRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",

@@ -13,11 +13,11 @@ from badloss_jax.config import (
     from_json,
     load_config,
     override,
-    parse_rule,
     to_dict,
     to_json,
 )
-from badloss_jax.errors import UsageError
+from badloss_jax.core.errors import UsageError
+from badloss_jax.settings import parse_rule
 
 CONFIGS = sorted(str(path) for path in Path("configs").glob("*.py"))
 DIGITS = "configs/digits.py"
@@ -52,7 +52,7 @@ def test_narcissus_is_checked_where_it_attacks():
         load_config("configs/cifar10.py", ["--config.attacks.narcissus.epsilon=0"])
     with pytest.raises(UsageError, match=r"attacks.narcissus.surrogate has 'resnet'"):
         load_config("configs/cifar10.py", ["--config.attacks.narcissus.surrogate=resnet"])
-    with pytest.raises(UsageError, match=r"attacks.narcissus.steps = 0: expected a positive number"):
+    with pytest.raises(UsageError, match=r"attacks.narcissus.steps = 0: expected a finite number above 0"):
         load_config("configs/cifar10.py", ["--config.attacks.narcissus.steps=0"])
 
 
@@ -76,8 +76,10 @@ def test_large_configs_have_the_papers_settings(spec, batch, schedule, retrained
 
 
 def test_rules_carry_levels():
-    assert parse_rule("alpha") == ("alpha", None)
-    assert parse_rule("fraction@0.1") == ("fraction", 0.1)
+    rejection = default_config().rejection
+    assert parse_rule("alpha", rejection) == ("alpha", rejection.alpha)
+    assert parse_rule("fraction@0.1", rejection) == ("fraction", 0.1)
+    assert parse_rule("clusters", rejection) == ("clusters", 0.0)
 
 
 def test_overrides_keep_types():

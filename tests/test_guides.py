@@ -13,8 +13,8 @@ import pytest
 
 from badloss_jax.attacks import ATTACKS
 from badloss_jax.defenses import DEFENSES
-from badloss_jax.scanning import suggest as original
-from tests.test_scan import write_digits
+from badloss_jax.runs.scan import suggest as original
+from tests.runs.test_scan import write_digits
 
 GUIDES = ("README.md", "badloss_jax/README.md", "badloss_jax/scoring/README.md", "badloss_jax/trajectories/README.md",
           "badloss_jax/attacks/README.md", "badloss_jax/defenses/README.md", "configs/README.md")  # fmt: skip
@@ -65,7 +65,7 @@ def run_shell(line, folder):
 def test_every_block_of_a_guide_runs(guide, place, monkeypatch):
     names: dict = {"__name__": "guide"}
     known = dict(ATTACKS), dict(DEFENSES)
-    monkeypatch.setattr("badloss_jax.scanning.suggest", shortened)
+    monkeypatch.setattr("badloss_jax.runs.scan.suggest", shortened)
     found = blocks(guide)
     assert found
     try:

@@ -11,7 +11,7 @@ from badloss_jax.attacks.narcissus import narcissus
 from badloss_jax.attacks.patch import patch, single_pix
 from badloss_jax.attacks.sinusoid import sinusoid
 from badloss_jax.attacks.trigger import Attack, ImageShape, Trigger
-from badloss_jax.errors import UsageError
+from badloss_jax.core.errors import UsageError
 
 ATTACKS: dict[str, Attack] = {
     "patch": Attack(patch),

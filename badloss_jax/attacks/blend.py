@@ -3,7 +3,7 @@
 import numpy as np
 
 from badloss_jax.attacks.trigger import ImageShape, Trigger, blend
-from badloss_jax.seeding import generator
+from badloss_jax.core.seeding import generator
 
 
 def blend_r(image_shape: ImageShape, seed: int = 0, strength: float = 0.075) -> Trigger:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from badloss_jax.attacks.trigger import ImageShape, Trigger, add
-from badloss_jax.errors import UsageError
+from badloss_jax.core.errors import UsageError
 
 _WINDOW = 32
 

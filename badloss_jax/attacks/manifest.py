@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Int
 
 from badloss_jax.attacks import ATTACKS
-from badloss_jax.config import digest
-from badloss_jax.errors import BadlossError, DataError, UsageError
-from badloss_jax.files import read_json
-from badloss_jax.seeding import derived_seed, generator
+from badloss_jax.core.errors import BadlossError, DataError, UsageError
+from badloss_jax.core.files import read_json
+from badloss_jax.core.hashing import digest
+from badloss_jax.core.seeding import derived_seed, generator
 
 _FORMAT = "badloss_jax.manifest/1"
 

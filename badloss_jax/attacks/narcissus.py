@@ -13,8 +13,8 @@ import optax
 from jaxtyping import Array, Float, Int, UInt8
 
 from badloss_jax.attacks.trigger import ImageShape, Trigger, add
-from badloss_jax.errors import UsageError
-from badloss_jax.seeding import generator
+from badloss_jax.core.errors import UsageError
+from badloss_jax.core.seeding import generator
 
 _BATCH = 128
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from badloss_jax.attacks.trigger import ImageShape, Trigger, stamp
-from badloss_jax.errors import UsageError
+from badloss_jax.core.errors import UsageError
 
 _LARGE = 112  # px; from here on the patch is made of blocks, as single pixels would vanish
 _BLOCK = 8

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int, UInt8
 from badloss_jax.attacks import ATTACKS, make_trigger
 from badloss_jax.attacks.manifest import AttackPlan, Manifest
 from badloss_jax.attacks.trigger import Trigger
-from badloss_jax.seeding import generator
+from badloss_jax.core.seeding import generator
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from badloss_jax.benchmarks.timing import seconds_of, summary
-from badloss_jax.data.order import cut_batches
-from badloss_jax.errors import DataError, UsageError
+from badloss_jax.core.errors import DataError, UsageError
+from badloss_jax.core.mesh import by_rows, place, round_up
+from badloss_jax.core.order import cut_batches
+from badloss_jax.core.seeding import generator
 from badloss_jax.scoring import knn_distances
-from badloss_jax.seeding import generator
-from badloss_jax.training.mesh import by_rows, place, round_up
 from badloss_jax.trajectories.buffer import Buffer, create_buffer, padding_id, read_column, write
 from badloss_jax.trajectories.kinds import Kinds
 

@@ -18,10 +18,10 @@ from badloss_jax.attacks.manifest import AttackPlan, Manifest, choose_probes
 from badloss_jax.attacks.poisoning import apply_manifest, plan_trigger
 from badloss_jax.attacks.trigger import ImageShape, Trigger
 from badloss_jax.config import changed
+from badloss_jax.core.errors import UsageError
+from badloss_jax.core.seeding import derived_seed, generator
 from badloss_jax.data import load_dataset
-from badloss_jax.errors import UsageError
-from badloss_jax.poison import plan_poison
-from badloss_jax.seeding import derived_seed, generator
+from badloss_jax.runs.poison import plan_poison
 
 
 @dataclass(frozen=True)

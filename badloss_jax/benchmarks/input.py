@@ -14,12 +14,12 @@ from PIL import Image
 
 from badloss_jax.attacks.poisoning import unpoisoned
 from badloss_jax.config import default_config, override
+from badloss_jax.core.errors import UsageError
+from badloss_jax.core.order import epoch_batches
+from badloss_jax.core.progress import Progress
+from badloss_jax.core.seeding import generator
 from badloss_jax.data import load_dataset
-from badloss_jax.data.order import epoch_batches
 from badloss_jax.data.prepare import prepare
-from badloss_jax.errors import UsageError
-from badloss_jax.progress import Progress
-from badloss_jax.seeding import generator
 from badloss_jax.training.streamed import StreamedData
 from badloss_jax.trajectories.buffer import padding_id
 

@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from badloss_jax.benchmarks.gauntlet import REGIMES, PoisonedSet, draw_set
-from badloss_jax.errors import DataError
-from badloss_jax.seeding import generator
+from badloss_jax.core.errors import DataError
+from badloss_jax.core.seeding import generator
 
 _LOST = (0.01, 0.02, 0.05)  # shares of the clean images at which what is found is read off the ranking
 

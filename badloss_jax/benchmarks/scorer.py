@@ -24,15 +24,15 @@ from sklearn.neighbors import NearestNeighbors
 
 from badloss_jax.attacks.manifest import read_manifest
 from badloss_jax.benchmarks.timing import seconds_of, summary
+from badloss_jax.core.errors import DataError
+from badloss_jax.core.files import read_json, write_atomically
+from badloss_jax.core.mesh import make_mesh
+from badloss_jax.core.seeding import generator
 from badloss_jax.defenses.badloss import detect
-from badloss_jax.errors import DataError
 from badloss_jax.evaluation.detection import detection_metrics
-from badloss_jax.files import read_json, write_atomically
+from badloss_jax.runs.workdir import read_config
 from badloss_jax.scoring import knn_distances, reject
-from badloss_jax.seeding import generator
-from badloss_jax.training.mesh import make_mesh
 from badloss_jax.trajectories.store import TrajectoryStore
-from badloss_jax.workdir import read_config
 
 KERNELS = ("numba", "xla")
 PEERS = ("sklearn brute", "sklearn kd_tree", "sklearn ball_tree", "faiss", "numpy", "jax top_k")

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from badloss_jax.report.results import environment
+from badloss_jax.core.environment import environment
 
 _RESAMPLES = 2000
 

@@ -20,18 +20,18 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from badloss_jax.benchmarks.timing import overhead, seconds_of, summary
-from badloss_jax.data.order import epoch_batches
-from badloss_jax.errors import NonFiniteLossError
+from badloss_jax.core.errors import NonFiniteLossError
+from badloss_jax.core.order import epoch_batches
+from badloss_jax.core.seeding import generator
 from badloss_jax.models import ModelSpec
-from badloss_jax.seeding import generator
 from badloss_jax.training.batch import Batch
 from badloss_jax.training.loop import Recipe
+from badloss_jax.training.recorder import Recorder
 from badloss_jax.training.resident import ResidentBatch, ResidentData
 from badloss_jax.training.state import TrainState, create_state
 from badloss_jax.training.step import make_train_step
 from badloss_jax.trajectories.buffer import Buffer, padding_id
 from badloss_jax.trajectories.kinds import Kinds
-from badloss_jax.trajectories.recorder import Recorder
 from badloss_jax.trajectories.store import TrajectoryStore
 
 MODES = ("off", "sweep", "step")

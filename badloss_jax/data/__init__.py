@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from badloss_jax.core.errors import UsageError
+from badloss_jax.core.seeding import generator
 from badloss_jax.data import arrays, digits, gtsrb, idx, image_folder, tfds
 from badloss_jax.data.augment import AUGMENTATIONS
 from badloss_jax.data.dataset import Dataset, Split
-from badloss_jax.errors import UsageError
-from badloss_jax.seeding import generator
 
 _RESIDENT = 2**31  # bytes of images that "auto" puts on every device
 

@@ -18,9 +18,9 @@ from typing import IO
 
 import numpy as np
 
+from badloss_jax.core.errors import DataError, UsageError
+from badloss_jax.core.files import write_atomically
 from badloss_jax.data.image_folder import list_images
-from badloss_jax.errors import DataError, UsageError
-from badloss_jax.files import write_atomically
 
 IMAGENETTE = {
     "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player", "n03000684": "chain saw",

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from badloss_jax.core.errors import DataError, UsageError
+from badloss_jax.core.files import NPZ_ERRORS, write_atomically
 from badloss_jax.data.dataset import Dataset, Split
 from badloss_jax.data.records import check_memory
-from badloss_jax.errors import DataError, UsageError
-from badloss_jax.files import NPZ_ERRORS, write_atomically
 
 
 def load(settings: Mapping[str, Any]) -> Dataset:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from badloss_jax.core.errors import DataError, UsageError
+from badloss_jax.core.files import printable
+from badloss_jax.core.progress import Progress
 from badloss_jax.data.arrays import write_arrays_without
-from badloss_jax.errors import DataError, UsageError
-from badloss_jax.files import printable
-from badloss_jax.progress import Progress
 
 _ASIDE = ".badloss-copy"  # a file on its way; hidden, so that nobody takes it for an image
 

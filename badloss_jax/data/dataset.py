@@ -7,8 +7,8 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from badloss_jax.core.errors import DataError
 from badloss_jax.data.records import RecordImages
-from badloss_jax.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
+from badloss_jax.core.errors import DataError
+from badloss_jax.core.preemption import Preemption
 from badloss_jax.data.dataset import Split
 from badloss_jax.data.pixels import MAX_BYTES, decode_pixels
-from badloss_jax.errors import DataError
-from badloss_jax.training.preemption import Preemption
 
 _PART = 5_000  # files
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from badloss_jax.core.errors import DataError, UsageError
 from badloss_jax.data.dataset import Dataset
 from badloss_jax.data.decoding import decode_split
-from badloss_jax.errors import DataError, UsageError
 
 CLASS_NAMES = (
     "speed limit 20", "speed limit 30", "speed limit 50", "speed limit 60", "speed limit 70", "speed limit 80",

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from badloss_jax.core.errors import DataError, UsageError
 from badloss_jax.data.dataset import Dataset, Split
-from badloss_jax.errors import DataError, UsageError
 
 _FILES = {"train": "train", "test": "t10k"}
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from badloss_jax.core.errors import DataError, UsageError
 from badloss_jax.data.dataset import Dataset
 from badloss_jax.data.decoding import decode_split
-from badloss_jax.errors import DataError, UsageError
 
 _SPLITS = {"train": ("train",), "test": ("test", "val")}
 

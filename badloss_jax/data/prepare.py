@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from badloss_jax.config import digest
+from badloss_jax.core.errors import DataError, UsageError
+from badloss_jax.core.files import check_free, locked, read_json, write_atomically, write_text
+from badloss_jax.core.hashing import digest, sha256_of
+from badloss_jax.core.progress import Progress
 from badloss_jax.data.archives import COLLECTIONS, Collection, Example
 from badloss_jax.data.pixels import check_header, decode_pixels, resize_pixels
 from badloss_jax.data.tfds import PREPARED
-from badloss_jax.errors import DataError, UsageError
-from badloss_jax.files import locked, read_json, sha256_of, write_atomically, write_text
-from badloss_jax.progress import Progress
 
 _SHARD = 2**29  # bytes, about: 300 files for ImageNet
 _AHEAD = 64  # images that are read and decoded while others are written
@@ -57,11 +57,8 @@ def prepare(name: str, source: Path, folder: Path, size: int, progress: Progress
         raise UsageError(f"NAME {name!r}: expected one of {', '.join(COLLECTIONS)}")
     if not 0 <= size <= 2**12:
         raise UsageError(f"--size {size}: expected 1 to {2**12} pixels a side")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--to {folder} is a file, not a folder")
     noted = folder / PREPARED
-    if folder.is_dir() and not noted.is_file() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise UsageError(f"--to {folder} holds other files: choose an empty or a new folder")
+    check_free(folder, noted.name, option="--to")
     with locked(folder):
         about = _read_notes(noted) if noted.is_file() else {}
         if about and (about["name"], about["size"]) != (name, size):

@@ -13,9 +13,9 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from badloss_jax.config import digest
+from badloss_jax.core.errors import DataError
+from badloss_jax.core.hashing import digest
 from badloss_jax.data.pixels import decode_pixels, resize_pixels
-from badloss_jax.errors import DataError
 
 _CHUNK = 256  # images decoded between two steps of the progress bar
 

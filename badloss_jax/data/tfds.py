@@ -12,11 +12,11 @@ from typing import Any, cast
 import numpy as np
 from jaxtyping import Int
 
-from badloss_jax.config import digest
+from badloss_jax.core.errors import DataError, UsageError
+from badloss_jax.core.files import read_json, write_atomically
+from badloss_jax.core.hashing import digest, sha256_of
 from badloss_jax.data.dataset import Dataset, Split
 from badloss_jax.data.records import RecordImages, Records, read_labels
-from badloss_jax.errors import DataError, UsageError
-from badloss_jax.files import read_json, sha256_of, write_atomically
 
 PREPARED = "prepared.json"  # what `badloss prepare` notes of its work in the folder
 _TEST_SPLITS = ("test", "validation", "val")

@@ -13,14 +13,14 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
+from badloss_jax.core.errors import DataError, UsageError
+from badloss_jax.core.files import printable
+from badloss_jax.core.seeding import generator
 from badloss_jax.data import arrays, is_streamed, tfds
 from badloss_jax.data.dataset import Split
 from badloss_jax.data.decoding import decode_files
 from badloss_jax.data.pixels import FORMATS, decode_pixels
 from badloss_jax.data.records import check_memory
-from badloss_jax.errors import DataError, UsageError
-from badloss_jax.files import printable
-from badloss_jax.seeding import generator
 
 _LARGEST = 64  # pixels a side that images are brought to, unless told otherwise
 _LOOKED_AT = 200  # headers, to choose a size by

@@ -3,7 +3,7 @@
 A new one is a function in a file of its own, one line in `DEFENSES`, and its settings in `config.defenses`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,10 @@ from badloss_jax.defenses.activation_clustering import activation_clustering
 from badloss_jax.defenses.badloss import badloss
 from badloss_jax.defenses.cbd import cbd
 from badloss_jax.defenses.cognitive_distillation import cognitive_distillation
-from badloss_jax.defenses.context import Cleansed, Context, Suspicion
+from badloss_jax.defenses.context import OWN, Cleansed, Context, Suspicion
 from badloss_jax.defenses.frequency_analysis import frequency_analysis
 from badloss_jax.defenses.neural_cleanse import neural_cleanse
-from badloss_jax.defenses.pss import pss
+from badloss_jax.defenses.pss import pss, trainings_of_pss
 from badloss_jax.defenses.spectral_signatures import spectral_signatures
 
 
@@ -28,27 +28,44 @@ class Defense:
       run: does the work.
       own_rule: whether it says itself what to remove.
       cleanses: whether it trains a clean network itself, in place of a removal.
-      trainings: how many networks it trains.
+      trainings: its settings -> how many trainings it asks for.
       recorded: whether all it needs are the recorded trajectories, so that it costs nothing more.
       margins: whether it needs margins, which those of kind "ranked" or "logits" give.
+      kind: of trajectory that it scores by, if it is BaDLoss.
     """
 
     run: Callable[[Context, Mapping[str, Any]], Suspicion | Cleansed]
     own_rule: bool = False
     cleanses: bool = False
-    trainings: int = 0
+    trainings: Callable[[Mapping[str, Any]], int] = lambda settings: 0
     recorded: bool = False
     margins: bool = False
+    kind: str = ""
+
+    def rules(self, asked: Sequence[str]) -> list[str]:
+        """Returns those of `config.rejection.rules` that it can be asked for, after its own."""
+        if self.cleanses:
+            return []
+        own = [OWN] if self.own_rule else []
+        return own + [rule for rule in asked if rule != "clusters" or self.kind]
+
+
+def _badloss(kind: str) -> Defense:
+    return Defense(badloss(kind), recorded=True, kind=kind)
+
+
+def _one(settings: Mapping[str, Any]) -> int:
+    return 1
 
 
 DEFENSES: dict[str, Defense] = {
-    "badloss": Defense(badloss("loss"), recorded=True),
-    "badloss_step": Defense(badloss("step"), recorded=True),
-    "badloss_prob": Defense(badloss("prob"), recorded=True),
-    "badloss_logits": Defense(badloss("logits"), recorded=True),
-    "badloss_ranked": Defense(badloss("ranked"), recorded=True),
-    "badloss_features": Defense(badloss("features"), recorded=True),
-    "badloss_combined": Defense(badloss("combined"), recorded=True),
+    "badloss": _badloss("loss"),
+    "badloss_step": _badloss("step"),
+    "badloss_prob": _badloss("prob"),
+    "badloss_logits": _badloss("logits"),
+    "badloss_ranked": _badloss("ranked"),
+    "badloss_features": _badloss("features"),
+    "badloss_combined": _badloss("combined"),
     "mean_loss_low": Defense(baselines.of_losses(baselines.mean_loss, -1), recorded=True),
     "mean_loss_high": Defense(baselines.of_losses(baselines.mean_loss), recorded=True),
     "loss_variance": Defense(baselines.of_losses(baselines.loss_variance), recorded=True),
@@ -57,14 +74,14 @@ DEFENSES: dict[str, Defense] = {
     "first_learned_epoch": Defense(
         baselines.of_margins(baselines.first_learned_epoch, -1), recorded=True, margins=True
     ),
-    "abl": Defense(abl, own_rule=True, trainings=1),
-    "cbd": Defense(cbd, cleanses=True, trainings=2),
-    "pss": Defense(pss, cleanses=True, trainings=41),
+    "abl": Defense(abl, own_rule=True, trainings=_one),
+    "cbd": Defense(cbd, cleanses=True, trainings=lambda settings: 2),
+    "pss": Defense(pss, cleanses=True, trainings=trainings_of_pss),
     "neural_cleanse": Defense(neural_cleanse, own_rule=True),
     "cognitive_distillation": Defense(cognitive_distillation, own_rule=True),
     "activation_clustering": Defense(activation_clustering, own_rule=True),
     "spectral_signatures": Defense(spectral_signatures, own_rule=True),
-    "frequency_analysis": Defense(frequency_analysis, own_rule=True, trainings=1),
+    "frequency_analysis": Defense(frequency_analysis, own_rule=True, trainings=_one),
 }
 
 __all__ = ["DEFENSES", "Cleansed", "Context", "Defense", "Suspicion"]

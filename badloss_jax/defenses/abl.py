@@ -15,16 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from badloss_jax.core.mesh import by_rows
 from badloss_jax.defenses.context import Context, Suspicion
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.batch import Batch
-from badloss_jax.training.mesh import by_rows
 from badloss_jax.training.objective import Flooding
-from badloss_jax.training.state import TrainState, graph_of
+from badloss_jax.training.state import TrainState
 
 
 def abl(context: Context, settings: Mapping[str, Any]) -> Suspicion:
@@ -55,11 +54,10 @@ def lowest(losses: Float[np.ndarray, "N"], fraction: float) -> Bool[np.ndarray, 
 @lru_cache(maxsize=32)
 def make_loss_step(spec: ModelSpec, mesh: Mesh) -> Callable[[Batch, TrainState], Float[Array, "B"]]:
     """Compiles (batch, state) -> cross-entropies in evaluation mode, in nats, float32 or wider [B]."""
-    graph = graph_of(spec)
 
     def step(batch: Batch, state: TrainState) -> Float[Array, "B"]:
         images, labels = batch.examples(jnp.promote_types(spec.dtype, jnp.float32))
-        logits, _ = nnx.merge(graph, state.params, state.batch_stats)(images, train=False)
+        logits = network_of(spec, state)(images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
     return jax.jit(step, out_shardings=by_rows(mesh))

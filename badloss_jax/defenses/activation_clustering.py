@@ -23,8 +23,8 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.metrics import silhouette_samples
 
+from badloss_jax.core.seeding import derived_seed
 from badloss_jax.defenses.context import Context, Suspicion
-from badloss_jax.seeding import derived_seed
 
 _NAME = "activation_clustering"
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from badloss_jax.core.errors import UsageError
 from badloss_jax.defenses.context import Context, Suspicion
-from badloss_jax.errors import UsageError
 from badloss_jax.trajectories.store import TrajectoryStore
 
 _ROWS = 2**14

@@ -24,13 +24,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from badloss_jax.defenses.context import Cleansed, Context
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.objective import Forward, MeanLoss
-from badloss_jax.training.state import TrainState, graph_of
+from badloss_jax.training.state import TrainState, forward_of
 
 Critic = dict[str, Float[Array, "..."]]
 
@@ -83,8 +82,7 @@ class Deconfounded(MeanLoss):
 
     def __call__(self, forward: Forward, beside: Critic, given: TrainState) -> Float[Array, ""]:
         """Returns the scalar to minimise, for the network and, by its opposite sign, for the critic."""
-        model = nnx.merge(graph_of(self.spec), given.params, given.batch_stats)
-        logits, confounders = jax.lax.stop_gradient(model(forward.images, train=False))
+        logits, confounders = jax.lax.stop_gradient(forward_of(self.spec, given)(forward.images))
         confounding = optax.softmax_cross_entropy_with_integer_labels(logits, forward.labels)
         losses = jnp.minimum(forward.losses, self.clamp)
         weights = hardness(jnp.minimum(confounding, self.clamp), losses, forward.real)

@@ -24,12 +24,12 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from badloss_jax.core.mesh import by_rows, replicated
+from badloss_jax.core.seeding import derived_seed
 from badloss_jax.defenses.context import Context, Suspicion
 from badloss_jax.models import ModelSpec
 from badloss_jax.scoring import reject
-from badloss_jax.seeding import derived_seed
 from badloss_jax.training.batch import Batch
-from badloss_jax.training.mesh import by_rows, replicated
 from badloss_jax.training.state import TrainState
 from badloss_jax.training.step import network_of
 

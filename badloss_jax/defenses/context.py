@@ -15,10 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
-from badloss_jax.config import parse_rule
+from badloss_jax.core.progress import Progress
 from badloss_jax.models import ModelSpec
-from badloss_jax.progress import Progress
 from badloss_jax.scoring import conformal_p_values, reject, unsupported
+from badloss_jax.settings import parse_rule
 from badloss_jax.training.batch import Examples
 from badloss_jax.training.loop import Recipe
 from badloss_jax.training.passes import make_look, map_examples
@@ -186,12 +186,12 @@ def decide(suspicion: Suspicion, rejection: Mapping[str, Any], probe_ids: Int[np
     p_values = conformal_p_values(scores, of_probes)
     removed = {} if suspicion.removed is None else {OWN: suspicion.removed & ~is_probe}
     for text in rejection["rules"]:
-        rule, level = parse_rule(text)
+        rule, level = parse_rule(text, rejection)
         if rule == "clusters":
             if suspicion.members is not None:
                 removed[text] = suspicion.members() & ~is_probe
             continue
-        level = rejection[rule] if level is None else level
+
         if told := unsupported(rule, level, len(of_probes)):
             warnings.warn(f"rejection.{told}", stacklevel=2)
         removed[text] = reject(rule, level, scores, p_values, is_probe)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from jaxtyping import Bool, Int
 
-from badloss_jax.seeding import generator
+from badloss_jax.core.seeding import generator
 
 
 def random_removal(

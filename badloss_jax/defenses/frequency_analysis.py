@@ -20,12 +20,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from scipy.special import expit
 
+from badloss_jax.core.mesh import by_rows, round_up
+from badloss_jax.core.seeding import generator
 from badloss_jax.defenses.context import Context, Suspicion
 from badloss_jax.models import ModelSpec
-from badloss_jax.seeding import generator
 from badloss_jax.training.batch import Batch
 from badloss_jax.training.loop import Recipe
-from badloss_jax.training.mesh import by_rows, round_up
 from badloss_jax.training.resident import ResidentData
 from badloss_jax.training.state import Adadelta, TrainState
 from badloss_jax.training.step import network_of

@@ -24,15 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from badloss_jax.core.mesh import by_rows, place, round_up, to_host
+from badloss_jax.core.seeding import generator
 from badloss_jax.defenses.context import Context, Suspicion
 from badloss_jax.models import ModelSpec
-from badloss_jax.seeding import generator
-from badloss_jax.training.mesh import by_rows, place, round_up, to_host
-from badloss_jax.training.state import TrainState, graph_of
+from badloss_jax.training.state import TrainState, forward_of
 
 _NAME = "neural_cleanse"
 _BETAS = 0.5, 0.9  # of Adam
@@ -121,10 +120,10 @@ def make_steps(spec: ModelSpec, learning_rate: float, mesh: Mesh) -> tuple[Calla
       learn: (raw, moments, classes, penalties [C], images, state) -> (raw, moments), a step of Adam; both are donated.
       judge: (raw, classes, images, real, state) -> (masks' norms [C], how many flip [C], sums of features [C, F]).
     """
-    graph, optimizer = graph_of(spec), optax.adam(learning_rate, *_BETAS)
+    optimizer = optax.adam(learning_rate, *_BETAS)
 
     def network(images: Array, raw: tuple[Array, Array], state: TrainState) -> tuple[Array, Array]:
-        return nnx.merge(graph, state.params, state.batch_stats)(triggered(images, raw), train=False)
+        return forward_of(spec, state)(triggered(images, raw))
 
     def begin(raw: tuple[Array, Array], classes: Array) -> tuple[tuple[Array, Array], Any]:
         repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], len(classes), 0), raw)

@@ -21,18 +21,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
+from badloss_jax.core.errors import UsageError
+from badloss_jax.core.mesh import by_rows
+from badloss_jax.core.seeding import derived_seed
 from badloss_jax.defenses.context import Cleansed, Context
-from badloss_jax.errors import UsageError
 from badloss_jax.models import ModelSpec
-from badloss_jax.seeding import derived_seed
 from badloss_jax.training.batch import Batch
-from badloss_jax.training.mesh import by_rows
 from badloss_jax.training.objective import Ascent
-from badloss_jax.training.state import TrainState, graph_of
+from badloss_jax.training.state import TrainState, forward_of
 
 _SHIFT = 0.2  # largest, share of the height and of the width
 
@@ -64,6 +63,11 @@ def pss(context: Context, settings: Mapping[str, Any]) -> Cleansed:
         state = context.train(f"unlearn {epoch}", unlearn, ids=poisoned, initial=state)
         state = context.train(f"relearn {epoch}", relearn, ids=clean, initial=state)
     return Cleansed(state, {"called_clean": len(clean), "called_poisoned": len(poisoned)})
+
+
+def trainings_of_pss(settings: Mapping[str, Any]) -> int:
+    """Returns how many trainings `pss` asks for: the early network's, then two an epoch."""
+    return 1 + 2 * settings["epochs"]
 
 
 def split(
@@ -124,14 +128,13 @@ def make_consistency_step(spec: ModelSpec, mesh: Mesh) -> Callable:
 
     Float32 or wider [B], in evaluation mode. The transformation is drawn by seed and example id.
     """
-    graph = graph_of(spec)
 
     def step(batch: Batch, state: TrainState, seed: Int[Array, ""]) -> Float[Array, "B"]:
         images, _ = batch.examples(jnp.promote_types(spec.dtype, jnp.float32))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch.ids)
-        model = nnx.merge(graph, state.params, state.batch_stats)
-        _, features = model(images, train=False)
-        _, moved = model(jax.vmap(transform)(images, keys), train=False)
+        forward = forward_of(spec, state)
+        _, features = forward(images)
+        _, moved = forward(jax.vmap(transform)(images, keys))
         return jnp.sum((features - moved) ** 2, -1)
 
     return jax.jit(step, out_shardings=by_rows(mesh))

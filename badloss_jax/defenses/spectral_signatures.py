@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from badloss_jax.core.mesh import AXIS, place_rows, to_host
 from badloss_jax.defenses.context import Context, Suspicion
-from badloss_jax.training.mesh import AXIS, place_rows, to_host
 
 
 def project(features: Float[Array, "n F"], count: Int[Array, ""]) -> tuple[Float[Array, "n"], Float[Array, ""]]:

@@ -11,10 +11,10 @@ from jaxtyping import Int, UInt8
 from badloss_jax.attacks.manifest import Manifest
 from badloss_jax.attacks.poisoning import evaluation_triggers
 from badloss_jax.attacks.trigger import Trigger
+from badloss_jax.core.mesh import place_rows, round_up, to_host
+from badloss_jax.core.seeding import generator
 from badloss_jax.data import Split
 from badloss_jax.models import ModelSpec
-from badloss_jax.seeding import generator
-from badloss_jax.training.mesh import place_rows, round_up, to_host
 from badloss_jax.training.state import TrainState
 from badloss_jax.training.step import make_predict_step
 

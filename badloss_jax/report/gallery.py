@@ -21,9 +21,9 @@ from PIL import Image
 
 from badloss_jax.attacks.manifest import Manifest
 from badloss_jax.attacks.poisoning import Poisoning
+from badloss_jax.core.errors import DataError
+from badloss_jax.core.files import NPZ_ERRORS, write_atomically
 from badloss_jax.data import Split
-from badloss_jax.errors import DataError
-from badloss_jax.files import NPZ_ERRORS, write_atomically
 
 _THUMBNAIL = 64  # px
 _DIFFERENCE = 10

@@ -10,10 +10,9 @@ import jinja2
 import numpy as np
 from jaxtyping import Float
 
-from badloss_jax.config import KINDS
+from badloss_jax.core.errors import DataError
+from badloss_jax.core.files import write_text
 from badloss_jax.defenses.context import OWN
-from badloss_jax.errors import DataError
-from badloss_jax.files import write_text
 from badloss_jax.report.gallery import Gallery, data_uri, difference, highest_ranked, read_gallery, sheet
 from badloss_jax.report.plots import (
     LOW_LOSS,
@@ -37,6 +36,7 @@ from badloss_jax.report.tables import (
     variant_title,
     verdict,
 )
+from badloss_jax.settings import KINDS
 from badloss_jax.trajectories.store import TrajectoryStore
 
 COLUMNS = 40  # tiles in a row of a sheet

@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
+from badloss_jax.core.files import write_atomically
 from badloss_jax.evaluation.detection import attack_names, recall_at_clean_loss
-from badloss_jax.files import write_atomically
 from badloss_jax.report.gallery import difference
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")

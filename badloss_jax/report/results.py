@@ -1,37 +1,31 @@
 """results.json and scores.parquet: the contract with scripts. Keys are added, never renamed."""
 
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
-import badloss_jax
 from badloss_jax.attacks import ATTACKS
 from badloss_jax.attacks.manifest import Manifest
-from badloss_jax.config import KINDS, config_hash, to_dict
+from badloss_jax.config import config_hash, to_dict
+from badloss_jax.core.environment import environment
+from badloss_jax.core.errors import DataError, UsageError
+from badloss_jax.core.files import read_json, write_atomically, write_text
 from badloss_jax.defenses.context import Detection
-from badloss_jax.errors import DataError, UsageError
 from badloss_jax.evaluation.classifier import defense_effectiveness
 from badloss_jax.evaluation.detection import detection_metrics, removal_metrics
-from badloss_jax.files import read_json, write_atomically, write_text
 from badloss_jax.scoring import anomaly_scores
+from badloss_jax.settings import KINDS
 
 SCHEMA_VERSION = 1
 _RENDERED = {"config", "config_hash", "environment", "num_examples", "class_names", "attacks", "seconds", "epochs_kept",
              "variants"}  # fmt: skip
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "numba", "scikit-learn",
-             "ml_collections")  # fmt: skip
 
 
 def variant_entry(
@@ -92,21 +86,6 @@ def header(config: ConfigDict, manifest: Manifest, class_names: Sequence[str]) -
             for name, plan in manifest.attacks.items()
         },
     }  # fmt: skip
-
-
-def environment() -> dict[str, Any]:
-    """Returns versions, devices and machine, and the git commit when run from a checkout."""
-    devices = jax.devices()
-    return {
-        "badloss_jax": badloss_jax.__version__,
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
-        "platform": platform.platform(),
-        "cpu_count": len(os.sched_getaffinity(0)),  # that this process may use
-        "devices": [f"{device.platform}: {device.device_kind}" for device in devices],
-        "jax_enable_x64": bool(jax.config.jax_enable_x64),  # type: ignore[attr-defined]
-    }
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
@@ -221,17 +200,3 @@ def write_scores(
         for rule, removed in detection.removed.items():
             columns[f"removed_{kind}_{rule}"] = removed
     write_atomically(path, lambda aside: pq.write_table(pa.table(columns), aside))
-
-
-def _git_commit() -> str | None:
-    root = Path(badloss_jax.__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    try:
-        run = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return run.stdout.strip()

@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float, Int
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
+from badloss_jax.core.files import as_unicode, printable, write_atomically, write_text
 from badloss_jax.data.training_set import TrainingSet
-from badloss_jax.files import as_unicode, printable, write_atomically, write_text
 from badloss_jax.report.gallery import data_uri, sheet, thumbnails
 from badloss_jax.report.page import COLUMNS, SPARK, environment_of_templates, spark_path, tile_place
 from badloss_jax.report.plots import LOW_LOSS, Draw, svg_uri

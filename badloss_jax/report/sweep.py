@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from badloss_jax.config import CONTROLS
-from badloss_jax.errors import DataError, UsageError
+from badloss_jax.core.errors import DataError, UsageError
+from badloss_jax.core.files import read_json, write_text
 from badloss_jax.evaluation.detection import recall_at_clean_loss
-from badloss_jax.files import read_json, write_text
 from badloss_jax.report.page import environment_of_templates
 from badloss_jax.report.plots import CLEAN_LOSS, Draw, line_of, recall_curves, save_png, svg_uri
 from badloss_jax.report.results import read_scores
 from badloss_jax.report.tables import as_markdown, variant_title
+from badloss_jax.settings import CONTROLS
 from badloss_jax.sweep import Item, read_sweep, state_of
 
 Row = dict[str, Any]

@@ -5,9 +5,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from badloss_jax.config import differences, parse_rule
+from badloss_jax.config import differences
+from badloss_jax.core.errors import UsageError
 from badloss_jax.defenses.context import OWN
-from badloss_jax.errors import UsageError
+from badloss_jax.settings import parse_rule
 
 
 def headline(results: Mapping[str, Any]) -> list[list[str]]:
@@ -272,12 +273,14 @@ def variant_title(name: str, config: Mapping[str, Any]) -> str:
         return {"oracle": "oracle (exactly the poison)"}.get(kind, kind)
     if text == OWN:
         return f"{kind} (its own rule)"
-    rule, given = parse_rule(text)
-    if rule == "clusters":
-        return f"{kind} (clusters)"
-    level = config["rejection"][rule] if given is None else given
-    told = {"fraction": f"{100 * level:g} %", "alpha": f"p ≤ {level:g}"}
-    return f"{kind} ({told.get(rule, f'false discovery rate {level:g}')})"
+    rule, level = parse_rule(text, config["rejection"])
+    titles = {
+        "clusters": "clusters",
+        "fraction": f"{100 * level:g} %",
+        "alpha": f"p ≤ {level:g}",
+        "fdr": f"false discovery rate {level:g}",
+    }
+    return f"{kind} ({titles[rule]})"
 
 
 def attack_table(results: Mapping[str, Any]) -> list[list[str]]:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import stats
 
-from badloss_jax.errors import UsageError
+from badloss_jax.core.errors import UsageError
 
 LEVELS = (0.01, 0.02, 0.05, 0.1)  # at which poison is looked for
 _FEW_MIDDLES = (1.0, 10.0)  # bounds of how many probes' median counts as much as that of all probes
@@ -41,11 +41,35 @@ def conformal_p_values(
     return (1 + at_least) / (len(probes) + 1)
 
 
-def standardised_by_class(
-    scores: Float[np.ndarray, "N"], labels: Int[np.ndarray, "N"],
-    probe_scores: Float[np.ndarray, "P"], probe_labels: Int[np.ndarray, "P"],
-) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "P"]]:  # fmt: skip
-    """Puts every class on the scale of its probes: (score - median) / spread, both of the class's own probes.
+@dataclass(frozen=True)
+class ClassScales:
+    """Where the clean examples of each class lie, and how far apart; see `class_scales`.
+
+    Attributes:
+      labels: int [C], ascending, of the classes that have probes.
+      locations, spreads: float64 [C].
+      location, spread: of classes without probes.
+      of_probes: float64 [P], the probes' own scores, each on the scale of the others of its class.
+    """
+
+    labels: Int[np.ndarray, "C"]
+    locations: Float[np.ndarray, "C"]
+    spreads: Float[np.ndarray, "C"]
+    location: float
+    spread: float
+    of_probes: Float[np.ndarray, "P"]
+
+    def __call__(self, scores: Float[np.ndarray, "M"], labels: Int[np.ndarray, "M"]) -> Float[np.ndarray, "M"]:
+        """Returns (score - location) / spread, each by its class; NaN stays NaN."""
+        place = np.minimum(np.searchsorted(self.labels, labels), len(self.labels) - 1)
+        known = self.labels[place] == labels
+        locations = np.where(known, self.locations[place], self.location)
+        spreads = np.where(known, self.spreads[place], self.spread)
+        return (np.asarray(scores, np.float64) - locations) / spreads
+
+
+def class_scales(probe_scores: Float[np.ndarray, "P"], probe_labels: Int[np.ndarray, "P"]) -> ClassScales:
+    """Finds the scale of every class, on which its probes have median 0 and spread 1.
 
     A hard or small class lies far from the probes as a whole, and p-values over all classes would call it poisoned. Its
     own median is no help: where several attackers share a class, or one takes a quarter of it, the poison moves that.
@@ -59,50 +83,42 @@ def standardised_by_class(
     would else be drawn to itself.
 
     Args:
-      scores: [N], of all examples, higher is more suspicious; log distances, or what is on such a scale.
-      labels: int [N].
-      probe_scores: [P], of the probes, leave-one-out.
+      probe_scores: [P], of the probes, leave-one-out; log distances, or what is on such a scale.
       probe_labels: int [P].
 
-    Returns:
-      float64 [N] and [P].
-
     Raises:
-      UsageError: no probes, shapes that do not fit, NaN, or a probe with a label that no example has.
+      UsageError: no probes, shapes that do not fit, or NaN.
     """
-    scores, probe_scores = np.asarray(scores, np.float64), np.asarray(probe_scores, np.float64)
-    labels, probe_labels = np.asarray(labels), np.asarray(probe_labels)
-    if scores.shape != labels.shape or probe_scores.shape != probe_labels.shape or scores.ndim != 1 or not len(scores):
-        raise UsageError(f"scores are {scores.shape} with labels {labels.shape}, probe scores {probe_scores.shape} with"
-                         f" labels {probe_labels.shape}: expected [N], [N], [P], [P]")  # fmt: skip
+    probe_scores, probe_labels = np.asarray(probe_scores, np.float64), np.asarray(probe_labels)
+    if probe_scores.shape != probe_labels.shape or probe_scores.ndim != 1:
+        raise UsageError(
+            f"probe scores are {probe_scores.shape} with labels {probe_labels.shape}: expected [P] and [P]"
+        )
     if not len(probe_scores):
         raise UsageError("there are no probes to put the classes on the scale of")
-    if np.isnan(scores).any() or np.isnan(probe_scores).any():
-        raise UsageError("scores or probe scores contain NaN")
-    known, group = np.unique(labels, return_inverse=True)
-    place = np.minimum(np.searchsorted(known, probe_labels), len(known) - 1)
-    if (known[place] != probe_labels).any():
-        raise UsageError("a probe has a label that no example has")
+    if np.isnan(probe_scores).any():
+        raise UsageError("probe scores contain NaN")
 
+    known, place = np.unique(probe_labels, return_inverse=True)
     order = np.argsort(place, kind="stable")
-    members = np.split(order, np.cumsum(np.bincount(place, minlength=len(known)))[:-1])
-    middle = float(np.median(probe_scores))
-    own_middles = np.array([np.median(probe_scores[rows]) if len(rows) else middle for rows in members])
-    within = _spread(probe_scores - own_middles[place], 0.0) or _spread(probe_scores, middle)
+    members = np.split(order, np.cumsum(np.bincount(place))[:-1])
 
-    there = [number for number, rows in enumerate(members) if len(rows)]
-    between = float(np.mean((own_middles[there] - middle) ** 2))
+    middle = float(np.median(probe_scores))
+    own_middles = np.array([np.median(probe_scores[rows]) for rows in members])
+    within = _spread(probe_scores - own_middles[place], 0.0) or _spread(probe_scores, middle)
+    between = float(np.mean((own_middles - middle) ** 2))
     few = float(np.clip(within**2 / max(between, 1e-12), *_FEW_MIDDLES))
 
     of_probes = np.empty(len(probe_scores))
     locations, spreads = np.empty((2, len(known)))
-    for label, rows in enumerate(members):
+    for number, rows in enumerate(members):
         values = probe_scores[rows]
-        locations[label], spreads[label] = _scale(values, middle, within, few)
+        locations[number], spreads[number] = _scale(values, middle, within, few)
         for position, row in enumerate(rows):
-            location, spread = _scale(np.delete(values, position), middle, within, few)
+            others = np.delete(values, position)
+            location, spread = _scale(others, middle, within, few)
             of_probes[row] = (probe_scores[row] - location) / spread
-    return (scores - locations[group]) / spreads[group], of_probes
+    return ClassScales(known, locations, spreads, *_scale(np.zeros(0), middle, within, few), of_probes)
 
 
 def _scale(values: Float[np.ndarray, "p"], middle: float, within: float, few: float) -> tuple[float, float]:

@@ -28,14 +28,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 from threadpoolctl import threadpool_limits
 
-from badloss_jax.errors import UsageError
+from badloss_jax.core.errors import UsageError
+from badloss_jax.core.mesh import by_rows, make_mesh, place_rows, round_up, to_host
+from badloss_jax.core.seeding import derived_seed
 from badloss_jax.scoring.distances import Rows, row_chunks
 from badloss_jax.scoring.evidence import NATURAL, Cluster, Signs, evidence_of, judged, natural_gap
 from badloss_jax.scoring.growth import best_of_class
 from badloss_jax.scoring.impressions import MOST_ODDS, Impressions, chosen_epochs
 from badloss_jax.scoring.parts import attacks_among
-from badloss_jax.seeding import derived_seed
-from badloss_jax.training.mesh import by_rows, make_mesh, place_rows, round_up, to_host
 
 _LOWEST = -15.0  # log-probabilities below say no more
 _SOME = 4096  # examples that show whether values are log-probabilities
@@ -65,7 +65,7 @@ def find_clusters(
         a class at a time is read of.
       labels: int [N], as trained on.
       is_probe: bool [N].
-      far: [N], log distance to the probes, a class on the scale of its own (`standardised_by_class`).
+      far: [N], log distance to the probes, a class on the scale of its own (`class_scales`).
       looks: what each example looks like, if features were recorded (`impressions_of`).
       threshold: evidence of a cluster, at least.
       seed: of the mixtures' starts.

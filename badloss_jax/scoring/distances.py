@@ -17,9 +17,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from badloss_jax.errors import UsageError
+from badloss_jax.core.errors import UsageError
+from badloss_jax.core.mesh import make_mesh, place, place_rows, replicated, round_up, to_host
 from badloss_jax.scoring.kernels import on_cpu, on_devices
-from badloss_jax.training.mesh import make_mesh, place, place_rows, replicated, round_up, to_host
 
 KERNELS = ("auto", "numba", "xla")
 _CHUNK_VALUES = 2**22  # of trajectories held at a time, twice, which bounds memory whatever N is

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from badloss_jax.training.mesh import AXIS
+from badloss_jax.core.mesh import AXIS
 
 _TOGETHER = 64  # columns whose squares are added up in the trajectories' own precision
 _UNROLLED = 32  # columns in one loop of XLA's, whose compilation takes long for more

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from badloss_jax.errors import UsageError
+from badloss_jax.core.errors import UsageError
 
 
 def benjamini_hochberg(p_values: Float[np.ndarray, "N"], q: float) -> Bool[np.ndarray, "N"]:

@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from badloss_jax.errors import DataError
-from badloss_jax.processes import all_of, first, on_first
-from badloss_jax.training.preemption import Preemption
+from badloss_jax.core.errors import DataError
+from badloss_jax.core.preemption import Preemption
+from badloss_jax.core.processes import all_of, first, on_first
 from badloss_jax.training.state import TrainState
 from badloss_jax.trajectories.buffer import Buffer
 

@@ -16,20 +16,20 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from badloss_jax.data.order import epoch_batches
-from badloss_jax.errors import NonFiniteLossError
+from badloss_jax.core.errors import NonFiniteLossError
+from badloss_jax.core.order import epoch_batches
+from badloss_jax.core.progress import Progress
+from badloss_jax.core.seeding import derived_seed
 from badloss_jax.models import ModelSpec
-from badloss_jax.progress import Progress
-from badloss_jax.seeding import derived_seed
 from badloss_jax.training.batch import Examples
 from badloss_jax.training.checkpoint import Checkpoints, Position
 from badloss_jax.training.objective import MeanLoss
+from badloss_jax.training.recorder import Recorder
 from badloss_jax.training.state import AdamW, Optimizer, TrainState, create_state
 from badloss_jax.training.step import make_train_step
 from badloss_jax.training.streamed import StreamedData
 from badloss_jax.training.watchdog import Watchdog
 from badloss_jax.trajectories.buffer import padding_id
-from badloss_jax.trajectories.recorder import Recorder
 
 
 @dataclass(frozen=True)

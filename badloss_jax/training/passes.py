@@ -9,10 +9,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from badloss_jax.data.order import cut_batches
-from badloss_jax.progress import Progress
+from badloss_jax.core.mesh import by_rows, round_up, to_host
+from badloss_jax.core.order import cut_batches
+from badloss_jax.core.progress import Progress
 from badloss_jax.training.batch import Batch, Examples
-from badloss_jax.training.mesh import by_rows, round_up, to_host
 from badloss_jax.trajectories.buffer import padding_id
 
 

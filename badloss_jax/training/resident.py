@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from badloss_jax.training.mesh import by_columns, place, replicated
+from badloss_jax.core.mesh import by_columns, place, replicated
 
 
 @jax.tree_util.register_dataclass

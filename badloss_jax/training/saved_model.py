@@ -15,11 +15,11 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
-from badloss_jax.errors import DataError
-from badloss_jax.files import read_json, write_text
+from badloss_jax.core.errors import DataError
+from badloss_jax.core.files import read_json, write_text
+from badloss_jax.core.mesh import replicated
+from badloss_jax.core.processes import on_first
 from badloss_jax.models import ModelSpec
-from badloss_jax.processes import on_first
-from badloss_jax.training.mesh import replicated
 from badloss_jax.training.state import AdamW, TrainState, create_state
 
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
+from badloss_jax.core.mesh import replicated
 from badloss_jax.models import ModelSpec
-from badloss_jax.training.mesh import replicated
 from badloss_jax.training.objective import MeanLoss
 
 
@@ -81,3 +81,19 @@ def _make_init(
 def graph_of(spec: ModelSpec) -> nnx.GraphDef:
     """Returns the static part of the network, to be merged with parameters and statistics."""
     return nnx.graphdef(nnx.eval_shape(lambda: spec.build(nnx.Rngs(0))))
+
+
+def forward_of(
+    spec: ModelSpec, state: TrainState
+) -> Callable[[Float[Array, "B H W C"]], tuple[Float[Array, "B K"], Float[Array, "B F"]]]:
+    """Returns the trained network in evaluation mode: the one forward pass of all that looks and does not train.
+
+    Args:
+      spec: the network.
+      state: its parameters and statistics.
+
+    Returns:
+      A differentiable function from images in [0, 1] to logits and penultimate features.
+    """
+    model = nnx.merge(graph_of(spec), state.params, state.batch_stats)
+    return lambda images: model(images, train=False)

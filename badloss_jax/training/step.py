@@ -11,12 +11,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from badloss_jax.core.mesh import by_rows, replicated
 from badloss_jax.data import AUGMENTATIONS
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.batch import Batch
-from badloss_jax.training.mesh import by_rows, replicated
 from badloss_jax.training.objective import Forward, MeanLoss
-from badloss_jax.training.state import Optimizer, TrainState, graph_of
+from badloss_jax.training.state import Optimizer, TrainState, forward_of, graph_of
 from badloss_jax.trajectories.buffer import Buffer, write
 from badloss_jax.trajectories.kinds import Kinds
 
@@ -78,12 +78,10 @@ def make_train_step(
 @lru_cache(maxsize=32)
 def make_sweep_step(spec: ModelSpec, kinds: Kinds, mesh: Mesh) -> Callable:
     """Compiles (state, buffer, batch, epoch) -> buffer: one evaluation pass of a batch; the buffer is donated."""
-    graph = graph_of(spec)
 
     def step(state: TrainState, buffer: Buffer, batch: Batch, epoch: Int[Array, ""]) -> Buffer:
         images, labels = batch.examples(jnp.promote_types(spec.dtype, jnp.float32))
-        model = nnx.merge(graph, state.params, state.batch_stats)
-        logits, features = model(images, train=False)
+        logits, features = forward_of(spec, state)(images)
         return write(buffer, batch.ids, epoch, kinds.observe(logits, features, labels))
 
     everywhere, rows = replicated(mesh), by_rows(mesh)
@@ -92,23 +90,16 @@ def make_sweep_step(spec: ModelSpec, kinds: Kinds, mesh: Mesh) -> Callable:
 
 def network_of(spec: ModelSpec, state: TrainState) -> Callable[[Float[Array, "B H W C"]], Float[Array, "B K"]]:
     """Returns the trained network in evaluation mode as a function from images in [0, 1] to logits, differentiable."""
-    graph = graph_of(spec)
-
-    def logits_of(images: Float[Array, "B H W C"]) -> Float[Array, "B K"]:
-        logits, _ = nnx.merge(graph, state.params, state.batch_stats)(images, train=False)
-        return logits
-
-    return logits_of
+    forward = forward_of(spec, state)
+    return lambda images: forward(images)[0]
 
 
 @lru_cache(maxsize=32)
 def make_predict_step(spec: ModelSpec, mesh: Mesh) -> Callable:
     """Compiles (state, images float32 [B, H, W, C] in [0, 1]) -> predicted classes, int32 [B]."""
-    graph = graph_of(spec)
 
     def step(state: TrainState, images: Float[Array, "B H W C"]) -> Int[Array, "B"]:
-        logits, _ = nnx.merge(graph, state.params, state.batch_stats)(images, train=False)
-        return logits.argmax(-1)
+        return network_of(spec, state)(images).argmax(-1)
 
     return jax.jit(step, in_shardings=(replicated(mesh), by_rows(mesh)), out_shardings=by_rows(mesh))
 
@@ -116,10 +107,9 @@ def make_predict_step(spec: ModelSpec, mesh: Mesh) -> Callable:
 @lru_cache(maxsize=32)
 def make_observe_step(spec: ModelSpec, mesh: Mesh) -> Callable:
     """Compiles (batch, state) -> (logits float32 [B, K], features float32 [B, F]) in evaluation mode."""
-    graph = graph_of(spec)
 
     def step(batch: Batch, state: TrainState) -> tuple[Float[Array, "B K"], Float[Array, "B F"]]:
         images, _ = batch.examples(jnp.promote_types(spec.dtype, jnp.float32))
-        return nnx.merge(graph, state.params, state.batch_stats)(images, train=False)
+        return forward_of(spec, state)(images)
 
     return jax.jit(step, out_shardings=by_rows(mesh))

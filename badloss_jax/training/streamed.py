@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from badloss_jax.attacks.poisoning import Poisoning
-from badloss_jax.training.mesh import AXIS, local_blocks, place_rows
+from badloss_jax.core.mesh import AXIS, local_blocks, place_rows
 
 _AHEAD = 2  # batches that wait on the devices, while the next ones are decoded
 

@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from badloss_jax.errors import UsageError
-from badloss_jax.training.mesh import by_rows, replicated
+from badloss_jax.core.errors import UsageError
+from badloss_jax.core.mesh import by_rows, replicated
 from badloss_jax.trajectories.buffer import Buffer, write
 from badloss_jax.trajectories.kinds import Kinds
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from badloss_jax.training.mesh import by_rows, local_rows, process_blocks, round_up
+from badloss_jax.core.mesh import by_rows, local_rows, process_blocks, round_up
 from badloss_jax.trajectories.kinds import Kinds
 
 Buffer = dict[str, jax.Array]

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from badloss_jax.errors import DataError
-from badloss_jax.files import map_array, read_json, write_atomically, write_text
+from badloss_jax.core.errors import DataError
+from badloss_jax.core.files import map_array, read_json, write_atomically, write_text
 
 _FORMAT = "badloss_jax.trajectories/2"
 _BLOCK = 2**12  # rows

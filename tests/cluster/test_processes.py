@@ -254,10 +254,10 @@ def test_addresses_without_distributed_are_refused(tmp_path):
 _SHARED = """
 import sys
 from pathlib import Path
-from badloss_jax.processes import connect
+from badloss_jax.core.processes import connect
 connect(sys.argv[1], 2, int(sys.argv[2]), 120)
 from badloss_jax.config import load_config
-from badloss_jax.experiment import run_experiment
+from badloss_jax.runs.experiment import run_experiment
 folder = Path(sys.argv[3])
 config = load_config("configs/digits.py", sys.argv[4:])
 results = run_experiment(config, folder / "run", shared=folder / "shared")

@@ -3,7 +3,7 @@
 import pytest
 
 from badloss_jax.config import load_config
-from badloss_jax.experiment import run_experiment
+from badloss_jax.runs.experiment import run_experiment
 
 HOME = {
     "attacks.names": "('patch',)",

@@ -11,7 +11,7 @@ from badloss_jax.defenses.cbd import Deconfounded, dependence, hardness, next_re
 from badloss_jax.training.loop import Recipe, train
 from badloss_jax.training.objective import Forward
 from badloss_jax.training.state import AdamW, create_state, graph_of
-from tests.test_training import SPEC, resident
+from tests.training.test_training import SPEC, resident
 
 
 def test_hardness_by_hand():

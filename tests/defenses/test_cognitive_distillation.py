@@ -7,8 +7,8 @@ import optax
 import pytest
 from sklearn.datasets import load_digits
 
+from badloss_jax.core.mesh import make_mesh
 from badloss_jax.models import ModelSpec
-from badloss_jax.training.mesh import make_mesh
 from badloss_jax.training.passes import map_examples
 from badloss_jax.training.resident import ResidentData
 from badloss_jax.training.state import AdamW, create_state

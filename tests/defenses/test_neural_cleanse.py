@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from badloss_jax.core.mesh import make_mesh
+from badloss_jax.core.progress import Progress
 from badloss_jax.models import ModelSpec
-from badloss_jax.progress import Progress
-from badloss_jax.training.mesh import make_mesh
 from badloss_jax.training.state import AdamW, create_state
 from badloss_jax.training.step import network_of
 

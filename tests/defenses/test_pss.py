@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from badloss_jax.core.errors import UsageError
+from badloss_jax.core.mesh import make_mesh
 from badloss_jax.defenses.pss import make_consistency_step, resample, split, transform
-from badloss_jax.errors import UsageError
 from badloss_jax.training.loop import Recipe, train
-from badloss_jax.training.mesh import make_mesh
 from badloss_jax.training.objective import Ascent
 from badloss_jax.training.passes import map_examples
 from badloss_jax.training.state import AdamW, create_state
-from tests.test_training import SPEC, resident
+from tests.training.test_training import SPEC, resident
 
 RECIPE = Recipe(4, 100, 32, learning_rate=1e-2)
 

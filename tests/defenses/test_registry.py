@@ -6,7 +6,7 @@ import pytest
 
 from badloss_jax.config import default_config, load_config
 from badloss_jax.defenses import DEFENSES
-from badloss_jax.experiment import run_experiment
+from badloss_jax.runs.experiment import run_experiment
 from tests.conftest import overrides
 
 SHRUNK = {
@@ -69,7 +69,7 @@ def test_what_defences_found_is_kept(everything, mesh, monkeypatch):
     for name, defense in DEFENSES.items():
         if not defense.recorded:
             monkeypatch.setitem(DEFENSES, name, type(defense)(again, defense.own_rule, defense.cleanses))
-    monkeypatch.setattr("badloss_jax.trainer.train", again)
+    monkeypatch.setattr("badloss_jax.runs.trainer.train", again)
     assert run_experiment(config, workdir, mesh=mesh)["variants"].keys() == results["variants"].keys()
 
 

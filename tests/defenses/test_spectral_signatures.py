@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from badloss_jax.core.mesh import make_mesh
 from badloss_jax.defenses.spectral_signatures import spectral_scores, top_of_each_class
-from badloss_jax.training.mesh import make_mesh
 
 
 def by_numpy(features, labels, num_classes):

@@ -8,15 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from badloss_jax.experiment import run_experiment
+from badloss_jax.core.mesh import make_mesh
+from badloss_jax.runs.experiment import run_experiment
 from badloss_jax.scoring import knn_distances, leave_one_out_distances
-from badloss_jax.training.mesh import make_mesh
 from badloss_jax.training.objective import MeanLoss
 from badloss_jax.training.state import AdamW, create_state
 from badloss_jax.training.step import make_train_step
 from badloss_jax.trajectories.buffer import create_buffer, read_column
 from badloss_jax.trajectories.kinds import Kinds
-from tests.test_training import SPEC, record, resident
+from tests.training.test_training import SPEC, record, resident
 
 WANTED = bool(os.environ.get("BADLOSS_TEST_GPU"))
 pytestmark = pytest.mark.skipif(not WANTED or jax.default_backend() != "gpu",

@@ -1,0 +1,64 @@
+"""Errors that a user can act on, with the exit code that the command line gives for each, and naming the nearest."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+
+class BadlossError(Exception):
+    """A failure with an explanation; the command line prints it without a traceback and exits with `exit_code`.
+
+    Attributes:
+      together: whether every process of the run raises it.
+    """
+
+    exit_code = 1
+    together = False
+
+
+class UsageError(BadlossError, ValueError):
+    """A setting or an argument is wrong: nothing was started. Exit code 2."""
+
+    exit_code = 2
+
+
+class BusyError(UsageError):
+    """Another process holds what this one needs. Exit code 2."""
+
+
+class DataError(BadlossError, ValueError):
+    """A file or an array does not hold what it should. Exit code 1."""
+
+
+class NonFiniteLossError(BadlossError, FloatingPointError):
+    """A training loss became NaN or infinite. Exit code 1."""
+
+    together = True
+
+
+class PreemptedError(BadlossError):
+    """The run was told to stop and saved all: the same command goes on. Exit code 75 (EX_TEMPFAIL of sysexits.h)."""
+
+    exit_code = 75
+    together = True
+
+
+def one_of(key: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raises UsageError unless a setting's value is one of the choices; the nearest one is named."""
+    if value not in choices:
+        raise UsageError(f"{key} has {value!r}: expected one of {listed(choices)}{nearest(value, choices)}")
+
+
+def listed(names: Sequence[Any]) -> str:
+    """Returns names as a message lists them."""
+    return ", ".join(str(name) for name in names)
+
+
+def nearest(value: Any, known: Sequence[Any]) -> str:
+    """Returns "; did you mean ...?" with what comes nearest to a value; "" if nothing does."""
+    names = [str(name) for name in known]
+    close = difflib.get_close_matches(str(value), names, 1, cutoff=0.5)
+    if not close:  # a right last part under a wrong group
+        last = str(value).rpartition(".")[2]
+        close = [name for name in names if name.rpartition(".")[2] == last][:1]
+    return f"; did you mean {close[0]!r}?" if close else ""

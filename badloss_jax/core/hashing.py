@@ -1,0 +1,27 @@
+"""Hashes that name things by their content."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+
+def digest(*parts: Any) -> str:
+    """Hashes JSON-able parts to 16 hexadecimal digits; equal parts give equal digests on every machine."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def sha256_of(path: Path) -> str:
+    """Hashes a file's bytes to 64 hexadecimal digits; raises OSError if it cannot be read."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_hash() -> str:
+    """Hashes the source of this package to 16 hexadecimal digits."""
+    root = Path(__file__).parents[1]
+    content = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        content.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return content.hexdigest()[:16]

@@ -1,0 +1,103 @@
+"""The mesh of all devices and the shardings on it: the one place that knows them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from badloss_jax.core.errors import UsageError
+
+AXIS = "data"
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a one-dimensional mesh over the given devices, by default all of all processes."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of parameters and of the resident data set: everything on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_rows(mesh: Mesh) -> NamedSharding:
+    """The sharding of batches, buffers and scores: the first axis is split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def by_columns(mesh: Mesh) -> NamedSharding:
+    """The sharding of an epoch's order, [S, B]: every batch is split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(None, AXIS))
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Copies host arrays, the same in every process, to the devices."""
+
+    def copy(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(copy, tree)
+
+
+def place_rows(shape: tuple[int, ...], mesh: Mesh, rows: Callable[[int, int], np.ndarray]) -> jax.Array:
+    """Makes an array sharded by rows; `rows(begin, end)` is asked for what each device of this process holds."""
+    return jax.make_array_from_callback(
+        shape,
+        by_rows(mesh),
+        lambda index: rows(*index[0].indices(shape[0])[:2]),  # type: ignore[index]
+    )
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """Copies an array to the host of every process, whole."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def local_rows(array: jax.Array, start: int, stop: int) -> np.ndarray:
+    """Copies rows to the host that devices of this process hold."""
+    shards = sorted((shard.index[0].indices(len(array))[0], shard.data) for shard in array.addressable_shards)
+    parts = [np.asarray(data)[max(start - begin, 0) : max(stop - begin, 0)] for begin, data in shards]
+    return np.concatenate(parts)
+
+
+def local_blocks(count: int, mesh: Mesh) -> list[slice]:
+    """Returns the rows that each device of this process holds of an array that is sharded by rows, in order."""
+    held = by_rows(mesh).addressable_devices_indices_map((count,)).values()
+    bounds = sorted(index[0].indices(count)[:2] for index in held if index)
+    return [slice(start, stop) for start, stop in bounds]
+
+
+def process_blocks(count: int, mesh: Mesh) -> list[tuple[int, int, int]]:
+    """Returns (start, stop, process) of each run of rows that one process holds of an array sharded by rows, in order.
+
+    The array has `count` rows, rounded up to a multiple of the devices; the rows past `count` are in no run.
+    """
+    share = round_up(count, mesh) // mesh.size
+    blocks: list[tuple[int, int, int]] = []
+    for number, device in enumerate(mesh.devices.flat):
+        start, stop = min(number * share, count), min((number + 1) * share, count)
+        if blocks and blocks[-1][2] == device.process_index:
+            blocks[-1] = blocks[-1][0], stop, device.process_index
+        elif start < stop:
+            blocks.append((start, stop, device.process_index))
+    return blocks
+
+
+def round_up(count: int, mesh: Mesh) -> int:
+    """Returns the smallest multiple of the number of devices that is at least `count`."""
+    return -(-count // mesh.size) * mesh.size
+
+
+def check_batch_size(key: str, batch_size: int, mesh: Mesh) -> None:
+    """Raises UsageError, naming both numbers, unless the devices can share a batch evenly."""
+    if batch_size % mesh.size:
+        raise UsageError(
+            f"{key} = {batch_size} is not divisible by the {mesh.size} devices: every device takes the same share"
+            f" of a batch; {round_up(batch_size, mesh)} would do"
+        )

@@ -1,0 +1,184 @@
+"""What the trainings of a run share: network, recipe and data by the config; checkpoints, metrics, resuming."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from badloss_jax.attacks.poisoning import Poisoning
+from badloss_jax.core.errors import DataError, NonFiniteLossError, UsageError
+from badloss_jax.core.hashing import digest
+from badloss_jax.core.mesh import check_batch_size, round_up
+from badloss_jax.core.preemption import Preemption
+from badloss_jax.core.processes import first, on_first
+from badloss_jax.core.progress import Progress
+from badloss_jax.core.seeding import derived_seed
+from badloss_jax.data import Split, is_streamed
+from badloss_jax.models import ModelSpec
+from badloss_jax.runs.artefacts import Artefacts
+from badloss_jax.runs.workdir import add_resume, append_metrics, start_metrics
+from badloss_jax.runs.writers import Writer
+from badloss_jax.training.batch import Examples
+from badloss_jax.training.checkpoint import Checkpoints, Position
+from badloss_jax.training.loop import Recipe, train
+from badloss_jax.training.objective import MeanLoss
+from badloss_jax.training.recorder import Recorder
+from badloss_jax.training.resident import ResidentData
+from badloss_jax.training.state import AdamW, TrainState
+from badloss_jax.training.streamed import StreamedData
+from badloss_jax.training.watchdog import Watchdog
+from badloss_jax.trajectories.kinds import Kinds
+from badloss_jax.trajectories.store import TrajectoryStore
+
+
+@dataclass
+class Trainer:
+    """Trains one network after the other, each from its last checkpoint, and tells how it goes."""
+
+    config: ConfigDict
+    workdir: Path
+    artefacts: Artefacts
+    mesh: Mesh
+    progress: Progress
+    writers: Sequence[Writer]
+    preemption: Preemption
+    seconds_before: float = 0.0  # that the training at hand took before it was taken up again
+    _name: str = ""
+
+    def train(
+        self, name: str, identity: str, phase: str, seed: int, spec: ModelSpec, recipe: Recipe, data: Examples,
+        ids: np.ndarray, recorder: Recorder | None = None, initial: TrainState | None = None, given: Any = None,
+    ) -> TrainState:  # fmt: skip
+        """Trains `name`, whose checkpoints are kept as long as `finish` is not called."""
+        settings, self._name = self.config.checkpoint, name
+        checkpoints = Checkpoints(
+            self.artefacts.place("checkpoints", name, identity), identity, len(data), every_steps=settings.every_steps,
+            every_minutes=settings.every_minutes, preemption=self.preemption,
+        )  # fmt: skip
+        with checkpoints, Watchdog(settings.stall_minutes) as watchdog:
+            try:
+                return train(
+                    spec, recipe, data, ids, seed=seed, phase=phase, mesh=self.mesh, initial=initial, given=given,
+                    recorder=recorder, checkpoints=checkpoints, watchdog=watchdog, progress=self.progress,
+                    on_begin=self._begin, on_epoch=self._after_epoch,
+                )  # fmt: skip
+            except NonFiniteLossError as error:
+                if first():
+                    append_metrics(self.workdir, {"model": name, "error": str(error)})
+                raise
+
+    def finish(self, name: str, identity: str) -> None:
+        """Drops the checkpoints of a training whose outcome is saved."""
+        if first():
+            shutil.rmtree(self.artefacts.place("checkpoints", name, identity), ignore_errors=True)
+
+    def write(self, name: str, values: dict[str, float], epoch: int) -> None:
+        """Hands scalars to the writers."""
+        for writer in self.writers:
+            writer.write(name, values, epoch)
+
+    def _begin(self, begun: Position, steps_done: int) -> None:
+        self.seconds_before = begun.seconds
+        if steps_done:
+            self.progress.note(f"{self._name} goes on after step {steps_done:,}, in epoch {begun.epoch + 1}")
+        if first():
+            if steps_done:
+                add_resume(self.workdir, self._name, steps_done)
+            start_metrics(self.workdir, self._name, begun.epoch)
+            for writer in self.writers:
+                writer.start(self._name, begun.epoch)
+
+    def _after_epoch(self, record: dict[str, Any]) -> None:
+        if first():
+            append_metrics(self.workdir, {"model": self._name} | record)
+            epoch = record.pop("epoch")
+            self.write(self._name, record, epoch)
+
+
+def check_devices(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UsageError if the devices cannot share the batches, or cannot compute in the precision asked for."""
+    check_batch_size("recording.batch_size", config.recording.batch_size, mesh)
+    check_batch_size("retraining.batch_size", config.retraining.batch_size, mesh)
+    if config.model.dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        raise UsageError("model.dtype = 'float64' needs the environment variable JAX_ENABLE_X64=1")
+
+
+def place_examples(config: ConfigDict, train: Split, poisoning: Poisoning, mesh: Mesh) -> Examples:
+    """Puts the training set on the devices, or at the beginning of its way there."""
+    if is_streamed(train, config.data.input):
+        return StreamedData(poisoning, mesh, config.data.workers, config.data.threads)
+    triggered = poisoning.triggered(poisoning.ids)
+    return ResidentData.place(mesh, poisoning.images, poisoning.labels, poisoning.ids, triggered)
+
+
+def spec_of(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int, name: str) -> ModelSpec:
+    """Returns the network of this name for these images and classes."""
+    model = config.model
+    return ModelSpec(name, image_shape, num_classes, tuple(model.stages), model.stem_stride, model.dtype)
+
+
+def recipe_of(config: ConfigDict, epochs: int, schedule_epochs: int, batch_size: int, augment: str = "none") -> Recipe:
+    """Returns how to train, with the optimiser of the config."""
+    settings = config.optimizer
+    adamw = AdamW(settings.weight_decay, settings.b1, settings.b2)
+    return Recipe(epochs, schedule_epochs, batch_size, settings.learning_rate, adamw,
+                  MeanLoss(settings.loss_clamp), augment)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The training that trajectories are recorded of.
+
+    Attributes:
+      spec: the network.
+      kinds: what is recorded.
+      recipe: how it is trained.
+      capture: "sweep" or "step".
+      identity: hash of everything that could change the trajectories.
+    """
+
+    spec: ModelSpec
+    kinds: Kinds
+    recipe: Recipe
+    capture: str
+    identity: str
+
+    @classmethod
+    def of(cls, config: ConfigDict, spec: ModelSpec, ground: Sequence[Any]) -> "Recording":
+        """Returns the recording of a config; `ground` is the rest that trajectories depend on: seed, images, poison."""
+        settings = config.recording
+        kinds = Kinds(tuple(settings.kinds), spec.num_classes, spec.num_features, settings.feature_dim,
+                      settings.ranked_others, derived_seed(config.seed, "projection"))  # fmt: skip
+        recipe = recipe_of(config, settings.epochs, settings.schedule_epochs, settings.batch_size)
+        identity = digest(*ground, asdict(recipe), asdict(kinds), settings.capture)
+        return cls(spec, kinds, recipe, settings.capture, identity)
+
+    def train(
+        self, trainer: Trainer, data: Examples, labels: np.ndarray, is_probe: np.ndarray, folder: Path
+    ) -> TrainState:  # fmt: skip
+        """Trains, and writes the trajectories of all examples to a store in `folder`."""
+
+        def start_store() -> None:
+            layout = self.kinds.layout()
+            TrajectoryStore.create(folder, self.identity, labels, is_probe, self.recipe.epochs, layout)
+
+        on_first(start_store)
+        batch_size = round_up(trainer.config.evaluation.batch_size, trainer.mesh)
+        recorder = Recorder(self.kinds, self.capture, TrajectoryStore.open(folder), trainer.mesh, batch_size)
+        ids = np.arange(len(labels))
+        return trainer.train("recording", self.identity, "recording", trainer.config.seed, self.spec, self.recipe, data,
+                             ids, recorder)  # fmt: skip
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether a folder holds the whole of it."""
+        try:
+            store = TrajectoryStore.open(folder)
+        except DataError:
+            return False
+        return store.complete and store.recording_hash == self.identity

@@ -1,0 +1,184 @@
+"""Scores of examples whose trajectories lie in a buffer: which are complete, which probes, which kind, which k."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from badloss_jax.core.errors import UsageError
+from badloss_jax.scoring.calibration import conformal_p_values
+from badloss_jax.scoring.evidence import Cluster
+from badloss_jax.scoring.score import (
+    COMBINED,
+    Probes,
+    Trajectories,
+    available_kinds,
+    find_attacks,
+    parts_of,
+    score_trajectories,
+)
+from badloss_jax.scoring.verdict import in_attacks
+from badloss_jax.settings import default_config
+from badloss_jax.trajectories.batches import integer, integers, named
+from badloss_jax.trajectories.buffer import Buffer
+
+_PREFERRED = ("combined", "features", "ranked", "loss", "logits")  # kinds, that which found most first
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How suspicious each example is.
+
+    Attributes:
+      distances: float64 [N], to the k nearest probes, higher is more suspicious; of "combined" the mean standardised
+        log distance, and by class the log distance on the scale of each class. NaN of what was left out, as are the
+        p-values.
+      p_values: float64 [N], conformal: a clean example has p <= alpha with probability about alpha.
+      epochs: int [E], those that the filter kept.
+      kind: of trajectory.
+      clusters: the attacks, and what may be one, that were found with the help of the labels; empty without these.
+    """
+
+    distances: Float[np.ndarray, "N"]
+    p_values: Float[np.ndarray, "N"]
+    epochs: Int[np.ndarray, "E"]
+    kind: str
+    clusters: tuple[Cluster, ...] = ()
+
+    @property
+    def removed(self) -> Bool[np.ndarray, "N"]:
+        """Which examples are in an attack that is certain."""
+        return in_attacks(self.clusters, len(self.distances))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for, as `TrajectoryRecorder.score` takes it."""
+
+    probe_ids: Any
+    k: int | None = None
+    kind: str | None = None
+    epochs: int | None = None
+    incomplete: str = "error"
+    labels: Any = None
+    by_class: bool = False
+
+
+def score_buffer(buffer: Buffer, num_examples: int, request: Request, mesh: Mesh) -> Scores:
+    """Scores a buffer's examples by their distance to the probes.
+
+    Args:
+      buffer: kind -> [N', T, ...], N' at least N; NaN of what was not recorded.
+      num_examples: N.
+      request: which probes, kind, k, epochs and labels.
+      mesh: the devices that share the rows.
+
+    Raises:
+      UsageError: a part of the request is impossible, or examples lack an epoch (how many, ids and epochs are named).
+    """
+    there = available_kinds(tuple(buffer))
+    known = [name for name in _PREFERRED if name in there]
+    kind = request.kind or known[0]
+    for setting, value, allowed in (("kind", kind, known), ("incomplete", request.incomplete, ["error", "exclude"])):
+        if value not in allowed:
+            raise UsageError(f"{setting} = {value!r}: expected {' or '.join(allowed)}")
+    labels = _labels(request, kind, num_examples)
+    probes = _probe_ids(request, num_examples)
+    width = buffer["loss"].shape[1]
+    used = width if request.epochs is None else integer("epochs", request.epochs, 3, width)
+    scoring = _settings(request, kind, known, len(probes)) | {"epochs": used}
+
+    # What is searched for attacks has to be complete, too.
+    needed = {"loss", *parts_of(kind, scoring)}
+    if labels is not None:
+        needed |= {name for name in COMBINED if name in buffer}
+    finite = np.asarray(_finite({name: buffer[name] for name in needed}))[:num_examples, :used]
+    _check_complete(finite, probes, kind, exclude=request.incomplete == "exclude")
+
+    rows = np.flatnonzero(finite.all(axis=1))
+    ours = Trajectories(
+        len(rows),
+        used,
+        tuple(buffer),
+        lambda name, epochs: np.asarray(buffer[name])[np.ix_(rows, epochs)],
+        None if labels is None else labels[rows],
+    )
+    places = np.searchsorted(rows, probes)
+    scores, kept = score_trajectories(ours, Probes(places), scoring, (kind,), mesh)
+    found = scores[kind]
+    distances, p_values = np.full((2, num_examples), np.nan)
+    distances[rows] = found.values()
+    p_values[rows] = conformal_p_values(distances[rows], found.probe_scores)
+    if kind not in ("combined", *COMBINED) or labels is None:
+        return Scores(distances, p_values, kept, kind)
+
+    assert ours.labels is not None
+    far = found if request.by_class else found.by_class(ours.labels)
+    clusters, _ = find_attacks(ours, places, scoring, 0, mesh, far=far.values())
+    of_all = [replace(one, ids=rows[one.ids], score_ids=rows[one.score_ids]) for one in clusters]
+    return Scores(distances, p_values, kept, kind, tuple(of_all))
+
+
+def _labels(request: Request, kind: str, num_examples: int) -> Int[np.ndarray, "N"] | None:
+    """Returns the labels, if they were given and what is asked for can use them."""
+    if request.labels is None:
+        if request.by_class:
+            raise UsageError("by_class = True compares examples with their class: give labels, too")
+        return None
+    labels = integers("labels", request.labels, 2**31)
+    if len(labels) != num_examples:
+        raise UsageError(f"there are {len(labels)} labels for {num_examples} examples")
+    if kind not in ("combined", *COMBINED) and not request.by_class:
+        raise UsageError(
+            f"labels are given to look for attacks, which kind = {kind!r} does not show: expected combined, features"
+            " or ranked, or by_class=True"
+        )
+    return labels
+
+
+def _probe_ids(request: Request, num_examples: int) -> Int[np.ndarray, "P"]:
+    """Returns the probes' ids, ascending."""
+    given = integers("probe_ids", request.probe_ids, num_examples)
+    ids = np.unique(given)
+    if len(ids) < max(2, len(given)):
+        raise UsageError(f"probe_ids are {len(given)} ids of {len(ids)} examples: expected at least 2, each once")
+    return ids
+
+
+def _settings(request: Request, kind: str, known: list[str], num_probes: int) -> dict[str, Any]:
+    """Returns what `config.scoring` would say: the default k of each kind, where there are probes enough."""
+    defaults = default_config().scoring
+    scoring: dict[str, Any] = {name: {"k": min(defaults[name].k, num_probes - 1)} for name in known}
+    if request.k is not None:
+        scoring[kind] = {"k": integer("k", request.k, 1, num_probes - 1)}
+    return scoring | {"by_class": request.by_class}
+
+
+def _check_complete(there: Bool[np.ndarray, "N T"], probes: Int[np.ndarray, "P"], kind: str, *, exclude: bool) -> None:
+    """Raises UsageError, saying what to do, if an example lacks an epoch; if such are left out, if a probe does."""
+    who, ids = ("probes", probes) if exclude else ("examples", np.arange(len(there)))
+    lacking = ids[~there[ids].all(axis=1)]
+    if not len(lacking):
+        return
+
+    gaps = np.flatnonzero(~there[lacking].all(axis=0))
+    ways = ["record each once an epoch (no drop_last)"]
+    if not exclude:
+        ways.append('leave them out by incomplete="exclude"')
+    if gaps[0] >= 3:
+        ways.append(f"score the first epochs alone by epochs={gaps[0]}")
+    raise UsageError(
+        f"{len(lacking)} of {len(ids)} {who} lack epochs of kind {kind}, which were not recorded or are"
+        f" not finite: ids {named(lacking)}; epochs {named(gaps)}. Either {', or '.join(ways)}"
+    )
+
+
+@jax.jit
+def _finite(buffer: Buffer) -> Bool[Array, "N T"]:
+    """Says which cells were recorded and are finite, of all kinds given."""
+    fine = [jnp.isfinite(array).all(axis=tuple(range(2, array.ndim))) for array in buffer.values()]
+    return jnp.stack(fine).all(axis=0)

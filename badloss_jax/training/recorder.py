@@ -1,0 +1,97 @@
+"""The recorder that the trainer carries along: after each epoch every example has one more entry in its trajectory."""
+
+from dataclasses import dataclass, field, replace
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from badloss_jax.core.errors import NonFiniteLossError
+from badloss_jax.core.mesh import process_blocks
+from badloss_jax.core.order import cut_batches
+from badloss_jax.core.processes import all_of, on_all
+from badloss_jax.models import ModelSpec
+from badloss_jax.training.batch import Examples
+from badloss_jax.training.state import TrainState
+from badloss_jax.training.step import make_sweep_step
+from badloss_jax.trajectories.buffer import Buffer, create_buffer, padding_id, read_column
+from badloss_jax.trajectories.kinds import Kinds
+from badloss_jax.trajectories.store import TrajectoryStore
+
+
+@dataclass
+class Recorder:
+    """Fills the device buffer by "sweep" or "step" capture, and appends each finished epoch to the store.
+
+    The kind "step" is what the training step itself saw of the loss, in a recording that otherwise sweeps.
+
+    Attributes:
+      kinds: what is recorded.
+      capture: "sweep", one evaluation pass after each epoch, or "step", the training step's own outputs.
+      store: gets each finished epoch's columns.
+      mesh: whose devices share the rows.
+      batch_size: of the sweep.
+    """
+
+    kinds: Kinds
+    capture: str
+    store: TrajectoryStore
+    mesh: Mesh
+    batch_size: int
+    buffer: Buffer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.buffer = create_buffer(self.kinds, self.store.num_examples, self.store.num_epochs, self.mesh)
+
+    @property
+    def step_kinds(self) -> Kinds | None:
+        """What the training step itself has to write, if anything."""
+        if self.capture == "step":
+            return self.kinds
+        return replace(self.kinds, observed=("step",)) if "step" in self.kinds.names else None
+
+    @property
+    def _sweep_kinds(self) -> Kinds:
+        return replace(self.kinds, observed=tuple(name for name in self.kinds.layout() if name != "step"))
+
+    def resume(self, buffer: Buffer, epoch: int) -> None:
+        """Goes on with a buffer in which the epochs before `epoch` are complete."""
+        self.buffer = buffer
+        for finished in range(epoch):
+            self.flush(finished)
+
+    def end_epoch(self, spec: ModelSpec, state: TrainState, data: Examples, epoch: int) -> None:
+        """Sweeps over the training set if that is how it captures, and stores the epoch.
+
+        Raises:
+          NonFiniteLossError: some example's loss, or another value, is not finite; the epoch is stored all the same.
+        """
+        if self.capture == "sweep":
+            step = make_sweep_step(spec, self._sweep_kinds, self.mesh)
+            order = cut_batches(np.arange(len(data)), self.batch_size, padding_id(len(data), self.mesh))
+            for batch in data.batches(order):
+                self.buffer = step(state, self.buffer, batch, np.int32(epoch))
+        self.flush(epoch, check=True)
+
+    def flush(self, epoch: int, *, check: bool = False) -> None:
+        """Stores what is recorded of the epoch, each process its own rows; cells that are not recorded are NaN.
+
+        Raises:
+          NonFiniteLossError: in every process, if it is to be checked and some value is not finite.
+        """
+        columns = read_column(self.buffer, epoch, self.store.num_examples)
+        blocks, here = process_blocks(self.store.num_examples, self.mesh), jax.process_index()
+        ours = [number for number, block in enumerate(blocks) if block[2] == here]
+
+        def write() -> None:
+            for run, number in enumerate(ours):
+                self.store.write_epoch(epoch, {kind: runs[run] for kind, runs in columns.items()}, number, len(blocks))
+
+        on_all(write)
+        for kind, runs in columns.items() if check else ():
+            if not all_of(all(np.isfinite(run).all() for run in runs)):
+                raise NonFiniteLossError(
+                    f"after epoch {epoch} the network's {kind} is NaN or infinite for some examples; what was recorded"
+                    f" is kept in {self.store.folder}. A smaller --config.optimizer.learning_rate usually helps, in"
+                    " another --workdir"
+                )

@@ -1,0 +1,197 @@
+import io
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from badloss_jax.attacks.manifest import draw_manifest
+from badloss_jax.attacks.poisoning import apply_manifest
+from badloss_jax.config import load_config
+from badloss_jax.core.errors import DataError
+from badloss_jax.core.mesh import make_mesh
+from badloss_jax.core.order import epoch_batches
+from badloss_jax.core.progress import Progress
+from badloss_jax.data import digits
+from badloss_jax.models import ModelSpec
+from badloss_jax.runs.experiment import run_experiment
+from badloss_jax.training.loop import Recipe, train
+from badloss_jax.training.passes import map_examples
+from badloss_jax.training.recorder import Recorder
+from badloss_jax.training.resident import ResidentData
+from badloss_jax.training.streamed import StreamedData
+from badloss_jax.trajectories.kinds import Kinds
+from badloss_jax.trajectories.store import TrajectoryStore
+from tests.conftest import overrides
+
+COUNT = 797
+
+
+@pytest.fixture(scope="module")
+def poisoning():
+    return make_poisoning()
+
+
+def make_poisoning():
+    changed = {"attacks__names": "('patch','blend_p','sinusoid')", "attacks__overlap": 0.3}
+    config = load_config("configs/digits.py", overrides(**changed))
+    train_set = digits.load({}).train
+    images = np.pad(train_set.images[:COUNT], ((0, 0), (2, 2), (2, 2), (0, 0)))
+    labels = train_set.labels[:COUNT]
+    return apply_manifest(draw_manifest(config.attacks, labels, 10, (12, 12, 1), 0), images, labels)
+
+
+def resident(poisoning, mesh):
+    return ResidentData.place(
+        mesh, poisoning.images, poisoning.labels, poisoning.ids, poisoning.triggered(poisoning.ids)
+    )
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("start", [0, 11])
+def test_batches_hold_what_lies_on_the_devices_bit_by_bit(poisoning, devices, start):
+    mesh = make_mesh(jax.devices()[:devices])
+    order = epoch_batches(np.arange(COUNT), 32, 800, seed=0, phase="p", epoch=0)
+    streamed = list(StreamedData(poisoning, mesh).batches(order, start))
+    assert len(streamed) == 25 - start
+    shown = jax.jit(lambda batch: (*batch.examples(np.float32), batch.ids, batch.real))
+    for ours, theirs in zip(streamed, resident(poisoning, mesh).batches(order, start), strict=True):
+        images, labels, ids, real = map(np.asarray, shown(ours))
+        expected_images, expected_labels, expected_ids, expected_real = map(np.asarray, shown(theirs))
+        np.testing.assert_array_equal(ids, expected_ids)
+        np.testing.assert_array_equal(real, expected_real)
+        np.testing.assert_array_equal(labels[real], expected_labels[real])
+        np.testing.assert_array_equal(images[real], expected_images[real])
+    assert not real.all()  # the last batch is padded
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_passes_see_what_lies_on_the_devices(poisoning, devices):
+    mesh, ids = make_mesh(jax.devices()[:devices]), np.arange(COUNT)[::-3]
+
+    @jax.jit
+    def look(batch):
+        images, labels = batch.examples(np.float32)
+        return batch.ids, labels, images
+
+    ours, theirs = (map_examples(look, data, ids, 50, mesh)
+                    for data in (StreamedData(poisoning, mesh), resident(poisoning, mesh)))  # fmt: skip
+    for here, there in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(here, there)
+    np.testing.assert_array_equal(ours[0], ids)
+    np.testing.assert_array_equal(ours[1], poisoning.labels[ids])
+
+
+def losses(folder, data, mesh, dtype="float32"):
+    """Records 50 steps with crops and flips, the last one of each epoch padded."""
+    kinds, labels = Kinds((), 10, 16), np.zeros(COUNT, np.int32)
+    store = TrajectoryStore.create(folder, "", labels, labels > 0, 2, kinds.layout())
+    spec = ModelSpec("resnet_small", (12, 12, 1), 10, (8, 16), 1, dtype)
+    train(spec, Recipe(2, 30, 32, augment="crop_flip"), data, np.arange(COUNT), seed=0, phase="test", mesh=mesh,
+          recorder=Recorder(kinds, "sweep", store, mesh, 64))  # fmt: skip
+    return store.read("loss")
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_fifty_steps_are_those_of_resident_data(poisoning, tmp_path, devices):
+    mesh = make_mesh(jax.devices()[:devices])
+    ours = losses(tmp_path / "streamed", StreamedData(poisoning, mesh), mesh)
+    theirs = losses(tmp_path / "resident", resident(poisoning, mesh), mesh)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    assert ours.std() > 0.1
+
+
+_X64 = """
+import sys, jax, numpy as np
+from pathlib import Path
+from badloss_jax.core.mesh import make_mesh
+from badloss_jax.training.streamed import StreamedData
+from tests.data.test_streamed import losses, make_poisoning, resident
+poisoning, mesh = make_poisoning(), make_mesh()
+ours = losses(Path(sys.argv[1]) / "streamed", StreamedData(poisoning, mesh), mesh, "float64")
+theirs = losses(Path(sys.argv[1]) / "resident", resident(poisoning, mesh), mesh, "float64")
+print(np.abs(ours - theirs).max())
+"""
+
+
+def test_a_whole_run_in_float64_is_that_of_resident_data(tmp_path):
+    environment = {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin", "PYTHONPATH": "."}
+    run = subprocess.run(
+        [sys.executable, "-c", _X64, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) <= 1e-6
+
+
+_WORKERS = """
+import numpy as np
+from badloss_jax.core.order import epoch_batches
+from badloss_jax.core.mesh import make_mesh
+from badloss_jax.training.streamed import StreamedData
+from tests.data.test_streamed import COUNT, make_poisoning
+if __name__ == "__main__":
+    poisoning, mesh = make_poisoning(), make_mesh()
+    order = epoch_batches(np.arange(COUNT), 32, 800, seed=0, phase="p", epoch=0)
+    def batches(workers):
+        for batch in StreamedData(poisoning, mesh, workers).batches(order, 3):
+            yield [np.asarray(part) for part in (*batch.examples(np.float32), batch.ids)]
+    count = 0
+    for ours, theirs in zip(batches(2), batches(0), strict=True):
+        assert all((a == b).all() for a, b in zip(ours, theirs, strict=True))
+        count += 1
+    print(count)
+"""
+
+
+def test_worker_processes_decode_the_same(tmp_path):
+    """In a program of its own, as workers import its main module."""
+    (tmp_path / "program.py").write_text(_WORKERS)
+    environment = {"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin", "PYTHONPATH": "."}
+    run = subprocess.run([sys.executable, str(tmp_path / "program.py")], env=environment, capture_output=True,
+                         text=True, check=False)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "22"
+
+
+def test_room_for_poison_takes_few_sizes_and_is_the_same_everywhere(poisoning):
+    mesh = make_mesh(jax.devices()[:4])
+    order = epoch_batches(np.arange(COUNT), 32, 800, seed=0, phase="p", epoch=0)
+    (batch, *_) = StreamedData(poisoning, mesh).batches(order)
+    poisoned = np.append(poisoning.attack_of >= 0, False)[np.minimum(order, COUNT)]
+    most = poisoned.reshape(25, 4, 8).sum(2).max()
+    room = batch.override.shape[0] // 4
+    assert room >= most > room // 2
+    assert room & (room - 1) == 0
+
+
+def test_what_cannot_be_read_stops_the_run_and_is_named(poisoning):
+    class Damaged:
+        shape, dtype, ndim = poisoning.images.shape, poisoning.images.dtype, 4
+
+        def __getitem__(self, rows):
+            raise DataError("record 7 of shard 3 cannot be read")
+
+    mesh = make_mesh(jax.devices()[:1])
+    order = epoch_batches(np.arange(COUNT), 32, 800, seed=0, phase="p", epoch=0)
+    with pytest.raises(DataError, match="record 7 of shard 3"):
+        list(StreamedData(replace(poisoning, images=Damaged()), mesh).batches(order))
+
+
+def test_runs_are_the_same_either_way(tmp_path, tiny, mesh):
+    said = io.StringIO()
+    config = tiny(data__input="streamed", controls="()", retraining__augment="crop_flip")
+    ours = run_experiment(config, tmp_path / "streamed", Progress(said, 0), mesh=mesh)
+    assert re.search(r"epoch \d/3 .* input \d+ %", said.getvalue())
+    lines = [json.loads(line) for line in (tmp_path / "streamed" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["input_wait"] < 1 for line in lines)
+    resident = tiny(controls="()", retraining__augment="crop_flip")
+    theirs = run_experiment(resident, tmp_path / "resident", Progress(said_there := io.StringIO(), 0), mesh=mesh)
+    assert "  input " not in said_there.getvalue()
+    assert ours["variants"].keys() == theirs["variants"].keys()
+    one, other = (TrajectoryStore.open(tmp_path / name / "trajectories") for name in ("streamed", "resident"))
+    np.testing.assert_allclose(one.read("loss"), other.read("loss"), rtol=0, atol=1e-5)
+    assert one.recording_hash == other.recording_hash  # so that a run may go on either way

@@ -1,0 +1,305 @@
+"""Runs that are stopped at any moment, and what they need to go on to the same bits."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from badloss_jax.core.errors import DataError, PreemptedError
+from badloss_jax.core.mesh import make_mesh
+from badloss_jax.core.preemption import Preemption
+from badloss_jax.runs.experiment import run_experiment
+from badloss_jax.training.checkpoint import Checkpoints
+from badloss_jax.training.loop import Recipe, train
+from badloss_jax.training.recorder import Recorder
+from badloss_jax.trajectories.kinds import Kinds
+from badloss_jax.trajectories.store import TrajectoryStore
+from tests.conftest import overrides, without_cost
+from tests.training.test_training import SPEC, resident
+
+KINDS = Kinds(("features",), 10, 16, feature_dim=4)
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/tmp")}
+
+
+class StopAfter(Preemption):
+    """A machine that is taken away after so many steps."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self._left = steps
+
+    def reached(self):
+        self._left -= 1
+        return self._left == 0
+
+
+def training(folder, mesh, *, stop_after=0, identity="this", capture="step", dtype="float32", augment="crop_flip",
+             **changed):  # fmt: skip
+    """Three epochs of 25 steps (the last one padded), recorded; stopped after some steps if asked to."""
+    data = resident(mesh)
+    nobody = np.zeros(len(data), bool)
+    store = TrajectoryStore.create(folder / "store", "", np.asarray(data.labels), nobody, 3, KINDS.layout())
+    recorder, epochs = Recorder(KINDS, capture, store, mesh, 64), []
+    settings = {"every_steps": 7, "preemption": StopAfter(stop_after)} | changed
+    with Checkpoints(folder / "checkpoints", identity, len(data), **settings) as checkpoints:
+        state = train(
+            replace(SPEC, dtype=dtype), Recipe(3, 3, 32, augment=augment), data, np.arange(len(data)), seed=0,
+            phase="test", mesh=mesh, recorder=recorder, checkpoints=checkpoints, on_epoch=epochs.append,
+        )  # fmt: skip
+    return store, state, epochs
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, mesh):
+    return training(tmp_path_factory.mktemp("unbroken"), mesh)
+
+
+@pytest.fixture
+def stopped(tmp_path, mesh):
+    """A training that was stopped after 40 steps, in the middle of its second epoch."""
+    with pytest.raises(PreemptedError, match="after step 40; a checkpoint is saved in"):
+        training(tmp_path, mesh, stop_after=40)
+    return tmp_path
+
+
+def assert_same(ours, theirs):
+    for kind in KINDS.layout():
+        np.testing.assert_array_equal(ours[0].read(kind), theirs[0].read(kind))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), ours[1], theirs[1]))
+
+
+@pytest.mark.parametrize("stops", [(1,), (24, 1), (25, 25), (40, 30)])
+def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, mesh, unbroken, stops):
+    for steps in stops:
+        with pytest.raises(PreemptedError):
+            training(tmp_path, mesh, stop_after=steps)
+    resumed = training(tmp_path, mesh)
+    assert_same(resumed, unbroken)
+    told = ("epoch", "loss", "learning_rate")
+    last = len(resumed[2])
+    assert [[e[key] for key in told] for e in resumed[2]] == [[e[key] for key in told] for e in unbroken[2][-last:]]
+    assert len(resumed[2]) == 3 - sum(stops) // 25 + (sum(stops) % 25 == 0)
+
+
+def test_sweeps_go_on_to_the_same_bits(tmp_path, mesh):
+    whole = training(tmp_path / "a", mesh, capture="sweep")
+    with pytest.raises(PreemptedError):
+        training(tmp_path / "b", mesh, capture="sweep", stop_after=55)
+    assert_same(training(tmp_path / "b", mesh, capture="sweep"), whole)
+
+
+def test_a_training_moves_to_another_number_of_devices(tmp_path, mesh):
+    """From 1 to 8, whose buffer has 800 rows, and not 797; compared over the first 50 steps."""
+    whole, *_ = training(tmp_path / "whole", mesh, augment="none")
+    with pytest.raises(PreemptedError):
+        training(tmp_path / "moved", mesh, augment="none", stop_after=40)
+    moved, *_ = training(tmp_path / "moved", make_mesh(jax.devices()[:8]), augment="none")
+    ours, theirs = moved.read("loss"), whole.read("loss")
+    np.testing.assert_array_equal(ours[:, 0], theirs[:, 0])
+    np.testing.assert_allclose(ours[:, 1], theirs[:, 1], rtol=0, atol=1e-5)
+    assert not (ours[:, 2] == theirs[:, 2]).all()  # other devices did it, in another order of sums
+
+
+_MOVED = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+from badloss_jax.core.errors import PreemptedError
+from badloss_jax.core.mesh import make_mesh
+from tests.training.test_resume import training
+one, eight, folder = make_mesh(jax.devices()[:1]), make_mesh(), Path(sys.argv[1])
+whole, *_ = training(folder / "whole", one, dtype="float64")
+try:
+    training(folder / "moved", eight, dtype="float64", stop_after=40)
+except PreemptedError:
+    moved, *_ = training(folder / "moved", one, dtype="float64")
+print(np.abs(whole.read("loss") - moved.read("loss")).max())
+"""
+
+
+def test_a_whole_run_that_moved_agrees_in_float64(tmp_path):
+    environment = ENVIRONMENT | {"JAX_ENABLE_X64": "1", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": "."}
+    run = subprocess.run(
+        [sys.executable, "-c", _MOVED, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) <= 1e-6
+
+
+def test_another_trainings_checkpoint_is_refused(stopped, mesh):
+    with pytest.raises(DataError, match=r"belongs to a training with other settings.*Removing .*checkpoints begins"):
+        training(stopped, mesh, identity="that")
+
+
+def test_dtypes_are_checked(stopped, mesh, monkeypatch):
+    about = next((stopped / "checkpoints" / "40" / "about").glob("*"))
+    about.write_text(about.read_text().replace("float32 [797, 3]", "float16 [797, 3]"))
+    shutil.rmtree(stopped / "checkpoints" / "35")
+    with pytest.raises(DataError, match=r"buffer_loss is float16 \[797, 3\], expected float32 \[797, 3\]"):
+        training(stopped, mesh)
+
+
+def tear(checkpoint):
+    """Cuts its largest file in half."""
+    file = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(checkpoint):
+    """Changes a checksum, as a change of the data would."""
+    about = next((checkpoint / "about").glob("*"))
+    content = json.loads(about.read_text())
+    content["checksums"]["buffer_loss"] ^= 1
+    about.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("harm", [tear, flip])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, mesh, unbroken, harm):
+    harm(stopped / "checkpoints" / "40")
+    with pytest.warns(UserWarning, match=r"checkpoints/40 cannot be used: .*; going on from the one before, .*/35"):
+        assert_same(training(stopped, mesh), unbroken)
+
+
+@pytest.mark.parametrize("harm", [tear, flip])
+def test_if_all_are_damaged_the_training_stops(stopped, mesh, harm):
+    for checkpoint in ("40", "35"):
+        harm(stopped / "checkpoints" / checkpoint)
+    with pytest.raises(DataError, match=r"checkpoints/40 cannot be used.*checkpoints/35 cannot be used.*Removing"):
+        training(stopped, mesh)
+    assert (stopped / "checkpoints" / "40").is_dir()  # nobody else's decision
+
+
+def test_minutes_become_steps(tmp_path, mesh):
+    training(tmp_path, mesh, every_steps=0, every_minutes=1e-5)
+    saved = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    assert saved == [74, 75]
+
+
+def test_sigterm_saves_and_leaves_with_75(tmp_path):
+    """The real signal, in the middle of the recording; then the same command again, twice."""
+    command = [sys.executable, "-m", "badloss_jax", "run", "--config", "configs/digits.py", "--workdir",
+               str(tmp_path), *overrides(recording__epochs=30, recording__schedule_epochs=30, controls="()",
+                                         retraining__variants="()")]  # fmt: skip
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "metrics.jsonl").is_file(), process)
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, err
+    assert "badloss: stopped by SIGTERM after step" in err
+    step = int(err.split("after step ")[1].split(";")[0])
+    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"recording goes on after step {step}" in again.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["resumes"] == [{"phase": "recording", "step": step}]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if line["model"] == "recording"] == list(range(30))
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def wait_for(fact, process, seconds=200):
+    deadline = time.monotonic() + seconds
+    while not fact():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+
+
+def test_a_stalled_run_shows_its_stacks_and_ends(tmp_path):
+    code = """
+import time
+from badloss_jax.training.watchdog import Watchdog
+with Watchdog(0.02) as watchdog:
+    for _ in range(20):
+        time.sleep(0.1)
+        watchdog.alive()
+    print("alive for 2 s", flush=True)
+    time.sleep(60)
+"""
+    stalled = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=30)
+    assert stalled.returncode == 1
+    assert stalled.stdout == "alive for 2 s\n"
+    assert "Timeout" in stalled.stderr
+    assert 'File "<string>", line 9' in stalled.stderr
+
+
+_FULL = """
+import resource, signal, sys
+from pathlib import Path
+import jax
+from badloss_jax.core.errors import DataError
+from badloss_jax.training.checkpoint import Checkpoints
+from badloss_jax.core.mesh import make_mesh
+from tests.training.test_resume import training
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+save = Checkpoints.save
+def fill_up(self, *arguments):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    save(self, *arguments)
+Checkpoints.save = fill_up
+try:
+    training(Path(sys.argv[1]), make_mesh(jax.devices()[:1]))
+except DataError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(stopped, mesh, unbroken):
+    """No file can grow beyond 4 KiB from the first checkpoint on, after 42 steps."""
+    environment = ENVIRONMENT | {"PYTHONPATH": ".", "PYTHONDONTWRITEBYTECODE": "1", "JAX_NUM_CPU_DEVICES": "8"}
+    full = subprocess.run(
+        [sys.executable, "-c", _FULL, str(stopped)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "a checkpoint cannot be written in" in full.stdout, full.stderr
+    assert "the last good one stays" in full.stdout
+    assert sorted(path.name for path in (stopped / "checkpoints").iterdir() if path.name.isdigit()) == ["35", "40"]
+    assert_same(training(stopped, mesh), unbroken)
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_no_trace(tmp_path, tiny, mesh):
+    """kill -9 at random moments, until twenty have hit a run that had got further since the last."""
+    changed = {"recording__epochs": 20, "recording__schedule_epochs": 20, "retraining__epochs": 20, "controls": "()",
+               "retraining__variants": "('loss/fraction',)", "checkpoint__every_steps": 3,
+               "scoring__kinds": "('loss',)", "recording__kinds": "()"}  # fmt: skip
+    expected = run_experiment(tiny(**changed), tmp_path / "unbroken", mesh=mesh)
+    scores = (tmp_path / "unbroken" / "scores.parquet").read_bytes()
+    draw, hits, runs = random.Random(0), 0, 0
+    while hits < 20 or not finished:
+        workdir = tmp_path / f"run{runs}"
+        command = [sys.executable, "-m", "badloss_jax", "run", "--config", "configs/digits.py", "--workdir",
+                   str(workdir), *overrides(**changed)]  # fmt: skip
+        before = checkpoints(workdir)
+        process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+        while hits < 20 and process.poll() is None and not checkpoints(workdir) - before:
+            time.sleep(0.01)
+        if hits < 20:
+            time.sleep(draw.uniform(0, 0.3))
+            process.kill()
+        err = process.communicate()[1]
+        assert process.returncode in (0, -signal.SIGKILL), err
+        finished = process.returncode == 0
+        hits += not finished
+        if finished:
+            runs += 1
+            results = json.loads((workdir / "results.json").read_text())
+            assert all(resume["step"] > 0 for resume in results["resumes"])
+            assert (workdir / "scores.parquet").read_bytes() == scores
+            wanted = json.loads(json.dumps(expected))
+            for key in ("undefended", "recording_model"):
+                assert results[key] == wanted[key]
+            assert without_cost(results["variants"]) == without_cost(wanted["variants"])
+
+
+def checkpoints(workdir):
+    """All whole checkpoints, by training and step."""
+    return {path.relative_to(workdir) for path in workdir.glob("checkpoints/*/*") if path.name.isdigit()}

@@ -1,0 +1,339 @@
+import io
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from badloss_jax.core.errors import NonFiniteLossError, UsageError
+from badloss_jax.core.mesh import check_batch_size, make_mesh
+from badloss_jax.core.order import epoch_batches
+from badloss_jax.core.progress import Progress
+from badloss_jax.core.seeding import derived_seed
+from badloss_jax.data import digits
+from badloss_jax.models import ModelSpec
+from badloss_jax.training.loop import Recipe, train
+from badloss_jax.training.objective import Ascent, Flooding, Forward, MeanLoss
+from badloss_jax.training.passes import map_examples
+from badloss_jax.training.recorder import Recorder
+from badloss_jax.training.resident import ResidentData
+from badloss_jax.training.saved_model import load_model, save_model
+from badloss_jax.training.state import Adadelta, AdamW, create_state, graph_of
+from badloss_jax.training.step import make_observe_step, make_sweep_step, make_train_step
+from badloss_jax.trajectories.buffer import create_buffer
+from badloss_jax.trajectories.kinds import Kinds
+from badloss_jax.trajectories.store import TrajectoryStore
+
+SPEC = ModelSpec("resnet_small", (8, 8, 1), 10, (8, 16), 1)
+KINDS = Kinds((), 10, 16)
+
+
+def resident(mesh, count=797):
+    """The first digits on the mesh, one of them replaced by a black image."""
+    train_set = digits.load({}).train
+    black = np.zeros((1, 8, 8, 1), np.float32)
+    return ResidentData.place(mesh, train_set.images[:count], train_set.labels[:count], np.array([3]), black)
+
+
+def record(folder, num_devices, *, capture="step", epochs=2, kinds=KINDS, spec=SPEC, **recipe):
+    """Records trajectories of 797 digits, a number that no batch and no device count divides."""
+    mesh = make_mesh(jax.devices()[:num_devices])
+    data = resident(mesh)
+    nobody = np.zeros(len(data), bool)
+    store = TrajectoryStore.create(folder, "", np.asarray(data.labels), nobody, epochs, kinds.layout())
+    recorder = Recorder(kinds, capture, store, mesh, 64)
+    plan = Recipe(**{"epochs": epochs, "schedule_epochs": 30, "batch_size": 32} | recipe)
+    state = train(spec, plan, data, np.arange(len(data)), seed=0, phase="test", mesh=mesh, recorder=recorder)
+    return store, state
+
+
+@pytest.mark.parametrize("capture", ["step", "sweep"])
+def test_fifty_steps_agree_on_any_number_of_devices(tmp_path, capture):
+    one, four, eight = (record(tmp_path / str(n), n, capture=capture)[0].read("loss") for n in (1, 4, 8))
+    np.testing.assert_allclose(four, one, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(eight, one, rtol=0, atol=1e-5)
+    assert one.std() > 0.1
+
+
+_X64 = """
+import sys, numpy as np, jax
+from pathlib import Path
+jax.config.update("jax_num_cpu_devices", 8)
+from tests.training.test_training import record, SPEC
+from dataclasses import replace
+def losses(n, augment):
+    folder = Path(sys.argv[1]) / f"{n}{augment}"
+    return record(folder, n, epochs=5, spec=replace(SPEC, dtype="float64"), augment=augment)[0].read("loss")
+for augment, others in (("none", (4, 8)), ("crop_flip", (4,))):
+    one = losses(1, augment)
+    print(max(np.abs(losses(n, augment) - one).max() for n in others))
+"""
+
+
+def test_whole_run_agrees_on_any_number_of_devices_in_float64(tmp_path):
+    environment = {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin", "PYTHONPATH": "."}
+    run = subprocess.run(
+        [sys.executable, "-c", _X64, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    plain, augmented = map(float, run.stdout.split())
+    assert plain <= 1e-6
+    assert augmented <= 1e-6
+
+
+def test_same_seed_gives_the_same_bits(tmp_path):
+    first, _ = record(tmp_path / "a", 1)
+    second, _ = record(tmp_path / "b", 1)
+    np.testing.assert_array_equal(first.read("loss"), second.read("loss"))
+
+
+def test_compiled_step_gathers_only_ids_and_losses_and_aliases_the_buffer():
+    mesh = make_mesh()
+    data, buffer = resident(mesh), create_buffer(KINDS, 797, 30, mesh)
+    rows = buffer["loss"].shape[0]
+    assert rows == 800
+    state = create_state(SPEC, AdamW(), 0, mesh)
+    step = make_train_step(SPEC, AdamW(), MeanLoss(), "none", KINDS, mesh)
+    (batch,) = data.batches(np.arange(32, dtype=np.int32)[None])
+    arguments = (state, buffer, batch, np.int32(0), np.float32(1e-3), np.uint32(0), None)
+    text = step.lower(*arguments).compile().as_text()
+    collectives = re.findall(r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute)\S*\(", text)
+    gathered = {re.sub(r"\{.*?\}", "", shape) for shape, operation in collectives if operation == "all-gather"}
+    assert gathered == {"s32[32,2]", "f32[32]"}  # (id, epoch) and the loss of each example of the batch
+    assert not [shape for shape, _ in collectives if re.search(r"\[\d+,30\]", shape)]
+    position = len(jax.tree.leaves(state))  # of the buffer, behind the state
+    for leaf in range(position + 1):
+        assert f"{{{leaf}}}: ({leaf}, {{}}, may-alias)" in text
+
+
+def test_compiled_sweep_gathers_only_one_batch_of_values_and_aliases_the_buffer():
+    mesh, kinds = make_mesh(), Kinds(("logits", "ranked", "features"), 10, 16, feature_dim=7)
+    data, buffer = resident(mesh), create_buffer(kinds, 797, 30, mesh)
+    state = create_state(SPEC, AdamW(), 0, mesh)
+    step = make_sweep_step(SPEC, kinds, mesh)
+    (batch,) = data.batches(np.arange(64, dtype=np.int32)[None])
+    text = step.lower(state, buffer, batch, np.int32(0)).compile().as_text()
+    collectives = re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute)\S*\(", text)
+    shapes = {re.sub(r"\{.*?\}", "", shape) for shape in collectives}
+    assert shapes
+    assert not [shape for shape in shapes if re.search(r"\[(800|100|797),", shape) or ",30" in shape], shapes
+    count = text[: text.index("entry_computation_layout")].count("may-alias")
+    assert count == len(buffer) == 4
+
+
+def test_augmentation_is_the_same_on_any_number_of_devices(tmp_path):
+    """With a learning rate of zero, so that what is compared is the images and not how Adam magnifies rounding."""
+    one, four, plain = (record(tmp_path / f"{n}{a}", n, epochs=2, augment=a, learning_rate=0.0)[0].read("loss")
+                        for n, a in ((1, "crop_flip"), (4, "crop_flip"), (1, "none")))  # fmt: skip
+    np.testing.assert_allclose(four, one, rtol=0, atol=1e-5)
+    assert np.abs(one - plain).mean() > 0.01
+    assert np.abs(one[:, 0] - one[:, 1]).mean() > 0.01  # another crop each epoch
+
+
+def test_weights_that_diverge_in_the_last_update_are_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Recipe, "learning_rate_at", lambda self, epoch: np.inf)
+    mesh = make_mesh(jax.devices()[:1])
+    with pytest.raises(NonFiniteLossError, match=r"the last update of phase 'test'"):
+        train(SPEC, Recipe(1, 1, 32), resident(mesh), np.arange(20), seed=0, phase="test", mesh=mesh)
+
+
+def test_step_capture_is_what_the_training_step_saw(tmp_path):
+    """With a learning rate of zero nothing moves but the batch statistics, which train-mode outputs do not use."""
+    store, state = record(tmp_path, 1, learning_rate=0.0, epochs=1)
+    mesh = make_mesh(jax.devices()[:1])
+    data = resident(mesh)
+    fresh = create_state(SPEC, AdamW(), derived_seed(0, "test", "weights"), mesh)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), fresh.params, state.params))
+    order = epoch_batches(np.arange(797), 32, 797, seed=0, phase="test", epoch=0)
+    losses = store.read("loss")[:, 0]
+    for batch in (order[0], order[-1]):
+        ids = batch[batch < 797]
+        (shown,) = data.batches(ids[None])
+        images, labels = shown.examples(jnp.float32)
+        model = nnx.merge(graph_of(SPEC), fresh.params, fresh.batch_stats)
+        logits, _ = model(images, train=True)
+        expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        np.testing.assert_allclose(losses[ids], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sweep_is_an_evaluation_pass_after_the_epoch(tmp_path):
+    store, state = record(tmp_path, 1, capture="sweep", epochs=1, kinds=Kinds(("logits",), 10, 16))
+    data = resident(make_mesh(jax.devices()[:1]))
+    (shown,) = data.batches(np.arange(797, dtype=np.int32)[None])
+    images, labels = shown.examples(jnp.float32)
+    assert float(images[3].max()) == 0  # the replaced image is the one that is shown
+    logits, _ = nnx.merge(graph_of(SPEC), state.params, state.batch_stats)(images, train=False)
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    np.testing.assert_allclose(store.read("loss")[:, 0], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(store.read("logits")[:, 0], logits, rtol=2e-3, atol=2e-3)
+
+
+def test_a_sweep_that_records_the_step_too_changes_nothing_else(tmp_path):
+    """In one training both: what "step" capture sees, and what an evaluation pass after the epoch does."""
+    both = Kinds(("step", "logits"), 10, 16)
+    step = record(tmp_path / "step", 1)[0]
+    sweep = record(tmp_path / "sweep", 1, capture="sweep", kinds=Kinds(("logits",), 10, 16))[0]
+    ours = record(tmp_path / "both", 1, capture="sweep", kinds=both)[0]
+    np.testing.assert_allclose(ours.read("step"), step.read("loss"), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ours.read("loss"), sweep.read("loss"), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ours.read("logits"), sweep.read("logits"), rtol=2e-3, atol=2e-3)
+    assert np.abs(ours.read("step") - ours.read("loss")).mean() > 0.01
+    again = record(tmp_path / "four", 4, capture="sweep", kinds=both)[0]
+    np.testing.assert_allclose(again.read("step"), ours.read("step"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_a_function_is_mapped_over_examples_in_their_order(num_devices):
+    mesh = make_mesh(jax.devices()[:num_devices])
+    data = resident(mesh)
+    function = jax.jit(lambda batch, power: {"label": batch.examples(jnp.float32)[1] ** power, "ids": (batch.ids,)})
+    labels = np.asarray(data.labels)
+    for ids in (np.array([5, 3, 700, 3, 0]), np.arange(797)[::-1], np.array([796])):
+        for batch_size in (3, 32, 1000):
+            said = io.StringIO()
+            got = map_examples(function, data, ids, batch_size, mesh, 2, progress=Progress(said, 0), title="a pass")
+            np.testing.assert_array_equal(got["label"], labels[ids] ** 2)
+            np.testing.assert_array_equal(got["ids"][0], ids)
+            assert isinstance(got["label"], np.ndarray)
+            assert f"a pass  {len(ids)} examples in" in said.getvalue()
+
+
+def test_what_the_network_says_is_gathered_by_example(mesh):
+    data, state = resident(mesh), create_state(SPEC, AdamW(), 0, mesh)
+    logits, features = map_examples(make_observe_step(SPEC, mesh), data, np.arange(797), 100, mesh, state)
+    (shown,) = data.batches(np.arange(797, dtype=np.int32)[None])
+    expected = nnx.merge(graph_of(SPEC), state.params, state.batch_stats)(shown.examples(jnp.float32)[0], train=False)
+    np.testing.assert_allclose(logits, expected[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(features, expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_objectives_by_hand():
+    losses, real = jnp.array([1.0, 3.0, 500.0, 9.0]), jnp.array([True, True, True, False])
+    forward = Forward(None, None, real, losses, None, None)
+    mean = (1 + 3 + 100) / 3
+    assert float(MeanLoss()(forward, {}, None)) == pytest.approx(mean)
+    assert float(MeanLoss(2.0)(forward, {}, None)) == pytest.approx(5 / 3)
+    assert float(Ascent()(forward, {}, None)) == pytest.approx(-mean)
+    assert float(Flooding(level=40.0)(forward, {}, None)) == pytest.approx(80 - mean)
+    assert float(Flooding(level=0.5)(forward, {}, None)) == pytest.approx(mean)
+    slope = jax.grad(lambda x: Flooding(level=40.0)(replace(forward, losses=x), {}, None))(losses)
+    np.testing.assert_allclose(slope, [-1 / 3, -1 / 3, 0, 0], atol=1e-6)  # the third is clamped, the last is padding
+
+
+@dataclass(frozen=True)
+class _Leaning(MeanLoss):
+    """Learns a number beside the network, pulled to what is given."""
+
+    def init(self, key, spec):
+        return {"number": jnp.zeros(())}
+
+    def __call__(self, forward, beside, given):
+        return super().__call__(forward, beside, given) + (beside["number"] - given) ** 2
+
+
+def test_an_objective_may_learn_beside_the_network(mesh):
+    data = resident(mesh)
+    recipe = Recipe(6, 6, 200, learning_rate=0.1, objective=_Leaning())
+    state = train(SPEC, recipe, data, np.arange(797), seed=0, phase="t", mesh=mesh, given=jnp.float32(0.5))
+    assert float(state.beside["number"]) == pytest.approx(0.5, abs=0.25)
+    plain = train(SPEC, replace(recipe, objective=MeanLoss()), data, np.arange(797), seed=0, phase="t", mesh=mesh)
+    assert plain.beside == {}
+
+
+def test_training_goes_on_from_given_weights(mesh):
+    data, recipe = resident(mesh), Recipe(1, 1, 200, learning_rate=0.0)
+    begun = create_state(SPEC, AdamW(), 7, mesh)
+    expected = jax.tree.map(np.asarray, begun.params)
+    state = train(SPEC, recipe, data, np.arange(797), seed=0, phase="t", mesh=mesh, initial=begun)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), state.params, expected))
+
+
+def test_adadelta_is_optax():
+    weights, gradients = jnp.array([1.0, -2.0]), jnp.array([0.3, 0.1])
+    ours, theirs = Adadelta(rho=0.8, weight_decay=0.1).transform(), optax.adadelta(0.5, rho=0.8, weight_decay=0.1)
+    here, there = ours.init(weights), theirs.init(weights)
+    for _ in range(3):
+        update, here = ours.update(gradients, here, weights)
+        expected, there = theirs.update(gradients, there, weights)
+        np.testing.assert_allclose(-0.5 * update, expected, rtol=1e-6)
+
+
+def test_bfloat16_records_float32_losses(tmp_path):
+    store, _ = record(tmp_path, 1, epochs=2, spec=replace(SPEC, dtype="bfloat16"))
+    losses = store.read("loss")
+    assert losses.dtype == np.float32
+    assert losses[:, 1].mean() < losses[:, 0].mean() < 2.5
+    assert len(np.unique(losses)) > 1000  # not rounded to 8 bits of mantissa
+
+
+def test_update_is_optax_adamw():
+    mesh = make_mesh(jax.devices()[:1])
+    data, state = resident(mesh), create_state(SPEC, AdamW(), 0, mesh)
+    step = make_train_step(SPEC, AdamW(), MeanLoss(), "none", None, mesh)
+    before = jax.tree.map(np.asarray, state.params)
+
+    class Spy(AdamW):  # the gradient as the step sees it
+        def transform(self):
+            return optax.stateless(lambda g, p: g)
+
+    plain = make_train_step(SPEC, Spy(), MeanLoss(), "none", None, mesh)
+    (batch,) = data.batches(np.arange(32, dtype=np.int32)[None])
+    moved, _, _ = plain(create_state(SPEC, Spy(), 0, mesh), {}, batch, np.int32(0), np.float32(1), np.uint32(0), None)
+    gradients = jax.tree.map(lambda b, a: b - a, before, moved.params)
+    after, _, _ = step(state, {}, batch, np.int32(0), np.float32(1e-3), np.uint32(0), None)
+    adamw = optax.adamw(1e-3, b1=0.9, b2=0.999, weight_decay=1e-4)
+    updates, _ = adamw.update(gradients, adamw.init(before), before)
+    expected = optax.apply_updates(before, updates)
+    largest = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), after.params, expected)
+    assert max(jax.tree.leaves(largest)) < 2e-4  # a sign of a gradient near zero may differ
+    share = np.mean([np.mean(np.abs(np.asarray(a) - b) < 1e-6) for a, b in
+                     zip(jax.tree.leaves(after.params), jax.tree.leaves(expected), strict=True)])  # fmt: skip
+    assert share > 0.95
+
+
+def test_each_example_is_seen_once_an_epoch():
+    ids = np.arange(5, 797)
+    batches = epoch_batches(ids, 32, 800, seed=1, phase="p", epoch=2)
+    assert batches.shape == (25, 32)
+    np.testing.assert_array_equal(np.sort(batches[batches < 800]), ids)
+    assert (epoch_batches(ids, 32, 800, seed=1, phase="p", epoch=2) == batches).all()
+    for other in ({"seed": 2}, {"phase": "q"}, {"epoch": 3}):
+        changed = {"seed": 1, "phase": "p", "epoch": 2} | other
+        assert (epoch_batches(ids, 32, 800, **changed) != batches).any()
+
+
+def test_cosine_is_stepped_once_an_epoch_over_the_full_schedule():
+    recipe = Recipe(30, 100, 128, learning_rate=2.0)
+    assert recipe.learning_rate_at(0) == 2
+    assert recipe.learning_rate_at(50) == pytest.approx(1)
+    assert recipe.learning_rate_at(29) == pytest.approx(2 * 0.5 * (1 + np.cos(np.pi * 0.29)))
+
+
+def test_non_finite_loss_stops_at_the_step_and_keeps_what_was_recorded(tmp_path):
+    with pytest.raises(NonFiniteLossError, match=r"phase 'test' at step \d+ \(epoch \d,.*kept in") as caught:
+        record(tmp_path, 1, learning_rate=1e30, epochs=3)
+    step = int(re.search(r"at step (\d+)", str(caught.value)).group(1))
+    store = TrajectoryStore.open(tmp_path)
+    recorded = np.concatenate([np.load(path) for path in sorted((tmp_path / "loss").glob("*.npy"))])
+    assert 32 * step <= np.isfinite(recorded).sum() < 32 * (step + 1)
+    assert not store.complete
+
+
+def test_batch_size_must_be_divisible_by_the_devices():
+    with pytest.raises(UsageError, match=r"recording.batch_size = 33 .* 8 devices.* 40 would do"):
+        check_batch_size("recording.batch_size", 33, make_mesh())
+
+
+def test_saved_model_comes_back_bit_by_bit(tmp_path, mesh):
+    state = create_state(SPEC, AdamW(), 7, mesh)
+    save_model(tmp_path / "m", SPEC, state, {"hash": "", "tested": "", "evaluation": {}, "seconds": 1.0})
+    spec, loaded = load_model(tmp_path / "m", mesh)
+    assert spec == SPEC
+    for ours, theirs in ((state.params, loaded.params), (state.batch_stats, loaded.batch_stats)):
+        assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), ours, theirs))

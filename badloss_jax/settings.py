@@ -31,18 +31,29 @@ class Range:
     why: str = ""
 
     def check(self, key: str, value: float) -> None:
-        """Raises UsageError, with the range, if a value lies outside."""
-        below = value <= self.low if self.open_low else value < self.low
-        above = value >= self.high if self.open_high else value > self.high
+        """Checks a value.
+
+        Args:
+          key: of the setting, for the message.
+          value: to check.
+
+        Raises:
+          UsageError: it lies outside, or is not finite; the range is named.
+        """
+        below = value < self.low or (self.open_low and value == self.low)
+        above = value > self.high or (self.open_high and value == self.high)
         infinite = isinstance(value, float) and not math.isfinite(value)
         if not (below or above or infinite):
             return
 
-        bounds = f"a finite number {'above' if self.open_low else 'of at least'} {self.low}"
+        lowest = "above" if self.open_low else "of at least"
+        expected = f"a finite number {lowest} {self.low}"
         if self.high < math.inf:
-            bounds += f" and {'below' if self.open_high else 'at most'} {self.high}"
-        reason = f" ({self.why})" if self.why else ""
-        raise UsageError(f"{key} = {value}: expected {bounds}{reason}")
+            highest = "below" if self.open_high else "at most"
+            expected += f" and {highest} {self.high}"
+        if self.why:
+            expected += f" ({self.why})"
+        raise UsageError(f"{key} = {value}: expected {expected}")
 
 
 class OneOf:
@@ -52,7 +63,15 @@ class OneOf:
         self.choices = choices
 
     def check(self, key: str, value: Any) -> None:
-        """Raises UsageError, with the nearest choice, if a value is none of them."""
+        """Checks a value.
+
+        Args:
+          key: of the setting, for the message.
+          value: to check.
+
+        Raises:
+          UsageError: it is none of the choices; the nearest is named.
+        """
         one_of(key, value, self.choices)
 
 
@@ -60,7 +79,15 @@ class SomeOf(OneOf):
     """A tuple of some of the values, each at most once."""
 
     def check(self, key: str, value: Sequence[Any]) -> None:
-        """Raises UsageError, with the nearest choice, if a value has others, or one twice."""
+        """Checks a value.
+
+        Args:
+          key: of the setting, for the message.
+          value: to check.
+
+        Raises:
+          UsageError: it has others than the choices, of which the nearest is named, or one twice.
+        """
         for element in value:
             one_of(key, element, self.choices)
         if len(set(value)) != len(value):
@@ -279,16 +306,18 @@ _SETTINGS: dict[str, Any] = {
 
 def default_config() -> ConfigDict:
     """Returns every key at its default: the paper's settings where the paper has one."""
+    return _as_config(_SETTINGS).lock()
+
+
+def _as_config(table: Mapping[str, Any]) -> ConfigDict:
+    """Returns the defaults of a group of the table."""
     config = ConfigDict()
-    for key, (value, _) in _leaves(_SETTINGS):
-        group, _, name = key.rpartition(".")
-        target = config
-        for part in group.split(".") if group else ():
-            if part not in target:
-                target[part] = ConfigDict()
-            target = target[part]
-        target[name] = value
-    return config.lock()
+    for name, entry in table.items():
+        if isinstance(entry, Mapping):
+            config[name] = _as_config(entry)
+        else:
+            config[name], _ = entry
+    return config
 
 
 def constraints() -> dict[str, Range | OneOf | Registered]:
@@ -311,6 +340,7 @@ def parse_rule(text: str, rejection: Mapping[str, Any]) -> tuple[str, float]:
     """
     rule, at, level = text.partition("@")
     one_of("rejection.rules", rule, RULES)
+
     if rule == "clusters":
         if at:
             raise UsageError(f"rejection.rules has {text!r}: the rule clusters has no level")
@@ -328,7 +358,15 @@ def parse_rule(text: str, rejection: Mapping[str, Any]) -> tuple[str, float]:
 
 
 def check_variant(variant: str, known: Sequence[str]) -> None:
-    """Raises UsageError unless `variant` is "" or one of `known`; for config files."""
+    """Checks the variant of a config file, for use in its `get_config`.
+
+    Args:
+      variant: that was asked for; "" is the file as it is.
+      known: variants of the file.
+
+    Raises:
+      UsageError: there is no such variant.
+    """
     if variant and variant not in known:
         raise UsageError(f"unknown variant {variant!r}: this config file has {listed(known) or 'none'}")
 

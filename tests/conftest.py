@@ -1,18 +1,28 @@
-"""Eight CPU devices for the tests of sharding; everything else runs on the first, but for tests/gpu."""
+"""Eight CPU devices for the tests of sharding; everything else runs on the first, but for tests/gpu.
 
+All processes of a session, those that tests start included, keep what XLA compiles in one folder.
+"""
+
+import atexit
 import io
 import json
 import os
 import shutil
 import signal
+import tempfile
+
+# The first process of a session makes the folder; its workers, and what tests start, find it in their environment.
+# Set JAX_COMPILATION_CACHE_DIR to keep it for the next session.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="badloss-xla-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
-from selenium import webdriver
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
 
 if not os.environ.get("BADLOSS_TEST_GPU"):
     jax.config.update("jax_platforms", "cpu")
@@ -26,10 +36,33 @@ from badloss_jax.core.progress import Progress  # noqa: E402
 from badloss_jax.data import prepare as prepare_module  # noqa: E402
 from badloss_jax.runs.experiment import run_experiment  # noqa: E402
 from badloss_jax.settings import RULES  # noqa: E402
+from tests.budget import (  # noqa: E402, F401, hooks
+    pytest_addoption,
+    pytest_fixture_setup,
+    pytest_runtest_call,
+    pytest_runtest_setup,
+)
 
-CHROMIUM, CHROMEDRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update", "--hide-scrollbars")  # fmt: skip
+# What a process that a test starts gets of the environment: one CPU device, and the session's compiled programs.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
+ENVIRONMENT |= {name: value for name, value in os.environ.items() if name.startswith(("JAX_COMP", "JAX_PERSISTENT"))}
+ENVIRONMENT |= {"JAX_PLATFORMS": "cpu"}
+# Of a process that may end while it writes a program down, which would stay there, torn, for all that come later.
+ONLY_READS = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
+
+CHROMIUM = shutil.which("chromium")
+CHROMEDRIVER = shutil.which("chromedriver")
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--hide-scrollbars",
+)
 # The digits config, shrunk to seconds: what it ends with means nothing, that it ends does.
 TINY = {
     "data.train_examples": 300,
@@ -45,11 +78,15 @@ TINY = {
     "retraining.variants": "('loss/fraction','combined/alpha')",
 }
 
-
 CLASS_NAMES = ("<script>alert(1)</script>", "$x_1$ & 'b'", "c|d", *"3456789")
 RECORDED = "'step','prob','logits','ranked','features'"
-FINISHED = {"recording__kinds": f"({RECORDED})", "scoring__kinds": f"('loss',{RECORDED},'combined')",
-            "rejection__rules": f"{RULES}", "scoring__prob__k": 5, "data__class_names": f"{CLASS_NAMES}"}  # fmt: skip
+FINISHED = {
+    "recording__kinds": f"({RECORDED})",
+    "scoring__kinds": f"('loss',{RECORDED},'combined')",
+    "rejection__rules": f"{RULES}",
+    "scoring__prob__k": 5,
+    "data__class_names": f"{CLASS_NAMES}",
+}
 
 
 def overrides(**changed):
@@ -139,6 +176,11 @@ def prepared(tmp_path, rng):
 def browser():
     if not CHROMIUM or not CHROMEDRIVER:
         pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")
+    # Here, as only this needs it, and where it is missing all other tests can run.
+    from selenium import webdriver
+    from selenium.webdriver.chrome.options import Options
+    from selenium.webdriver.chrome.service import Service
+
     options = Options()
     options.binary_location = CHROMIUM
     for flag in FLAGS:

@@ -16,8 +16,15 @@ from badloss_jax.defenses import DEFENSES
 from badloss_jax.runs.scan import suggest as original
 from tests.runs.test_scan import write_digits
 
-GUIDES = ("README.md", "badloss_jax/README.md", "badloss_jax/scoring/README.md", "badloss_jax/trajectories/README.md",
-          "badloss_jax/attacks/README.md", "badloss_jax/defenses/README.md", "configs/README.md")  # fmt: skip
+GUIDES = (
+    "README.md",
+    "badloss_jax/runs/README.md",
+    "badloss_jax/scoring/README.md",
+    "badloss_jax/trajectories/README.md",
+    "badloss_jax/attacks/README.md",
+    "badloss_jax/defenses/README.md",
+    "configs/README.md",
+)
 # What makes commands of the guides short; the settings that they speak of stay.
 SHORT = ("--config.recording.epochs=3", "--config.recording.batch_size=128", "--config.model.stages=(8,)")
 

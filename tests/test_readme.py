@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from badloss_jax.benchmarks.tables import scan_table
+from badloss_jax.benchmarks.scan import table as scan_table
 from badloss_jax.cli import main
 from badloss_jax.config import default_config, differences, load_config
 from badloss_jax.report.sweep import read_runs, tables
@@ -104,7 +104,7 @@ OTHER_REGIMES = [("fashion_mnist-4",), ("cifar10-4",)]
 
 @pytest.mark.parametrize("names", SCANS + OTHER_REGIMES, ids=lambda names: names[0])
 def test_scans_found_what_the_guide_says(names):
-    assert as_markdown(scan_table(figures_of_scans(*names))) in Path("badloss_jax/README.md").read_text("utf-8")
+    assert as_markdown(scan_table(figures_of_scans(*names))) in Path("badloss_jax/runs/README.md").read_text("utf-8")
 
 
 def found_and_lost(figures, regime):
@@ -114,7 +114,7 @@ def found_and_lost(figures, regime):
 
 
 def test_scans_are_summed_up_as_was_measured():
-    guide = " ".join(Path("badloss_jax/README.md").read_text("utf-8").split())
+    guide = " ".join(Path("badloss_jax/runs/README.md").read_text("utf-8").split())
     (found, lost), (found_cifar, lost_cifar) = [
         found_and_lost(figures_of_scans(*names), "drawn") for names in SCANS[:2]
     ]
@@ -139,7 +139,7 @@ def test_scans_are_summed_up_as_was_measured():
 
 
 def test_attacks_were_counted_as_the_guide_says():
-    guide = " ".join(Path("badloss_jax/README.md").read_text("utf-8").split())
+    guide = " ".join(Path("badloss_jax/runs/README.md").read_text("utf-8").split())
     drawn = [[figure for figure in figures_of_scans(*names) if figure["regime"] == "drawn"] for names in SCANS[:2]]
     counted = [sum(figure["certain_attacks"] for figure in figures) for figures in drawn]
     assert f"{counted[0]} and {counted[1]} attacks of 18 were counted" in guide
@@ -158,7 +158,7 @@ def test_attacks_were_counted_as_the_guide_says():
 def test_recall_by_trigger_is_what_was_measured(names, regime):
     figures = [figure for figure in figures_of_scans(*names) if figure["regime"] == regime]
     mean = {name: 100 * np.mean([figure["recall"][name] for figure in figures]) for name in figures[0]["recall"]}
-    guide = " ".join(Path("badloss_jax/README.md").read_text("utf-8").split())
+    guide = " ".join(Path("badloss_jax/runs/README.md").read_text("utf-8").split())
     for share in {f"{value:.0f}" for value in mean.values()}:
         assert ", ".join(name for name, value in mean.items() if f"{value:.0f}" == share) + f" {share} %" in guide
 
@@ -176,7 +176,7 @@ def test_clean_sets_were_called_what_the_guide_says():
         suspected = sum(figure["stands_out"] for figure in figures)
         lost = 100 * np.mean([figure["clean_removed_share"] for figure in figures])
         rows.append([config, f"{images:,}", str(probes), str(len(figures)), str(suspected), f"{lost:.2f} %"])
-    guide = Path("badloss_jax/README.md").read_text("utf-8")
+    guide = Path("badloss_jax/runs/README.md").read_text("utf-8")
     assert as_markdown(rows) in guide
     sets, poisoned = (sum(int(row[column]) for row in rows[1:]) for column in (3, 4))
     assert f"{sets} clean sets, of which {poisoned} were called poisoned" in guide

@@ -1,6 +1,9 @@
 """Attacks: triggers (pure functions on batches of images) and the manifest that says who is poisoned with what.
 
 A new attack is one file with a factory `(image_shape, seed, **parameters) -> trigger` and one line in `ATTACKS`.
+
+Imports `core` alone. Begin with `trigger`, which says what an attack is, and `patch`, the shortest one; then `plan`,
+what a manifest holds, `draws`, who is drawn into one, and `poisoning`, the training set as its victim sees it.
 """
 
 from typing import Any
@@ -44,10 +47,11 @@ def make_trigger(name: str, image_shape: ImageShape, seed: int = 0, **parameters
         raise UsageError(f"unknown attack {name!r}: expected one of {', '.join(ATTACKS)}")
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise UsageError(f"image_shape {tuple(image_shape)}: expected (height, width, channels)")
+
     height, width, channels = (int(size) for size in image_shape)
     try:
         return ATTACKS[name].make((height, width, channels), seed, **parameters)
-    except TypeError as error:
+    except TypeError as error:  # a parameter that the factory does not have
         raise UsageError(f"attack {name!r}: {error}") from error
 
 

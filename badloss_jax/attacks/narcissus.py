@@ -20,9 +20,22 @@ _BATCH = 128
 
 
 def narcissus(
-    image_shape: ImageShape, seed: int = 0, strength: float = 1.0, *, perturbation: Int[np.ndarray, "..."] | None = None
+    image_shape: ImageShape,
+    seed: int = 0,
+    strength: float = 1.0,
+    *,
+    perturbation: Int[np.ndarray, "..."] | None = None,
 ) -> Trigger:
-    """Adds `strength` times the perturbation, in 1/255, and clips.
+    """Adds `strength` times the perturbation, and clips.
+
+    Args:
+      image_shape: (H, W, C).
+      seed: not used.
+      strength: factor of the perturbation; 1 leaves it as it was optimised.
+      perturbation: integers in 1/255, [H, W, C] or flattened.
+
+    Returns:
+      The trigger.
 
     Raises:
       UsageError: there is no perturbation, or it does not fit the images.
@@ -70,8 +83,13 @@ def optimise_perturbation(
         return jnp.clip(moved, -epsilon / 255, epsilon / 255)
 
     draw = generator(seed, "perturbation")
+    # Batches have one size, so that `step` is compiled once; of fewer images some come twice.
+    too_few = len(images) < _BATCH
     perturbation = jnp.zeros(images.shape[1:], jnp.float32)
     for number in range(steps):
-        batch = images[draw.choice(len(images), _BATCH, replace=len(images) < _BATCH)].astype(np.float32) / 255
-        perturbation = step(perturbation, batch, np.float32(epsilon / 255 / 10 * (1 - number / steps)))
+        rows = draw.choice(len(images), _BATCH, replace=too_few)
+        batch = images[rows].astype(np.float32) / 255
+        size = np.float32(epsilon / 255 / 10 * (1 - number / steps))
+        perturbation = step(perturbation, batch, size)
+
     return np.round(np.asarray(perturbation) * 255).astype(np.int8)

@@ -22,8 +22,9 @@ class Attack:
     @property
     def parameters(self) -> tuple[str, ...]:
         """The names of the trigger's own parameters, all numbers."""
-        given = list(inspect.signature(self.make).parameters.values())[2:]
-        return tuple(parameter.name for parameter in given if parameter.kind is not parameter.KEYWORD_ONLY)
+        # The first two are the image shape and the seed; what only takes a keyword is optimised, not set.
+        own = list(inspect.signature(self.make).parameters.values())[2:]
+        return tuple(parameter.name for parameter in own if parameter.kind is not parameter.KEYWORD_ONLY)
 
     @property
     def optimised(self) -> bool:
@@ -42,10 +43,19 @@ def stamp(mask: np.ndarray) -> Trigger:
 
 
 def blend(pattern: np.ndarray, strength: float) -> Trigger:
-    """Returns the trigger clip((1 - strength) x + strength pattern), the pattern being float [H, W, C]."""
+    """Returns the trigger clip((1 - strength) x + strength pattern).
+
+    Args:
+      pattern: float [H, W, C].
+      strength: share of the pattern in the image, in (0, 1].
+
+    Returns:
+      The trigger.
+    """
 
     def trigger(images: Any) -> Any:
         xp = images.__array_namespace__()
+        # Of the images' type, which a wider pattern would change.
         overlay = xp.asarray(strength * pattern, dtype=images.dtype)
         return xp.clip((1 - strength) * images + overlay, 0, 1)
 

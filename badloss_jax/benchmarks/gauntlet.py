@@ -1,26 +1,27 @@
 """The regimes that a scan is judged in: who poisons how much of what, with which triggers, beside how many probes.
 
 A detector is as good as in its worst regime, and most are shown in one. Some of the triggers here were never looked at
-while rules and weights were settled (`HELD_OUT`); they are not among the `ATTACKS` of a run for that reason.
+while rules and weights were settled (`HELD_OUT`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
-from scipy import ndimage
 
 from badloss_jax.attacks import ATTACKS
 from badloss_jax.attacks.manifest import AttackPlan, Manifest, choose_probes
 from badloss_jax.attacks.poisoning import apply_manifest, plan_trigger
-from badloss_jax.attacks.trigger import ImageShape, Trigger
+from badloss_jax.attacks.trigger import Trigger
+from badloss_jax.benchmarks.held_out import HELD_OUT
 from badloss_jax.config import changed
 from badloss_jax.core.errors import UsageError
 from badloss_jax.core.seeding import derived_seed, generator
 from badloss_jax.data import load_dataset
+from badloss_jax.data.dataset import Dataset
 from badloss_jax.runs.poison import plan_poison
 
 
@@ -96,42 +97,31 @@ def draw_set(config: ConfigDict, seed: int, regime: Regime | None = None) -> Poi
       seed: of all that is drawn.
       regime: None takes the config as it is.
 
+    Returns:
+      The training set, with the truth.
+
     Raises:
       UsageError: an attack that has to be optimised first; more images, probes or poison than there are images; a
         regime of a config whose poison is planned already, or that has no attack for it.
     """
     settled = _settled(config, seed, regime) if regime else changed(config, {"seed": seed})
     regime = regime or Regime()
+
     dataset = load_dataset(settled.data, seed)
     if regime.rarest < 1:
         rows = _imbalanced(dataset.train.labels, dataset.num_classes, regime.rarest, seed)
         dataset = replace(dataset, train=dataset.train.view(rows, 0))
-    images, labels = dataset.train.images, dataset.train.labels
 
-    names = tuple(name.replace("/", "-") for name in dataset.class_names)
+    # No manifest knows these triggers, or targets.
     if regime.attackers == "held-out":
         triggers = {name: make(dataset.image_shape, derived_seed(seed, name)) for name, make in HELD_OUT.items()}
         share = regime.share or max(settled.attacks[name].ratio for name in _changing_labels(settled))
-        return _poisoned(images, labels, names, triggers, share, settled.probes.count, seed)
+        return _poisoned_by(triggers, share, dataset, settled)
     if regime.targets == "all":
         (name,) = settled.attacks.names
         triggers = {name: plan_trigger(name, plan_poison(settled, dataset))}
-        return _poisoned(images, labels, names, triggers, regime.share, settled.probes.count, seed, to_next=True)
-
-    manifest = plan_poison(settled, dataset)
-    if manifest.unoptimised:
-        raise UsageError(f"attack {manifest.unoptimised[0]} has to be optimised first: leave it out by"
-                         " --config.attacks.names")  # fmt: skip
-    poisoning = apply_manifest(manifest, images, labels)
-    images = np.array(images)
-    images[poisoning.ids] = np.round(poisoning.triggered(poisoning.ids) * 255).astype(np.uint8)
-    targets: dict[str, tuple[int, ...]] = {name: (plan.target,) for name, plan in manifest.attacks.items()}
-    probes = choose_probes(manifest, settled.probes.count, seed)
-    return PoisonedSet(images, poisoning.labels, manifest.attack_of(), targets, probes, names)
-
-
-def _changing_labels(config: ConfigDict) -> list[str]:
-    return [name for name in config.attacks.names if not ATTACKS[name].clean_label]
+        return _poisoned_by(triggers, regime.share, dataset, settled, to_next=True)
+    return _poisoned_as_planned(plan_poison(settled, dataset), dataset, settled)
 
 
 def _settled(config: ConfigDict, seed: int, regime: Regime) -> ConfigDict:
@@ -139,114 +129,142 @@ def _settled(config: ConfigDict, seed: int, regime: Regime) -> ConfigDict:
     if config.attacks.manifest:
         raise UsageError("attacks.manifest says who poisons what, and so does a regime: leave out one of them")
     if regime.attackers in ("one", "held-out") and not _changing_labels(config):
-        raise UsageError(f"attacks.names = {tuple(config.attacks.names)}: this regime needs an attack that changes"
-                         " labels, such as patch")  # fmt: skip
-    draw = generator(seed, "regime")
+        raise UsageError(
+            f"attacks.names = {tuple(config.attacks.names)}: this regime needs an attack that changes"
+            " labels, such as patch"
+        )
+
     names = [name for name in config.attacks.names if not ATTACKS[name].optimised]
     settings: dict[str, Any] = {"seed": seed, "attacks.names": tuple(names)}
     if regime.probes:
         settings["probes.count"] = regime.probes
         # A scan has its own k; the config's may be too large for so few probes, and would be refused.
         settings |= {f"scoring.{kind}.k": 1 for kind in config.scoring.kinds}
+
+    # One generator in this order: number of images, attacker, targets.
+    draw = generator(seed, "regime")
     dataset = load_dataset(config.data, seed)
-    classes, most = dataset.num_classes, len(dataset.train.labels)
-    sizes = np.bincount(dataset.train.labels, minlength=classes)
     if regime.examples:
-        settings["data.train_examples"] = min(int(draw.choice(regime.examples)) or most, most)
+        available = len(dataset.train.labels)
+        settings["data.train_examples"] = min(int(draw.choice(regime.examples)) or available, available)
+    settings |= _attacker_settings(config, regime, dataset.num_classes, draw)
+    settings |= _target_settings(config, regime, names, dataset, draw)
+    return changed(config, settings)
+
+
+def _attacker_settings(
+    config: ConfigDict, regime: Regime, num_classes: int, draw: np.random.Generator
+) -> dict[str, Any]:
+    """Returns the settings that say who attacks."""
     if regime.attackers == "nobody":
-        settings["attacks.scale"] = 0.0
-    elif regime.attackers == "one":
-        (name,) = draw.choice(_changing_labels(config), 1).tolist()
-        settings["attacks.names"] = (name,)
-        # A quarter of a class, poison included, is a third of what is clean in it.
-        settings[f"attacks.{name}.ratio"] = regime.share or regime.of_class / (1 - regime.of_class) / classes
+        return {"attacks.scale": 0.0}
+    if regime.attackers != "one":
+        return {}
+
+    (name,) = draw.choice(_changing_labels(config), 1).tolist()
+    # A quarter of a class, poison included, is a third of what is clean in it.
+    ratio = regime.share or regime.of_class / (1 - regime.of_class) / num_classes
+    return {"attacks.names": (name,), f"attacks.{name}.ratio": ratio}
+
+
+def _target_settings(
+    config: ConfigDict,
+    regime: Regime,
+    names: list[str],
+    dataset: Dataset,
+    draw: np.random.Generator,
+) -> dict[str, Any]:
+    """Returns the settings that say which class each attack is for, if the regime does."""
+    classes = dataset.num_classes
+    targets = {}
     if regime.targets == "drawn":
         targets = {name: int(draw.integers(classes)) for name in names}
     elif regime.targets == "shared":
         target = int(draw.integers(classes))
         targets = dict.fromkeys(draw.permutation(names)[:3].tolist(), target)
-    else:
-        targets = {}
+
     # A class that is too small for an attack is left to the config, which knows larger ones.
-    settings |= {f"attacks.{name}.target": target for name, target in targets.items()
-                 if sizes[target] >= config.attacks[name].get("min_class", 0)}  # fmt: skip
-    return changed(config, settings)
+    sizes = np.bincount(dataset.train.labels, minlength=classes)
+    return {
+        f"attacks.{name}.target": target
+        for name, target in targets.items()
+        if sizes[target] >= config.attacks[name].get("min_class", 0)
+    }
+
+
+def _changing_labels(config: ConfigDict) -> list[str]:
+    return [name for name in config.attacks.names if not ATTACKS[name].clean_label]
 
 
 def _imbalanced(labels: Int[np.ndarray, "N"], num_classes: int, rarest: float, seed: int) -> Int[np.ndarray, "M"]:
     """Chooses rows so that class sizes, in an order that is drawn, fall geometrically."""
     draw = generator(seed, "imbalanced")
     kept = []
-    for place, label in enumerate(draw.permutation(num_classes).tolist()):
+    for number, label in enumerate(draw.permutation(num_classes).tolist()):
         rows = np.flatnonzero(labels == label)
-        share = rarest ** (place / max(num_classes - 1, 1))
+        share = rarest ** (number / max(num_classes - 1, 1))
         kept.append(draw.choice(rows, max(1, round(share * len(rows))), replace=False))
     return np.sort(np.concatenate(kept))
 
 
-def _poisoned(
-    images: UInt8[np.ndarray, "N H W C"], labels: Int[np.ndarray, "N"], class_names: tuple[str, ...],
-    triggers: Mapping[str, Trigger], share: float, num_probes: int, seed: int, *, to_next: bool = False,
-) -> PoisonedSet:  # fmt: skip
+def _poisoned_as_planned(manifest: Manifest, dataset: Dataset, config: ConfigDict) -> PoisonedSet:
+    """Poisons as a run of the config would."""
+    if manifest.unoptimised:
+        raise UsageError(
+            f"attack {manifest.unoptimised[0]} has to be optimised first: leave it out by --config.attacks.names"
+        )
+
+    poisoning = apply_manifest(manifest, dataset.train.images, dataset.train.labels)
+    # On a copy, rounded as PNG files have it: uint8 is what the victim sees.
+    images = np.array(dataset.train.images)
+    images[poisoning.ids] = np.round(poisoning.triggered(poisoning.ids) * 255).astype(np.uint8)
+
+    targets: dict[str, tuple[int, ...]] = {name: (plan.target,) for name, plan in manifest.attacks.items()}
+    probes = choose_probes(manifest, config.probes.count, config.seed)
+    return PoisonedSet(images, poisoning.labels, manifest.attack_of(), targets, probes, _folder_names(dataset))
+
+
+def _poisoned_by(
+    triggers: Mapping[str, Trigger],
+    share: float,
+    dataset: Dataset,
+    config: ConfigDict,
+    *,
+    to_next: bool = False,
+) -> PoisonedSet:
     """Poisons by triggers that no manifest knows, or to labels that none can say."""
-    count, classes = len(labels), len(class_names)
-    images, after, free = np.array(images), labels.astype(np.int64), np.ones(count, bool)
-    order, plans, targets = generator(seed, "targets").permutation(classes), {}, {}
+    images = np.array(dataset.train.images)
+    labels = dataset.train.labels
+    poisoned_labels = labels.astype(np.int64)
+    count = len(labels)
+    classes = dataset.num_classes
+    seed = config.seed
+
+    # An image has one attack at most.
+    is_free = np.ones(count, bool)
+    order = generator(seed, "targets").permutation(classes)
+    plans = {}
+    targets = {}
     for number, (name, trigger) in enumerate(triggers.items()):
         target = int(order[number % classes])
-        candidates = np.flatnonzero(free & (to_next | (labels != target)))
+        candidates = np.flatnonzero(is_free & (to_next | (labels != target)))
         ids = np.sort(generator(seed, "victims", name).choice(candidates, round(share * count), replace=False))
         images[ids] = np.round(np.asarray(trigger(images[ids].astype(np.float32) / 255)) * 255).astype(np.uint8)
-        after[ids] = (labels[ids] + 1) % classes if to_next else target
-        free[ids] = False
+        is_free[ids] = False
+
         plans[name] = AttackPlan(target, seed, tuple(ids.tolist()))
-        targets[name] = tuple(range(classes)) if to_next else (target,)
+        if to_next:
+            poisoned_labels[ids] = (labels[ids] + 1) % classes
+            targets[name] = tuple(range(classes))
+        else:
+            poisoned_labels[ids] = target
+            targets[name] = (target,)
+
     manifest = Manifest(count, classes, images.shape[1:], plans)
-    probes = choose_probes(manifest, num_probes, seed)
-    return PoisonedSet(images, after, manifest.attack_of(), targets, probes, class_names)
+    probes = choose_probes(manifest, config.probes.count, seed)
+    return PoisonedSet(images, poisoned_labels, manifest.attack_of(), targets, probes, _folder_names(dataset))
 
 
-def warp(image_shape: ImageShape, seed: int, pixels: float = 1.0) -> Trigger:
-    """Warps by a smooth random field, of so many pixels on average (WaNet, Nguyen and Tran 2021)."""
-    height, width, _ = image_shape
-    coarse = generator(seed, "warp").uniform(-1, 1, (2, 4, 4))
-    field = np.stack([ndimage.zoom(axis, (height / 4, width / 4), order=3) for axis in coarse])
-    field *= pixels / np.abs(field).mean()
-    rows, cols = np.mgrid[:height, :width]
-    places = np.stack([rows + field[0], cols + field[1]])
-
-    def trigger(images: Float[np.ndarray, "B H W C"]) -> Float[np.ndarray, "B H W C"]:
-        moved = [
-            np.stack([ndimage.map_coordinates(image[..., channel], places, order=1, mode="nearest")
-                      for channel in range(image.shape[-1])], axis=-1)
-            for image in images
-        ]  # fmt: skip
-        return np.stack(moved).astype(images.dtype)
-
-    return trigger
-
-
-def ramp(image_shape: ImageShape, seed: int, strength: float = 0.15) -> Trigger:
-    """Brightens from the left, where nothing is added, to the right (SIG's ramp, Barni et al. 2019)."""
-    rise = strength * np.linspace(0, 1, image_shape[1], dtype=np.float32)[None, :, None]
-    return lambda images: np.clip(images + rise, 0, 1)
-
-
-def lattice(image_shape: ImageShape, seed: int, strength: float = 0.1, every: int = 4) -> Trigger:
-    """Blends in white lines, one row and one column in so many."""
-    lines = np.zeros(image_shape, np.float32)
-    lines[::every] = lines[:, ::every] = 1
-    return lambda images: (1 - strength * lines) * images + strength * lines
-
-
-def inverted_pixels(image_shape: ImageShape, seed: int, count: int = 6) -> Trigger:
-    """Inverts a few pixels, at places that are drawn."""
-    height, width, _ = image_shape
-    places = generator(seed, "inverted_pixels").choice(height * width, count, replace=False)
-    mask = np.isin(np.arange(height * width), places).reshape(height, width, 1)
-    return lambda images: np.where(mask, 1 - images, images)
-
-
-HELD_OUT: dict[str, Callable[[ImageShape, int], Trigger]] = {
-    "warp": warp, "ramp": ramp, "lattice": lattice, "inverted_pixels": inverted_pixels
-}  # fmt: skip
+def _folder_names(dataset: Dataset) -> tuple[str, ...]:
+    # Some data sets have a slash in the name of a class, such as "T-shirt/top".
+    return tuple(name.replace("/", "-") for name in dataset.class_names)

@@ -1,139 +1,84 @@
-"""How fast a core decodes: image files against prepared pixels, with and without a random resized crop on the host."""
+"""`badloss bench input`: decoding images on the host."""
 
-import math
-import shutil
-import time
-from collections.abc import Callable, Iterator
+import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from jax.sharding import Mesh
-from PIL import Image
+from badloss_jax.benchmarks.options import add_integer
 
-from badloss_jax.attacks.poisoning import unpoisoned
-from badloss_jax.config import default_config, override
-from badloss_jax.core.errors import UsageError
-from badloss_jax.core.order import epoch_batches
-from badloss_jax.core.progress import Progress
-from badloss_jax.core.seeding import generator
-from badloss_jax.data import load_dataset
-from badloss_jax.data.prepare import prepare
-from badloss_jax.training.streamed import StreamedData
-from badloss_jax.trajectories.buffer import padding_id
+ABOUT = """\
+Prepare images as `badloss prepare` does, as files and as pixels, and read both at random: images per second of one
+CPU core, the same with a random resized crop by Pillow, and in a stream to the devices from all cores.
+"""
 
-_SIZE = (500, 375)  # px, ImageNet's usual photograph
-_QUALITY = 90  # of synthetic JPEG files: 78 kB each, where 250 of ImageNet have 108
-_SUFFIXES = (".jpg", ".jpeg", ".png")
+EXAMPLES = """\
+examples:
+  badloss bench input --out OUT.json
+  badloss bench input --from IMAGENET/train --examples 1000
+"""
 
 
-def measure_input(
-    images: Path | None, count: int, image_size: int, batch_size: int, seconds: float, mesh: Mesh, folder: Path
-) -> Iterator[dict[str, Any]]:
-    """Prepares images as files and as pixels, and reads both at random.
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the benchmark's own options."""
+    parser.add_argument(
+        "--from",
+        dest="images",
+        type=Path,
+        metavar="DIR",
+        help="a folder of images, searched with its subfolders; without, synthetic photographs of 500 x 375 px",
+    )
+    add_integer(parser, "examples", 250, "images, at most")
+    add_integer(parser, "image_size", 224, "pixels a side to resize to")
+    add_integer(parser, "batch_size", 64, "of the stream")
+    parser.add_argument("--seconds", type=float, default=10, metavar="S", help="for each figure (default 10)")
+
+
+def measure(arguments: Namespace, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Measures how fast image files are read, and prepared pixels.
 
     Args:
-      images: a folder, searched with its subfolders; None makes synthetic photographs.
-      count: how many images, at most.
-      image_size: pixels a side that they are resized to, or stored at.
-      batch_size: of the stream to the devices.
-      seconds: for each figure.
-      mesh: the devices that the stream goes to.
-      folder: an empty one, to write to.
+      arguments: those of `add_arguments`.
+      overrides: none, there are no settings.
 
     Yields:
-      For "files" and "pixels": images, mean bytes stored, images per core-second (of CPU time, in one thread) read, and
-      read and cropped, and images a second in a stream that all cores decode.
+      What `measure_input` yields.
 
     Raises:
-      UsageError: there are no images in the folder.
+      UsageError: there are no images in the folder, or the devices cannot share a batch.
     """
-    source = folder / "source" / "train" / "all"
-    source.mkdir(parents=True)
-    if images:
-        _copy(source, count, images)
-    else:
-        _synthesise(source, count)
-    shutil.copytree(source, source.parents[1] / "test" / "all")
-    for form, size in (("files", 0), ("pixels", image_size)):
-        prepare("image_folder", source.parents[1], folder / form, size, Progress(None))
-        changed = {"source": "tfds", "dir": folder / form, "image_size": image_size, "input": "streamed"}
-        config = override(default_config(), [f"--config.data.{key}={value}" for key, value in changed.items()])
-        train = load_dataset(config.data, 0).train
-        pixels, draw = train.images, generator(0, "benchmark", "input")
+    from badloss_jax.benchmarks.decoding import measure_input
+    from badloss_jax.core.mesh import check_batch_size, make_mesh
 
-        def read() -> Image.Image:
-            return Image.fromarray(pixels[int(draw.integers(len(pixels)))])  # noqa: B023
-
-        stored = sum(path.stat().st_size for path in (folder / form).glob("*train*array_record*"))
-        yield {
-            "form": form,
-            "images": len(pixels),
-            "image_size": image_size,
-            "bytes_per_image": stored / len(pixels),
-            "images_per_core_second": {
-                "read": _rate(read, seconds),
-                "read_and_cropped": _rate(lambda: _resized_crop(read(), draw), seconds),  # noqa: B023
-            },
-            "streamed_per_second": _stream(StreamedData(unpoisoned(pixels, train.labels), mesh), batch_size, seconds),
-        }
+    mesh = make_mesh()
+    check_batch_size("--batch_size", arguments.batch_size, mesh)
+    with tempfile.TemporaryDirectory(prefix="badloss-bench-") as folder:
+        yield from measure_input(
+            arguments.images,
+            arguments.examples,
+            arguments.image_size,
+            arguments.batch_size,
+            arguments.seconds,
+            mesh,
+            Path(folder),
+        )
 
 
-def _resized_crop(image: Image.Image, draw: np.random.Generator) -> np.ndarray:
-    """Crops and flips as `augment.resized_crop_flip` does, on the host."""
-    side = image.width
-    area, ratio = draw.uniform(0.08, 1.0) * side**2, math.exp(draw.uniform(-math.log(4 / 3), math.log(4 / 3)))
-    width, height = (min(side, max(1, round(math.sqrt(area * r)))) for r in (ratio, 1 / ratio))
-    left, top = int(draw.integers(side - width + 1)), int(draw.integers(side - height + 1))
-    box = (left, top, left + width, top + height)
-    cropped = np.asarray(image.resize(image.size, Image.Resampling.BILINEAR, box))
-    return cropped[:, ::-1].copy() if draw.random() < 0.5 else cropped
-
-
-def _rate(work: Callable[[], Any], seconds: float) -> float:
-    """Returns how often a second of CPU time does the work."""
-    work()
-    started, count = time.process_time(), 0
-    while time.process_time() - started < seconds:
-        work()
-        count += 1
-    return count / max(time.process_time() - started, 1e-9)
-
-
-def _stream(data: StreamedData, batch_size: int, seconds: float) -> float:
-    """Returns images a second that arrive on the devices, the first batch apart."""
-    padding = padding_id(len(data), data.mesh)
-    epochs = max(1, math.ceil(2**16 / len(data)))  # in one stream: an epoch's first batch is waited for
-    order = np.concatenate([
-        epoch_batches(np.arange(len(data)), batch_size, padding, seed=0, phase="benchmark", epoch=epoch)
-        for epoch in range(epochs)
-    ])  # fmt: skip
-    batches, per_batch = data.batches(order), len(data) * epochs / len(order)
-    jax.block_until_ready(next(batches).images)
-    started, count = time.perf_counter(), 0
-    for batch in batches:
-        jax.block_until_ready(batch.images)
-        count += 1
-        if time.perf_counter() - started > seconds:
-            break
-    return count * per_batch / (time.perf_counter() - started)
-
-
-def _synthesise(folder: Path, count: int) -> None:
-    """Writes smooth noise with grain, in colours, as JPEG files."""
-    draw = generator(0, "benchmark", "photographs")
-    for number in range(count):
-        coarse = Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-        smooth = coarse.resize(_SIZE, Image.Resampling.BICUBIC)
-        grain = draw.normal(0, 9, (_SIZE[1], _SIZE[0], 1))
-        pixels = np.clip(np.asarray(smooth) + grain, 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number:06}.jpg", quality=_QUALITY)
-
-
-def _copy(folder: Path, count: int, images: Path) -> None:
-    found = sorted(path for path in images.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())[:count]
-    if not found:
-        raise UsageError(f"--from {images} has no files that end in {', '.join(_SUFFIXES)}")
-    for number, path in enumerate(found):
-        shutil.copyfile(path, folder / f"{number:06}{path.suffix.lower()}")
+def table(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Returns header and rows: per form kB an image, and images a second of a core and of the stream."""
+    rows = [["stored as", "images", "px", "kB/image", "per core-second", "and cropped there", "streamed/s"]]
+    for figure in figures:
+        rates = figure["images_per_core_second"]
+        rows.append(
+            [
+                figure["form"],
+                f"{figure['images']:,}",
+                str(figure["image_size"]),
+                f"{figure['bytes_per_image'] / 1000:.1f}",
+                f"{rates['read']:,.0f}",
+                f"{rates['read_and_cropped']:,.0f}",
+                f"{figure['streamed_per_second']:,.0f}",
+            ]
+        )
+    return rows

@@ -1,139 +1,160 @@
-"""What a scan finds in a folder of images that was poisoned before: `badloss scan` as a user runs it, told nothing."""
+"""`badloss bench scan`: what a scan finds in a poisoned folder of images."""
 
-import json
-import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import shlex
+import statistics
+import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
-from ml_collections import ConfigDict
-from PIL import Image
+from badloss_jax.benchmarks.options import names_of
+from badloss_jax.core.errors import UsageError
 
-from badloss_jax.benchmarks.gauntlet import REGIMES, PoisonedSet, draw_set
-from badloss_jax.core.errors import DataError
-from badloss_jax.core.seeding import generator
+ABOUT = """\
+Write the training set of a config as a folder of PNG files, poisoned by its attacks, give `badloss scan` the folder and
+a list of clean probes, and compare what it lists with the truth. --config.attacks.scale=0 poisons nothing. The same
+command goes on after the last scan that is in FILE.json.
 
-_LOST = (0.01, 0.02, 0.05)  # shares of the clean images at which what is found is read off the ranking
+--regimes changes who attacks, and what the scan has to go by. The attackers, and how much each poisons, are the
+config's where nothing else is said, without those whose trigger has to be optimised first:
+
+  distinct, drawn, shared      a target each; targets drawn with replacement; three of the attackers on one class
+  held-out                     a warp, a ramp, a lattice and inverted pixels: nothing was settled on them
+  few, one, many               one attacker: 0.3, 1 and 6 % of all images
+  quarter                      one attacker: a quarter of its class, in a set of 2,000 to 5,000 images
+  all-to-all                   one attacker moves label y to y + 1: 6 % of all images
+  imbalanced                   the smallest class is a tenth of the largest
+  probes-50, -100, -1000       so many clean images are known; after distinct, its recording is scored again
+  clean                        nobody attacks 1,000 to all images
+"""
+
+EXAMPLES = """\
+examples:
+  badloss bench scan --config configs/fashion_mnist.py:quick --out OUT.json
+  badloss bench scan --config configs/digits.py --seeds 0 --scan "--config.recording.epochs=15"
+  badloss bench scan --config configs/cifar10.py:quick --config.data.dir=DIR --regimes drawn,held-out --out OUT.json
+"""
 
 
-def measure_scan(
-    config: ConfigDict, seeds: Sequence[int], regimes: Sequence[str], scan_arguments: Sequence[str], folder: Path,
-    before: Sequence[dict[str, Any]] = (),
-) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Writes a poisoned training set as PNG files, scans it in a process of its own, and compares with the truth.
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the benchmark's own options."""
+    parser.set_defaults(configurable=True)
+    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="of the data set and the attacks")
+    parser.add_argument("--seeds", default="0,1,2", metavar="S,S", help="each in turn (default 0,1,2)")
+    parser.add_argument(
+        "--regimes", default="", metavar="A,B", help="each in turn, or all (default: the config as it is)"
+    )
+    parser.add_argument("--scan", default="", metavar="'ARGS'", help="more arguments of `badloss scan`")
 
-    Regimes that differ in their probes alone share one recording: of all but the first, seconds are those of scoring.
+
+def measure(arguments: Namespace, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Measures what is found in every regime, with every seed.
 
     Args:
-      config: of the data set, the attacks (scale 0 poisons nothing) and the number of probes.
-      seeds: of images, poison and probes, each in turn.
-      regimes: of `REGIMES`, each in turn; none takes the config as it is.
-      scan_arguments: more arguments of `badloss scan`, none of which are its defaults.
-      folder: an empty one, to write to.
-      before: figures of an interrupted benchmark, which are not measured again.
+      arguments: those of `add_arguments`.
+      overrides: changed settings of the data set and the attacks.
 
     Yields:
-      Of each regime and seed: what `compare` returns, and seconds.
+      What `measure_scan` yields.
 
     Raises:
-      UsageError: an attack that has to be optimised first, unless there are regimes, which leave it out.
-      DataError: the scan failed.
+      UsageError: a wrong setting, an unknown regime, or an attack that has to be optimised first.
+      DataError: a scan failed.
     """
-    known = {(figure["regime"], figure["seed"]): figure for figure in before}
-    regimes = tuple(regimes) or ("",)
-    for number, regime in enumerate(regimes):
-        for seed in seeds:
-            if (regime, seed) in known:
-                yield known[regime, seed]
-                continue
-            place = folder / (_recorded_in(regime) or "config") / str(seed)
-            poisoned = draw_set(config, seed, REGIMES[regime] if regime else None)
-            names = image_names(poisoned, seed)
-            if not (place / "data").exists():
-                write_images(place / "data", names, poisoned)
-            (place / "probes.txt").write_text("".join(f"{names[row]}\n" for row in poisoned.probe_ids), "utf-8")
-            command = [sys.executable, "-m", "badloss_jax", "scan", "--data", str(place / "data"), "--probes",
-                       str(place / "probes.txt"), "--workdir", str(place / "out"), *scan_arguments]  # fmt: skip
-            started = time.monotonic()
-            done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-            if done.returncode:
-                raise DataError(f"badloss scan failed with exit code {done.returncode}")
-            seconds = time.monotonic() - started
-            yield {"regime": regime, "seed": seed, "seconds": seconds} | compare(place / "out", names, poisoned)
-            if _recorded_in(regime) not in map(_recorded_in, regimes[number + 1 :]):
-                shutil.rmtree(place)
+    yield from resume(arguments, overrides, ())
 
 
-def _recorded_in(regime: str) -> str:
-    """Returns the first regime with the same images, whose recording is scored again with other probes."""
-    if not regime:
+def resume(
+    arguments: Namespace,
+    overrides: Sequence[str],
+    kept: Sequence[dict[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    """Goes on after the last scan that was kept.
+
+    Args:
+      arguments: those of `add_arguments`.
+      overrides: changed settings of the data set and the attacks.
+      kept: figures that the same command has left.
+
+    Yields:
+      What `measure_scan` yields.
+
+    Raises:
+      UsageError: a wrong setting, an unknown regime, or an attack that has to be optimised first.
+      DataError: a scan failed.
+    """
+    from badloss_jax.benchmarks.gauntlet import REGIMES
+    from badloss_jax.benchmarks.scan_findings import measure_scan
+    from badloss_jax.config import load_config
+
+    config = load_config(arguments.config, overrides)
+    regimes = list(REGIMES)
+    if arguments.regimes != "all":
+        regimes = names_of("regimes", arguments.regimes, tuple(REGIMES))
+    try:
+        seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--seeds {arguments.seeds!r}: expected numbers, such as 0,1,2") from error
+
+    with tempfile.TemporaryDirectory(prefix="badloss-bench-") as folder:
+        yield from measure_scan(config, seeds, regimes, shlex.split(arguments.scan), Path(folder), kept)
+
+
+def table(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Returns header and rows, one a regime: means over its seeds, and the range of what was found.
+
+    "Found" is what the scan removes of the poison; the TPR are of its ranking. "Counted" are attacks, certain ones of
+    all; "missed" and "added" classes that were attacked and not called so, and the other way round, of all seeds; "in
+    interval" says of how many seeds the scan's interval holds the poisoned share.
+    """
+    # Shares of the clean images at which the ranking was read off; clean sets have none.
+    lost = list(next((figure["found_at"] for figure in figures if figure["attacks"]), {}))
+    rates = [f"TPR at {100 * float(share):g} %" for share in lost]
+    head = ["regime", "seeds", "poisoned", "found", "clean removed", *rates]
+    rows = [[*head, "counted", "missed", "added", "in interval", "minutes"]]
+
+    for regime in dict.fromkeys(figure["regime"] for figure in figures):
+        of_regime = [figure for figure in figures if figure["regime"] == regime]
+        rows.append([regime or "config", *_regime_cells(of_regime, lost)])
+    return rows
+
+
+def _regime_cells(figures: Sequence[Mapping[str, Any]], lost: Sequence[str]) -> list[str]:
+    """Returns the cells of one regime, whose figures are of one seed each."""
+    poisoned = [figure for figure in figures if figure["attacks"]]
+
+    certain = sum(figure["certain_attacks"] for figure in figures)
+    attacks = sum(figure["attacks"] for figure in figures)
+    missed = sum(len(figure["missed_classes"]) for figure in figures)
+    added = sum(len(figure["added_classes"]) for figure in figures)
+    in_interval = sum(
+        figure["estimate"]["low"] <= figure["poisoned_share"] <= figure["estimate"]["high"] for figure in figures
+    )
+    seconds = statistics.fmean(figure["seconds"] for figure in figures)
+
+    return [
+        str(len(figures)),
+        _mean(figure["poisoned_share"] for figure in figures),
+        _mean_and_range([figure["found_share"] for figure in poisoned]),
+        _mean((figure["clean_removed_share"] for figure in figures), digits=2),
+        *(_mean(figure["found_at"][share] for figure in poisoned) for share in lost),
+        f"{certain} of {attacks}",
+        str(missed),
+        str(added),
+        f"{in_interval} of {len(figures)}",
+        f"{seconds / 60:.0f}",
+    ]
+
+
+def _mean(shares: Iterable[float], digits: int = 1) -> str:
+    values = list(shares)
+    if not values:
         return ""
-    same = replace(REGIMES[regime], probes=0)
-    return next(name for name, other in REGIMES.items() if replace(other, probes=0) == same)
+    return f"{100 * statistics.fmean(values):.{digits}f} %"
 
 
-def image_names(poisoned: PoisonedSet, seed: int) -> list[str]:
-    """Returns of each example <class>/<number>.png; the numbers say nothing."""
-    numbers, classes = generator(seed, "names").permutation(len(poisoned.images)), poisoned.class_names
-    return [f"{classes[label]}/{number:07d}.png" for label, number in zip(poisoned.labels, numbers, strict=True)]
-
-
-def write_images(folder: Path, names: Sequence[str], poisoned: PoisonedSet) -> None:
-    """Writes the training set as FOLDER/<name>, as the victim sees it."""
-    for name in poisoned.class_names:
-        (folder / name).mkdir(parents=True)
-    for name, image in zip(names, poisoned.images, strict=True):
-        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(folder / name)
-
-
-def compare(out: Path, names: Sequence[str], poisoned: PoisonedSet) -> dict[str, Any]:
-    """Compares what a scan removed, and which classes it named, with the truth.
-
-    Returns:
-      Numbers of images, probes and attacks; the poisoned share, and the scan's estimate of it; recall per attack, on
-      average and of all poison; the share of the clean images that is removed; how much poison is among the first of
-      the ranking, at several shares of clean images among them; how many attacks the scan counts; the classes that were
-      attacked and not called affected, and the other way round; the network, and the verdict.
-    """
-    results = json.loads((out / "scan.json").read_text("utf-8"))
-    table = pq.read_table(out / "scores.parquet", columns=["path", "rank", "probe"]).to_pydict()
-    row_of = {path: row for row, path in enumerate(table["path"])}
-    rows = np.array([row_of[name] for name in names])
-    rank, probe = (np.array(table[key])[rows] for key in ("rank", "probe"))
-    removed = np.isin(names, (out / "remove.txt").read_text("utf-8").splitlines())  # what people go by
-    is_poison = poisoned.attack_of != ""
-    recall = {name: float(removed[poisoned.attack_of == name].mean()) for name in poisoned.targets}
-    attacked = {poisoned.class_names[label] for targets in poisoned.targets.values() for label in targets}
-    affected = {entry["name"] for entry in results["classes"] if entry["affected"]}
-    model = results["config"]["model"]
-    return {
-        "images": len(names),
-        "probes": int(probe.sum()),
-        "poisoned_share": float(is_poison.mean()),
-        "stands_out": results["stands_out"],
-        "estimate": results["share"],
-        "recall": recall,
-        "mean_recall": float(np.mean(list(recall.values()))) if recall else None,
-        "found_share": float(removed[is_poison].mean()) if recall else None,
-        "found_at": _found_at(rank[is_poison], rank[~is_poison & ~probe]) if recall else None,
-        "clean_removed_share": float(removed[~is_poison].mean()),
-        "attacks": len(recall),
-        "certain_attacks": sum(entry["certain"] for entry in results["attacks"]),
-        "missed_classes": sorted(attacked - affected),
-        "added_classes": sorted(affected - attacked),
-        "network": {key: model[key] for key in ("name", "stages", "stem_stride")}
-        | {"epochs": results["config"]["recording"]["epochs"]},
-        "verdict": results["verdict"],
-    }
-
-
-def _found_at(poison: np.ndarray, clean: np.ndarray) -> dict[str, float]:
-    """Returns how much poison ranks before a few shares of the clean images."""
-    ranks = np.sort(clean)
-    return {str(share): float((poison < ranks[int(share * len(ranks))]).mean()) for share in _LOST}
+def _mean_and_range(shares: Sequence[float]) -> str:
+    if len(shares) < 2:
+        return _mean(shares)
+    return f"{_mean(shares)} ({100 * min(shares):.0f} to {100 * max(shares):.0f})"

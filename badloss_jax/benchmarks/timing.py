@@ -5,7 +5,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,12 +14,20 @@ from badloss_jax.core.environment import environment
 
 _RESAMPLES = 2000
 
+Result = TypeVar("Result")
+
+
+def timed(work: Callable[[], Result]) -> tuple[Result, float]:
+    """Returns what the work returns, and the seconds until the devices had finished it."""
+    started = time.perf_counter()
+    result = jax.block_until_ready(work())
+    return result, time.perf_counter() - started
+
 
 def seconds_of(work: Callable[[], Any]) -> float:
     """Returns how long the work took until the devices had finished what it returns."""
-    started = time.perf_counter()
-    jax.block_until_ready(work())
-    return time.perf_counter() - started
+    _, seconds = timed(work)
+    return seconds
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
@@ -35,23 +43,35 @@ def overhead(plain: Sequence[float], changed: Sequence[float]) -> dict[str, Any]
     machine, cancels, and what hits one half leaves the median where it is.
 
     Args:
-      plain, changed: seconds [R], the i-th of both measured at about the same time.
+      plain: seconds [R] without the change.
+      changed: seconds [R] with it, the i-th of both measured at about the same time.
 
     Returns:
       percent, interval (95 % percentile bootstrap of the median over the pairs), count.
     """
     ratios = 100 * (np.asarray(changed) / np.asarray(plain) - 1)
+
     draws = np.random.default_rng(0).integers(0, len(ratios), (_RESAMPLES, len(ratios)))
     low, high = np.percentile(np.median(ratios[draws], axis=1), (2.5, 97.5))
+
     return {"percent": float(np.median(ratios)), "interval": [float(low), float(high)], "count": len(ratios)}
 
 
 def header(benchmark: str, command: Sequence[str]) -> dict[str, Any]:
-    """Returns what every benchmark's file begins with: what, when, by which command, where, and how busy it was."""
+    """Returns what every benchmark's file begins with: what, when, by which command, where, and how busy it was.
+
+    Args:
+      benchmark: its name.
+      command: the command line after `badloss`, without paths.
+
+    Returns:
+      Entries that JSON can hold.
+    """
     return {
         "benchmark": benchmark,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["badloss", *command]),
-        "load_average": list(os.getloadavg()),  # runnable processes over 1, 5 and 15 minutes, before it began
+        # Runnable processes over 1, 5 and 15 minutes, before it began.
+        "load_average": list(os.getloadavg()),
         "environment": environment(),
     }

@@ -44,7 +44,16 @@ class PreemptedError(BadlossError):
 
 
 def one_of(key: str, value: Any, choices: Sequence[Any]) -> None:
-    """Raises UsageError unless a setting's value is one of the choices; the nearest one is named."""
+    """Checks that a setting's value is one of the choices.
+
+    Args:
+      key: of the setting, as the user writes it.
+      value: that it has.
+      choices: that there are.
+
+    Raises:
+      UsageError: it is none of them; the nearest one is named.
+    """
     if value not in choices:
         raise UsageError(f"{key} has {value!r}: expected one of {listed(choices)}{nearest(value, choices)}")
 
@@ -55,10 +64,22 @@ def listed(names: Sequence[Any]) -> str:
 
 
 def nearest(value: Any, known: Sequence[Any]) -> str:
-    """Returns "; did you mean ...?" with what comes nearest to a value; "" if nothing does."""
+    """Names what comes nearest to a value, to go at the end of a message.
+
+    Args:
+      value: that is none of the known ones.
+      known: what it could have been.
+
+    Returns:
+      "; did you mean ...?", or "" if nothing comes near.
+    """
     names = [str(name) for name in known]
     close = difflib.get_close_matches(str(value), names, 1, cutoff=0.5)
-    if not close:  # a right last part under a wrong group
+    if not close:
+        # A right last part under a wrong group.
         last = str(value).rpartition(".")[2]
-        close = [name for name in names if name.rpartition(".")[2] == last][:1]
-    return f"; did you mean {close[0]!r}?" if close else ""
+        close = [name for name in names if name.rpartition(".")[2] == last]
+
+    if not close:
+        return ""
+    return f"; did you mean {close[0]!r}?"

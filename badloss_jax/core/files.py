@@ -18,12 +18,28 @@ import numpy as np
 from badloss_jax.core.errors import BusyError, DataError, UsageError
 
 # What NumPy and zipfile raise on a damaged or hostile .npz file.
-NPZ_ERRORS = (OSError, EOFError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError,
-              SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)  # fmt: skip
+NPZ_ERRORS = (
+    OSError,
+    EOFError,
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+    SyntaxError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a path beside `path` and renames what it wrote; on failure `path` stays as it was.
+
+    Args:
+      path: the file; its folders are made.
+      write: gets a path with the same suffix, and writes there.
 
     Raises:
       DataError: the disk is full, the folder is read-only, or the like; the file is named.
@@ -34,8 +50,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
         os.close(handle)
         aside = Path(name)
+
         write(aside)
         aside.chmod(0o644)
+
+        # On the disk before it is renamed: else a machine that loses power could be left with an empty file.
         with open(aside, "rb") as written:
             os.fsync(written.fileno())
         aside.replace(path)
@@ -47,12 +66,28 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text atomically."""
+    """Writes UTF-8 text atomically.
+
+    Args:
+      path: the file.
+      text: all that it will hold.
+
+    Raises:
+      DataError: it cannot be written.
+    """
     write_atomically(path, lambda aside: aside.write_text(text, "utf-8"))
 
 
 def write_lines(path: Path, lines: Sequence[str]) -> None:
-    """Writes one line each, atomically; names of files, whatever their bytes, as the system has them."""
+    """Writes one line each, atomically; names of files, whatever their bytes, as the system has them.
+
+    Args:
+      path: the file.
+      lines: without their ends.
+
+    Raises:
+      DataError: it cannot be written.
+    """
     content = b"".join(os.fsencode(line) + b"\n" for line in lines)
     write_atomically(path, lambda aside: aside.write_bytes(content))
 
@@ -80,6 +115,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}") from error
+
     if not isinstance(content, dict):
         raise DataError(f"{path} is damaged: it holds no JSON object")
     return content
@@ -95,19 +131,10 @@ def map_array(path: Path) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)  # its header may claim anything
     except NPZ_ERRORS as error:
         raise DataError(f"{path} is missing or damaged: {error}") from error
+
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path} is damaged: it is an archive, not one array")
     return array
-
-
-def _holder(file: TextIO) -> str:
-    """Returns the process that holds a lock; it writes its number just after it has it."""
-    for _ in range(50):
-        file.seek(0)
-        if number := file.read().strip():
-            return number
-        time.sleep(0.01)
-    return "unknown"
 
 
 def check_free(
@@ -128,11 +155,16 @@ def check_free(
     named = f"{option} {folder}".strip()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{named} is a file, not a folder")
-    if not folder.is_dir() or (marker and (folder / marker).is_file()):
+    if not folder.is_dir():
         return
+    if marker and (folder / marker).is_file():
+        return
+
     if any(hidden_too or not file.name.startswith(".") for file in folder.iterdir()):
-        no = f" and no {what}" if what else ""
-        raise UsageError(f"{named} holds other files{no}: choose an empty or a new folder")
+        holds = "other files"
+        if what:
+            holds += f" and no {what}"
+        raise UsageError(f"{named} holds {holds}: choose an empty or a new folder")
 
 
 @contextmanager
@@ -152,6 +184,7 @@ def locked(folder: Path, wait: Callable[[str], object] | None = None) -> Iterato
         file = open(folder / ".lock", "a+")  # noqa: SIM115
     except OSError as error:
         raise DataError(f"{folder} cannot be written: {error}") from error
+
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,7 +194,20 @@ def locked(folder: Path, wait: Callable[[str], object] | None = None) -> Iterato
                 raise BusyError(f"another run (process {holder}) is at work in {folder}: wait for it") from error
             wait(holder)
             fcntl.flock(file, fcntl.LOCK_EX)
+
+        # For the message of whoever comes next.
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _holder(file: TextIO) -> str:
+    """Returns the process that holds a lock; it writes its number just after it has it."""
+    for _ in range(50):
+        file.seek(0)
+        number = file.read().strip()
+        if number:
+            return number
+        time.sleep(0.01)
+    return "unknown"

@@ -15,7 +15,8 @@ AXIS = "data"
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a one-dimensional mesh over the given devices, by default all of all processes."""
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        devices = jax.devices()
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
@@ -35,7 +36,15 @@ def by_columns(mesh: Mesh) -> NamedSharding:
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Copies host arrays, the same in every process, to the devices."""
+    """Copies host arrays, the same in every process, to the devices.
+
+    Args:
+      tree: of NumPy arrays.
+      sharding: of each of them.
+
+    Returns:
+      The tree, of arrays on the devices.
+    """
 
     def copy(array: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
@@ -44,12 +53,22 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def place_rows(shape: tuple[int, ...], mesh: Mesh, rows: Callable[[int, int], np.ndarray]) -> jax.Array:
-    """Makes an array sharded by rows; `rows(begin, end)` is asked for what each device of this process holds."""
-    return jax.make_array_from_callback(
-        shape,
-        by_rows(mesh),
-        lambda index: rows(*index[0].indices(shape[0])[:2]),  # type: ignore[index]
-    )
+    """Makes an array sharded by rows from what each process has of it.
+
+    Args:
+      shape: of the whole array; the devices divide its rows evenly.
+      mesh: the devices.
+      rows: (begin, end) -> these rows; is asked for what each device of this process holds.
+
+    Returns:
+      The array.
+    """
+
+    def held(index: tuple[slice, ...]) -> np.ndarray:
+        begin, end, _ = index[0].indices(shape[0])
+        return rows(begin, end)
+
+    return jax.make_array_from_callback(shape, by_rows(mesh), held)  # type: ignore[arg-type]
 
 
 def to_host(array: jax.Array) -> np.ndarray:
@@ -60,42 +79,87 @@ def to_host(array: jax.Array) -> np.ndarray:
 
 
 def local_rows(array: jax.Array, start: int, stop: int) -> np.ndarray:
-    """Copies rows to the host that devices of this process hold."""
+    """Copies rows to the host that devices of this process hold.
+
+    Args:
+      array: sharded by rows.
+      start: the first row.
+      stop: the one after the last.
+
+    Returns:
+      The rows.
+    """
+    # Shards come in the order of the devices, which need not be that of the rows.
     shards = sorted((shard.index[0].indices(len(array))[0], shard.data) for shard in array.addressable_shards)
     parts = [np.asarray(data)[max(start - begin, 0) : max(stop - begin, 0)] for begin, data in shards]
     return np.concatenate(parts)
 
 
 def local_blocks(count: int, mesh: Mesh) -> list[slice]:
-    """Returns the rows that each device of this process holds of an array that is sharded by rows, in order."""
-    held = by_rows(mesh).addressable_devices_indices_map((count,)).values()
-    bounds = sorted(index[0].indices(count)[:2] for index in held if index)
+    """Finds the rows that each device of this process holds of an array that is sharded by rows.
+
+    Args:
+      count: rows of the array, a multiple of the devices.
+      mesh: the devices.
+
+    Returns:
+      A slice a device, in order.
+    """
+    indices = by_rows(mesh).addressable_devices_indices_map((count,)).values()
+    bounds = sorted(index[0].indices(count)[:2] for index in indices if index)
     return [slice(start, stop) for start, stop in bounds]
 
 
 def process_blocks(count: int, mesh: Mesh) -> list[tuple[int, int, int]]:
-    """Returns (start, stop, process) of each run of rows that one process holds of an array sharded by rows, in order.
+    """Finds the runs of rows that one process holds of an array sharded by rows.
 
     The array has `count` rows, rounded up to a multiple of the devices; the rows past `count` are in no run.
+
+    Args:
+      count: rows, padding left out.
+      mesh: the devices.
+
+    Returns:
+      (start, stop, process) of each run, in order.
     """
     share = round_up(count, mesh) // mesh.size
     blocks: list[tuple[int, int, int]] = []
     for number, device in enumerate(mesh.devices.flat):
-        start, stop = min(number * share, count), min((number + 1) * share, count)
+        # The last shares are shorter, or empty, where they are padding.
+        start = min(number * share, count)
+        stop = min((number + 1) * share, count)
         if blocks and blocks[-1][2] == device.process_index:
-            blocks[-1] = blocks[-1][0], stop, device.process_index
+            begin, _, process = blocks[-1]
+            blocks[-1] = (begin, stop, process)
         elif start < stop:
             blocks.append((start, stop, device.process_index))
     return blocks
 
 
 def round_up(count: int, mesh: Mesh) -> int:
-    """Returns the smallest multiple of the number of devices that is at least `count`."""
+    """Rounds up to a multiple of the number of devices.
+
+    Args:
+      count: of rows.
+      mesh: the devices.
+
+    Returns:
+      The smallest multiple that is at least `count`.
+    """
     return -(-count // mesh.size) * mesh.size
 
 
 def check_batch_size(key: str, batch_size: int, mesh: Mesh) -> None:
-    """Raises UsageError, naming both numbers, unless the devices can share a batch evenly."""
+    """Checks that the devices can share a batch evenly.
+
+    Args:
+      key: of the setting, as the user writes it.
+      batch_size: that it has.
+      mesh: the devices.
+
+    Raises:
+      UsageError: they cannot; both numbers are named.
+    """
     if batch_size % mesh.size:
         raise UsageError(
             f"{key} = {batch_size} is not divisible by the {mesh.size} devices: every device takes the same share"

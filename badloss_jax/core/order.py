@@ -20,12 +20,22 @@ def epoch_batches(
     Returns:
       int32 [S, B], S = ceil(M / B).
     """
+    # Of the ids alone: neither the devices nor the processes have a say in it.
     shuffled = generator(seed, phase, "order", epoch).permutation(example_ids)
     return cut_batches(shuffled, batch_size, padding_id)
 
 
 def cut_batches(example_ids: Int[np.ndarray, "M"], batch_size: int, padding_id: int) -> Int[np.ndarray, "S B"]:
-    """Cuts ids into batches in the order given, the last one padded with `padding_id`."""
+    """Cuts ids into batches in the order given, the last one padded.
+
+    Args:
+      example_ids: int [M].
+      batch_size: B.
+      padding_id: fills up the last batch; must be an id that no example has.
+
+    Returns:
+      int32 [S, B], S = ceil(M / B).
+    """
     steps = -(-len(example_ids) // batch_size)
     batches = np.full(steps * batch_size, padding_id, np.int32)
     batches[: len(example_ids)] = example_ids

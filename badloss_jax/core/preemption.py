@@ -25,6 +25,7 @@ class Preemption:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
+        # Python lets no other thread set a handler.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._notice)
@@ -49,15 +50,18 @@ class Preemption:
 
     def stopped(self, told: str) -> PreemptedError:
         """Returns the error that ends the run, with the exit code of what told it to stop."""
-        interrupted = self._noticed == signal.SIGINT
-        error = PreemptedError(f"stopped by {'Ctrl-C' if interrupted else 'SIGTERM'}{told}")
-        if interrupted:
-            error.exit_code = 130
+        if self._noticed != signal.SIGINT:
+            return PreemptedError(f"stopped by SIGTERM{told}")
+
+        error = PreemptedError(f"stopped by Ctrl-C{told}")
+        error.exit_code = 130  # 128 + SIGINT, as shells have it
         return error
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
+            # The second one: whoever presses it does not want to wait.
             if self._noticed == number:
                 raise KeyboardInterrupt
             print("badloss: stopping as soon as all is saved; Ctrl-C again stops at once", file=sys.stderr)
+
         self._noticed = number

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from badloss_jax.core.errors import BadlossError, DataError, UsageError
 
 T = TypeVar("T")
+
 _ADVICE = (
     "Check that the coordinator is the machine of process 0 and can be reached from all others at this port, and that"
     " all processes were started. Outside of Slurm, Open MPI, GKE and Cloud TPUs, --coordinator HOST:PORT,"
@@ -43,10 +44,12 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
         raise UsageError("--coordinator, --num_processes and --process_id belong together: give all three or none")
     if coordinator is not None and process_id is not None:
         _check_coordinator(coordinator, process_id == 0, timeout)
+
     # Where not all come in time, XLA ends the process without a chance to say more than it does.
     advice = threading.Timer(0.9 * timeout, lambda: print(f"badloss: warning: {_ADVICE}", file=sys.stderr, flush=True))
     advice.daemon = True
     advice.start()
+
     try:
         jax.distributed.initialize(
             coordinator, num_processes, process_id, initialization_timeout=timeout, heartbeat_timeout_seconds=60
@@ -55,6 +58,7 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
         raise UsageError(f"the processes did not find each other: {str(error).splitlines()[0]}. {_ADVICE}") from error
     finally:
         advice.cancel()
+
     # Connects the devices while all are here: later, gloo gives whoever is first half a minute.
     all_of(True)
     multihost_utils.sync_global_devices("connected")
@@ -65,18 +69,29 @@ def _check_coordinator(address: str, here: bool, timeout: float) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise UsageError(f"--coordinator {address!r}: expected HOST:PORT, such as node1:12345")
+
+    if here:
+        _check_port_is_free(address, int(port))
+    else:
+        _wait_for_answer(address, host.strip("[]"), int(port), timeout)
+
+
+def _check_port_is_free(address: str, port: int) -> None:
+    family = socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET
     try:
-        if here:
-            with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as listener:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                listener.bind(("", int(port)))
-            return
+        with socket.socket(family) as listener:
+            # Else a port that was just left would count as taken for a minute.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("", port))
     except OSError as error:
         raise UsageError(f"--coordinator {address}: process 0 cannot listen at this port: {error}") from error
+
+
+def _wait_for_answer(address: str, host: str, port: int, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     while True:
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=max(1.0, timeout / 10)).close()
+            socket.create_connection((host, port), timeout=max(1.0, timeout / 10)).close()
             return
         except OSError as error:
             if time.monotonic() > deadline:
@@ -98,41 +113,48 @@ def on_first(work: Callable[[], T]) -> T:
     """
     if jax.process_count() == 1:
         return work()
-    return _shared(work if first() else None)[0]
+
+    mine = work if first() else None
+    return _shared(mine)[0]
 
 
 def on_all(work: Callable[[], object]) -> None:
     """Does work in every process, and waits for all; if it fails in one, all raise its error."""
+    if jax.process_count() == 1:
+        work()
+        return
 
     def silently() -> None:  # what it returns may be no JSON
         work()
 
-    if jax.process_count() == 1:
-        work()
-    else:
-        _shared(silently)
+    _shared(silently)
 
 
 def _shared(work: Callable[[], Any] | None) -> list[Any]:
     """Does this process's work, if it has any, and returns what all of them returned; or raises the first error."""
     answer: dict[str, Any] = {}
     if work:
+        # Whoever fails has to come by all the same, for the others wait for what it says.
         try:
             answer = {"result": work()}
         except BadlossError as error:
             answer = {"error": str(error), "exit_code": error.exit_code}
         except OSError as error:
             answer = {"error": str(error), "exit_code": DataError.exit_code}
-    told = [json.loads(text) for text in _gather(json.dumps(answer))]
-    for theirs in told:
+
+    answers = [json.loads(text) for text in _gather(json.dumps(answer))]
+    for theirs in answers:
         if "error" in theirs:
-            raise _together((UsageError if theirs["exit_code"] == UsageError.exit_code else DataError)(theirs["error"]))
-    return [theirs.get("result") for theirs in told]
+            kind = UsageError if theirs["exit_code"] == UsageError.exit_code else DataError
+            raise _together(kind(theirs["error"]))
+    return [theirs.get("result") for theirs in answers]
 
 
 def all_of(fact: bool) -> bool:
     """Whether it is so in every process."""
-    return bool(np.all(multihost_utils.process_allgather(np.int32(fact)))) if jax.process_count() > 1 else fact
+    if jax.process_count() == 1:
+        return fact
+    return bool(np.all(multihost_utils.process_allgather(np.int32(fact))))
 
 
 def agree(facts: Mapping[str, str]) -> None:
@@ -146,15 +168,20 @@ def agree(facts: Mapping[str, str]) -> None:
     """
     if jax.process_count() == 1:
         return
+
     everyone = [json.loads(text) for text in _gather(json.dumps(facts))]
+    expected = everyone[0]
     for process, theirs in enumerate(everyone):
-        for name in sorted(everyone[0].keys() | theirs.keys()):
-            ours = everyone[0].get(name, "nothing"), theirs.get(name, "nothing")
-            if ours[0] != ours[1]:
-                raise _together(UsageError(
-                    f"processes disagree on {name}: process 0 has {ours[0]}, process {process} has {ours[1]}. All of"
-                    " them need the same code, the same config and the same data"
-                ))  # fmt: skip
+        for name in sorted(expected.keys() | theirs.keys()):
+            first_value = expected.get(name, "nothing")
+            value = theirs.get(name, "nothing")
+            if value != first_value:
+                raise _together(
+                    UsageError(
+                        f"processes disagree on {name}: process 0 has {first_value}, process {process} has {value}. All"
+                        " of them need the same code, the same config and the same data"
+                    )
+                )
 
 
 def leave(error: BadlossError | None, exit_code: int) -> NoReturn:
@@ -162,16 +189,24 @@ def leave(error: BadlossError | None, exit_code: int) -> NoReturn:
 
     If all raised the error, all come to the end of the program as usual. Process 0, on whose service the others depend,
     leaves a little later, so that they can say what is wrong with them.
+
+    Args:
+      error: that ends it; None if it is none of ours.
+      exit_code: of the process.
     """
-    if error is None or not error.together:
-        time.sleep(2 if first() else 0)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
-    raise SystemExit(exit_code)
+    if error is not None and error.together:
+        raise SystemExit(exit_code)
+
+    if first():
+        time.sleep(2)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once: what Python does at its end would wait for the others.
+    os._exit(exit_code)
 
 
 def _together(error: BadlossError) -> BadlossError:
+    """Marks an error that every process raises."""
     error.together = True
     return error
 
@@ -179,8 +214,11 @@ def _together(error: BadlossError) -> BadlossError:
 def _gather(text: str) -> list[str]:
     """Returns every process's text, in the order of their numbers."""
     ours = np.frombuffer(text.encode(), np.uint8)
+
+    # Arrays of one shape in all processes are what can be gathered.
     lengths = multihost_utils.process_allgather(np.int32(len(ours))).ravel()
     padded = np.zeros(lengths.max(), np.uint8)
     padded[: len(ours)] = ours
+
     rows = multihost_utils.process_allgather(padded)
     return [rows[i, :length].tobytes().decode() for i, length in enumerate(lengths)]

@@ -8,15 +8,27 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Counts examples of one phase after the other; with no stream it is silent."""
+    """Counts examples of one phase after the other.
+
+    Args:
+      stream: to print to; with None it is silent.
+      seconds_between_lines: at the least, where the stream is no terminal.
+    """
 
     def __init__(self, stream: TextIO | None = sys.stderr, seconds_between_lines: float = 10.0):
         self._stream = stream
         self._between = seconds_between_lines
         self._title = ""
         self._bar: tqdm | None = None
-        self._started = self._spoke = 0.0
-        self._before = self._done = self._total = 0
+
+        # The monotonic clock's, in seconds.
+        self._started = 0.0
+        self._last_line = 0.0
+
+        # Examples.
+        self._before = 0
+        self._done = 0
+        self._total = 0
 
     def phase(self, title: str) -> None:
         """Names the phase that begins."""
@@ -28,16 +40,40 @@ class Progress:
             print(text, file=self._stream, flush=True)
 
     def begin(self, total: int, done: int = 0) -> None:
-        """Starts counting to `total` examples, of which so many were done before."""
-        self._started = self._spoke = time.monotonic()
-        self._before = self._done = done
+        """Starts counting.
+
+        Args:
+          total: examples of this phase.
+          done: those of them that an earlier run did; they do not count for the rate.
+        """
+        now = time.monotonic()
+        self._started = now
+        self._last_line = now
+
+        self._before = done
+        self._done = done
         self._total = total
+
         if self._stream and self._stream.isatty():
-            self._bar = tqdm(total=total, initial=done, desc=self._title, unit=" examples", unit_scale=True,
-                             file=self._stream, leave=False, mininterval=0.5, dynamic_ncols=True)  # fmt: skip
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                desc=self._title,
+                unit=" examples",
+                unit_scale=True,
+                file=self._stream,
+                leave=False,
+                mininterval=0.5,
+                dynamic_ncols=True,
+            )
 
     def advance(self, count: int, where: str) -> None:
-        """Counts `count` examples more."""
+        """Counts more examples.
+
+        Args:
+          count: how many.
+          where: the phase stands, to be shown beside the bar.
+        """
         self._done += count
         if self._bar is not None:
             self._bar.set_postfix_str(where, refresh=False)
@@ -45,10 +81,13 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Tells where the phase stands, outside a terminal at most every few seconds."""
-        now = time.monotonic()
-        if not self._stream or self._bar is not None or now - self._spoke < self._between:
+        if not self._stream or self._bar is not None:
             return
-        self._spoke = now
+        now = time.monotonic()
+        if now - self._last_line < self._between:
+            return
+        self._last_line = now
+
         rate = (self._done - self._before) / (now - self._started)
         left = (self._total - self._done) / max(rate, 1e-9)
         self.note(f"{self._title}  {text}  {rate:,.0f} examples/s  ETA {left // 60:.0f}:{left % 60:02.0f}")
@@ -58,6 +97,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
         seconds = time.monotonic() - self._started
         done = self._done - self._before
         self.note(f"{self._title}  {done:,} examples in {seconds:.1f} s ({done / seconds:,.0f}/s)")

@@ -2,6 +2,9 @@
 
 A new source is one file with `load(settings) -> Dataset` and one line in `SOURCES`. An example's id is its row in the
 data set that `load_dataset` returns; it is the thread through batches, buffers, scores and reports.
+
+Imports `core` alone. Begin with `dataset`, which is what a source returns, then `digits`, the shortest source, and
+`image_folder`, the usual one. `training_set` reads what a scan is given; `prepare` writes what `tfds` reads.
 """
 
 import math
@@ -31,31 +34,60 @@ SOURCES: dict[str, Callable[[Mapping[str, Any]], Dataset]] = {
 def load_dataset(settings: Mapping[str, Any], seed: int) -> Dataset:
     """Loads `config.data`: the source, the subset drawn by `seed`, the padding, the names of the classes.
 
+    Args:
+      settings: `config.data`.
+      seed: of the subsets that `train_examples` and `test_examples` ask for.
+
+    Returns:
+      The data set. The images of a split that is not streamed are in memory.
+
     Raises:
       UsageError: the folder is missing, or more examples are asked for than there are.
       DataError: a file is damaged or misplaced; it is named.
     """
     dataset = SOURCES[settings["source"]](settings)
-    splits = []
-    for name, split in (("train", dataset.train), ("test", dataset.test)):
-        count, have = settings[f"{name}_examples"], len(split.labels)
-        if count > have:
-            raise UsageError(f"data.{name}_examples = {count}, and the source has {have}: 0 takes all")
-        rows: np.ndarray | slice = slice(None)
-        if count:
-            rows = np.sort(generator(seed, "subset", name).choice(have, count, replace=False))
-        split = split.view(rows, settings["pad"])
-        splits.append(split if is_streamed(split, settings["input"]) else split.materialised())
-    train, test = splits
-    names = tuple(settings["class_names"]) or dataset.class_names
-    if len(names) != dataset.num_classes:
-        raise UsageError(f"data.class_names has {len(names)} names, and the source has {dataset.num_classes} classes")
-    return Dataset(train, test, names)
+    train = _chosen_examples("train", dataset.train, settings, seed)
+    test = _chosen_examples("test", dataset.test, settings, seed)
+
+    class_names = tuple(settings["class_names"]) or dataset.class_names
+    if len(class_names) != dataset.num_classes:
+        raise UsageError(
+            f"data.class_names has {len(class_names)} names, and the source has {dataset.num_classes} classes"
+        )
+    return Dataset(train, test, class_names)
+
+
+def _chosen_examples(name: str, split: Split, settings: Mapping[str, Any], seed: int) -> Split:
+    """Returns the drawn subset of a split, padded, and read into memory unless it is streamed."""
+    count = settings[f"{name}_examples"]
+    available = len(split.labels)
+    if count > available:
+        raise UsageError(f"data.{name}_examples = {count}, and the source has {available}: 0 takes all")
+
+    rows: np.ndarray | slice = slice(None)
+    if count:
+        # Sorted, so that the examples keep the source's order.
+        rows = np.sort(generator(seed, "subset", name).choice(available, count, replace=False))
+
+    split = split.view(rows, settings["pad"])
+    if is_streamed(split, settings["input"]):
+        return split
+    return split.materialised()
 
 
 def is_streamed(split: Split, choice: str) -> bool:
-    """Whether a split's images travel to the devices batch by batch, by `data.input` and their size."""
-    return choice == "streamed" or (choice == "auto" and math.prod(split.images.shape) > _RESIDENT)
+    """Tells whether a split's images travel to the devices batch by batch.
+
+    Args:
+      split: whose size decides for "auto": more than 2 GiB of pixels are streamed.
+      choice: `data.input`, that is "resident", "streamed" or "auto".
+
+    Returns:
+      True if they do, False if they stay on the devices.
+    """
+    if choice == "auto":
+        return math.prod(split.images.shape) > _RESIDENT
+    return choice == "streamed"
 
 
 __all__ = ["AUGMENTATIONS", "SOURCES", "Dataset", "Split", "is_streamed", "load_dataset"]

@@ -30,22 +30,36 @@ class Split:
         """16 hexadecimal digits: the hash of every pixel and label, or of what they are decoded from."""
         if self.identity:
             return self.identity
+
         content = hashlib.sha256()
         arrays = [self.labels]
         if isinstance(self.images, RecordImages):
             content.update(self.images.identity.encode())
         else:
             arrays.insert(0, self.images)
+
+        # The shape and type, too: the same bytes may be other images.
         for array in arrays:
             content.update(repr((array.shape, array.dtype.str)).encode())
             content.update(np.ascontiguousarray(array).data)
         return content.hexdigest()[:16]
 
     def view(self, rows: Int[np.ndarray, "M"] | slice, pad: int) -> "Split":
-        """Returns these rows alone, their images with `pad` zero pixels on each side."""
+        """Returns some rows alone, their images padded with zeros.
+
+        Args:
+          rows: ids, int [M], or a slice of them.
+          pad: pixels to add on each side, 0 or more.
+
+        Returns:
+          M examples. Of `RecordImages` nothing is decoded.
+        """
         if isinstance(self.images, RecordImages):
             return Split(self.images.view(rows, pad), self.labels[rows])
-        images = np.pad(self.images[rows], ((0, 0), (pad, pad), (pad, pad), (0, 0))) if pad else self.images[rows]
+
+        images = self.images[rows]
+        if pad:
+            images = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
         return Split(images, self.labels[rows])
 
     def materialised(self) -> "Split":
@@ -54,6 +68,7 @@ class Split:
         Raises:
           DataError: an image does not decode, or they do not fit the memory.
         """
+        # The fingerprint stays, so that a run is the same run whether its images are streamed or not.
         if isinstance(self.images, RecordImages):
             return Split(self.images.materialised(), self.labels, self.fingerprint)
         return self
@@ -70,19 +85,17 @@ class Dataset:
     def __post_init__(self) -> None:
         if len(set(self.class_names)) != len(self.class_names):
             raise DataError(f"two classes have the same name: {', '.join(self.class_names)}")
-        for name, split in (("train", self.train), ("test", self.test)):
-            if split.images.ndim != 4 or split.images.dtype != np.uint8:
-                raise DataError(
-                    f"{name} images are {split.images.dtype} {split.images.shape}, expected uint8 [N, H, W, C]"
-                )
-            if split.labels.shape != split.images.shape[:1] or not len(split.labels):
-                raise DataError(f"{name} set has {len(split.images)} images and {len(split.labels)} labels")
-            if split.labels.min() < 0 or split.labels.max() >= self.num_classes:
-                raise DataError(f"{name} labels go from {split.labels.min()} to {split.labels.max()},"
-                                f" expected 0 to {self.num_classes - 1}")  # fmt: skip
-        if self.train.images.shape[1:] != self.test.images.shape[1:]:
-            raise DataError(f"training images are {self.train.images.shape[1:]}, test images"
-                            f" {self.test.images.shape[1:]} (height, width, channels): they must agree")  # fmt: skip
+
+        _check_split("train", self.train, self.num_classes)
+        _check_split("test", self.test, self.num_classes)
+
+        train_shape = self.train.images.shape[1:]
+        test_shape = self.test.images.shape[1:]
+        if train_shape != test_shape:
+            raise DataError(
+                f"training images are {train_shape}, test images {test_shape} (height, width, channels): they must"
+                " agree"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -94,3 +107,14 @@ class Dataset:
         """(H, W, C)."""
         height, width, channels = self.train.images.shape[1:]
         return height, width, channels
+
+
+def _check_split(name: str, split: Split, num_classes: int) -> None:
+    images = split.images
+    labels = split.labels
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise DataError(f"{name} images are {images.dtype} {images.shape}, expected uint8 [N, H, W, C]")
+    if labels.shape != images.shape[:1] or not len(labels):
+        raise DataError(f"{name} set has {len(images)} images and {len(labels)} labels")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise DataError(f"{name} labels go from {labels.min()} to {labels.max()}, expected 0 to {num_classes - 1}")

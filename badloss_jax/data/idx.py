@@ -14,6 +14,7 @@ from badloss_jax.core.errors import DataError, UsageError
 from badloss_jax.data.dataset import Dataset, Split
 
 _FILES = {"train": "train", "test": "t10k"}
+_MAGIC = 0x0800  # of unsigned bytes; the number of dimensions is added
 
 
 def load(settings: Mapping[str, Any]) -> Dataset:
@@ -29,28 +30,35 @@ def load(settings: Mapping[str, Any]) -> Dataset:
         images = _read(folder / f"{prefix}-images-idx3-ubyte.gz", 3)
         labels = _read(folder / f"{prefix}-labels-idx1-ubyte.gz", 1)
         splits[name] = Split(images[..., None], labels.astype(np.int32))
+
     if not len(splits["train"].labels):
         raise DataError(f"{folder} has no training examples")
-    names = tuple(str(label) for label in range(int(splits["train"].labels.max()) + 1))
-    return Dataset(splits["train"], splits["test"], names)
+    num_classes = int(splits["train"].labels.max()) + 1
+    class_names = tuple(str(label) for label in range(num_classes))
+    return Dataset(splits["train"], splits["test"], class_names)
 
 
 def _read(path: Path, dimensions: int) -> np.ndarray:
+    """Returns the uint8 array that an IDX file holds."""
     if not path.is_file():
         raise UsageError(
             f"data.dir: {path} does not exist; --config.data.dir=DIR names the folder with the IDX files"
             " (Fashion-MNIST: Debian's package dataset-fashion-mnist puts them in /usr/share/datasets/fashion-mnist)"
         )
+
     try:
         with gzip.open(path) as file:
             header = file.read(4 + 4 * dimensions)
             magic, *shape = struct.unpack(f">{1 + dimensions}I", header)
-            if magic != 0x0800 + dimensions:
+            if magic != _MAGIC + dimensions:
                 raise DataError(f"{path} is not an IDX file of {dimensions} dimensions of bytes (magic {magic:#010x})")
+
+            # One byte more than there should be shows a file that is too long, without unpacking all of it.
             size = math.prod(shape)
             values = file.read(size + 1)
     except (EOFError, OSError, zlib.error, struct.error, MemoryError, OverflowError) as error:
         raise DataError(f"{path} is damaged: {error or 'cut short'}") from error
+
     if len(values) != size:
         raise DataError(f"{path} holds {len(values)} values or more, its header says {size} ({shape})")
     return np.frombuffer(values, np.uint8).reshape(shape)

@@ -23,17 +23,32 @@ def decode_pixels(file: Path | IO[bytes], size: int, channels: int) -> UInt8[np.
       size: pixels a side, or 0 for the image's own height and width.
       channels: 3 (RGB) or 1 (grey).
 
+    Returns:
+      uint8 [H, W, C] in 0..255.
+
     Raises:
       Exception: nearly anything, as Pillow's decoders do on damaged files; ValueError if the image is too large.
     """
-    if isinstance(file, Path) and (size_of_file := file.stat().st_size) > MAX_BYTES:
-        raise ValueError(f"{size_of_file:,} bytes are more than {MAX_BYTES:,}")
+    if isinstance(file, Path):
+        num_bytes = file.stat().st_size
+        if num_bytes > MAX_BYTES:
+            raise ValueError(f"{num_bytes:,} bytes are more than {MAX_BYTES:,}")
+
     with Image.open(file, formats=FORMATS) as image:
         return resize_pixels(_to_8_bit(image), size, channels)
 
 
 def resize_pixels(image: Image.Image, size: int, channels: int) -> UInt8[np.ndarray, "H W C"]:
-    """Converts an 8-bit image to grey or RGB and resizes it (bilinear) to a square; size 0 leaves it as it is."""
+    """Converts an 8-bit image to grey or RGB and resizes it (bilinear) to a square.
+
+    Args:
+      image: of Pillow, with 8 bits a channel.
+      size: pixels a side, or 0 to leave the height and width as they are.
+      channels: 3 (RGB) or 1 (grey).
+
+    Returns:
+      uint8 [H, W, C] in 0..255.
+    """
     pixels = image.convert(_MODES[channels])
     if size:
         pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
@@ -53,13 +68,16 @@ def check_header(file: Path | IO[bytes]) -> None:
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """Refuses what is too large or has no known range, and scales 16 bits to 8, which Pillow would clip."""
     _check_range(image)
-    if image.mode.startswith("I;16"):
-        wide = np.asarray(image)
-        narrow = np.empty(wide.shape, np.uint8)
-        for start in range(0, len(wide), _ROWS):  # rounded division by 257, a few rows at a time
-            narrow[start : start + _ROWS] = (wide[start : start + _ROWS].astype(np.uint32) + 128) // 257
-        return Image.fromarray(narrow)
-    return image
+    if not image.mode.startswith("I;16"):
+        return image
+
+    wide = np.asarray(image)
+    narrow = np.empty(wide.shape, np.uint8)
+    # Rounded division by 257, which maps 65,535 to 255; a few rows at a time, for the wider numbers in between.
+    for start in range(0, len(wide), _ROWS):
+        rows = slice(start, start + _ROWS)
+        narrow[rows] = (wide[rows].astype(np.uint32) + 128) // 257
+    return Image.fromarray(narrow)
 
 
 def _check_range(image: Image.Image) -> None:

@@ -28,7 +28,8 @@ class Records:
 
     def __init__(self, name: str, shards: Sequence[tuple[Path, int]]):
         """Notes the name of the split, for messages, and its files, each with its number of records; opens none."""
-        self.name, self.shards = name, shards
+        self.name = name
+        self.shards = shards
         self._ends = np.cumsum([count for _, count in shards])
         self.__setstate__({})
 
@@ -51,18 +52,21 @@ class Records:
         from tensorflow_datasets.proto import tf_example_pb2
 
         try:
-            return tf_example_pb2.Example.FromString(self._source()[row]).features.feature
+            return tf_example_pb2.Example.FromString(self._reader()[row]).features.feature
         except Exception as error:  # array_record and protobuf raise nearly anything on damaged files
-            raise DataError(f"{self.place(row)} cannot be read: {error}; if `badloss prepare` wrote it, the same"
-                            " command checks the folder and writes what is damaged again") from error  # fmt: skip
+            raise DataError(
+                f"{self.place(row)} cannot be read: {error}; if `badloss prepare` wrote it, the same command checks"
+                " the folder and writes what is damaged again"
+            ) from error
 
     def place(self, row: int) -> str:
         """Names a record, its file and its split."""
         shard = int(np.searchsorted(self._ends, row, side="right"))
         path, count = self.shards[shard]
-        return f"record {row - int(self._ends[shard]) + count} of {path} ({self.name} {row})"
+        row_in_shard = row - int(self._ends[shard]) + count
+        return f"record {row_in_shard} of {path} ({self.name} {row})"
 
-    def _source(self) -> Any:
+    def _reader(self) -> Any:
         """Returns array_record's reader; a forked process opens the files anew."""
         if self._opened[0] != os.getpid():
             from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -70,7 +74,7 @@ class Records:
             _allow_open_files(len(self.shards))
             # No lock, which a fork could copy while it is held: of two readers made at once, one is dropped.
             reader = ArrayRecordDataSource([f"{path}[0:{count}]" for path, count in self.shards])
-            self._opened = os.getpid(), reader
+            self._opened = (os.getpid(), reader)
         return self._opened[1]
 
 
@@ -85,7 +89,12 @@ class RecordImages:
     dtype = np.dtype(np.uint8)
 
     def __init__(
-        self, records: Records, identity: str, stored_shape: tuple[int, int, int] | None, size: int, channels: int
+        self,
+        records: Records,
+        identity: str,
+        stored_shape: tuple[int, int, int] | None,
+        size: int,
+        channels: int,
     ):
         """Describes the images; if their size is not known, the first one is decoded.
 
@@ -99,15 +108,33 @@ class RecordImages:
         Raises:
           DataError: the first image does not decode.
         """
-        self._records, self._stored_shape, self._size, self._channels = records, stored_shape, size, channels
-        self._rows, self._pad = np.arange(len(records)), 0
+        self._records = records
+        self._stored_shape = stored_shape
+        self._size = size
+        self._channels = channels
+        self._rows = np.arange(len(records))
+        self._pad = 0
         self._identity = digest(identity, stored_shape, size, channels)
-        self._sides = (size, size) if size else stored_shape[:2] if stored_shape else ()
-        if not self._sides:
+
+        self._sides: tuple[int, ...] = ()  # (H, W) without the padding
+        if size:
+            self._sides = (size, size)
+        elif stored_shape:
+            self._sides = stored_shape[:2]
+        else:
+            # The first image stands for all; the others are checked when they are read.
             self._sides = self._decode(0).shape[:2]
 
     def view(self, rows: Int[np.ndarray, "M"] | slice, pad: int) -> "RecordImages":
-        """Returns these rows alone, with `pad` zero pixels on each side; nothing is decoded."""
+        """Returns some rows alone, padded with zeros; nothing is decoded.
+
+        Args:
+          rows: int [M], or a slice.
+          pad: pixels to add on each side, on top of what is padded already.
+
+        Returns:
+          M images of the same records.
+        """
         view = RecordImages.__new__(RecordImages)
         view.__dict__.update(self.__dict__, _rows=self._rows[rows], _pad=self._pad + pad)
         return view
@@ -138,12 +165,14 @@ class RecordImages:
             return self._padded(int(rows))
         if rows.ndim > 1:
             raise IndexError(f"images are indexed by one row or a list of rows, not by an array of {rows.ndim} axes")
+
         images = np.empty((len(rows), *self.shape[1:]), np.uint8)
 
-        def fill(place: int) -> None:
-            images[place] = self._padded(int(rows[place]))
+        def fill(position: int) -> None:
+            images[position] = self._padded(int(rows[position]))
 
         with ThreadPoolExecutor() as pool:
+            # Going through the results raises what a thread raised.
             for _ in pool.map(fill, range(len(rows))):
                 pass
         return images
@@ -158,11 +187,13 @@ class RecordImages:
           DataError: they do not fit the machine's memory; or as for an index.
         """
         check_memory(int(np.prod(self.shape)), f"the {len(self):,} images of {self._records.name}")
+
         images = np.empty(self.shape, np.uint8)
         with tqdm(desc="decoding", total=len(self), unit=" images", leave=False, disable=None) as bar:
             for start in range(0, len(self), _CHUNK):
-                images[start : start + _CHUNK] = self[start : start + _CHUNK]
-                bar.update(len(images[start : start + _CHUNK]))
+                chunk = slice(start, start + _CHUNK)
+                images[chunk] = self[chunk]
+                bar.update(len(images[chunk]))
         return images
 
     def _padded(self, row: int) -> np.ndarray:
@@ -172,17 +203,22 @@ class RecordImages:
                 f"{self._records.place(row)} is {pixels.shape[:2]}, and others are {self._sides} (height, width):"
                 " --config.data.image_size=PIXELS resizes all images to one size"
             )
+
         pad = self._pad
-        return np.pad(pixels, ((pad, pad), (pad, pad), (0, 0))) if pad else pixels
+        if pad:
+            pixels = np.pad(pixels, ((pad, pad), (pad, pad), (0, 0)))
+        return pixels
 
     def _decode(self, row: int) -> np.ndarray:
-        feature = self._records.features(row)["image"].bytes_list.value
+        values = self._records.features(row)["image"].bytes_list.value
         try:
-            if len(feature) != 1:
-                raise ValueError(f"it holds {len(feature)} images")
+            if len(values) != 1:
+                raise ValueError(f"it holds {len(values)} images")
             if self._stored_shape is None:
-                return decode_pixels(io.BytesIO(feature[0]), self._size, self._channels)
-            stored = np.frombuffer(feature[0], np.uint8).reshape(self._stored_shape)
+                return decode_pixels(io.BytesIO(values[0]), self._size, self._channels)
+
+            # Pixels of the right size and colours, as a rule, take no detour through Pillow.
+            stored = np.frombuffer(values[0], np.uint8).reshape(self._stored_shape)
             if stored.shape == (*self._sides, self._channels):
                 return stored
             return resize_pixels(Image.fromarray(stored.squeeze()), self._size, self._channels)
@@ -199,28 +235,39 @@ def read_labels(records: Records) -> Int[np.ndarray, "N"]:
 
     def read(row: int) -> int:
         values = records.features(row)["label"].int64_list.value
+        # -1 is how TFDS marks an example without a label.
         if len(values) != 1 or not -1 <= values[0] < 2**31:
             raise DataError(f"{records.place(row)} has the labels {list(values)[:3]}, expected one")
         return values[0]
 
     rows: Sequence[int] = range(len(records))
     with ThreadPoolExecutor() as pool:
-        read_all = tqdm(pool.map(read, rows), "labels", len(rows), unit=" examples", leave=False, disable=None)
-        return np.fromiter(read_all, np.int32, len(rows))
+        labels = tqdm(pool.map(read, rows), "labels", len(rows), unit=" examples", leave=False, disable=None)
+        return np.fromiter(labels, np.int32, len(rows))
 
 
 def check_memory(needed: int, what: str) -> None:
-    """Raises DataError if `needed` bytes are more than the machine's memory."""
+    """Refuses what is larger than the machine's memory.
+
+    Args:
+      needed: bytes.
+      what: takes them, for the message.
+
+    Raises:
+      DataError: the machine has less memory, used or not; both numbers are named.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
-        raise DataError(f"{what} take {needed:,} bytes, and the machine has {memory:,} of memory: take fewer or smaller"
-                        " images, or prepare them by `badloss prepare`, which are then streamed")  # fmt: skip
+        raise DataError(
+            f"{what} take {needed:,} bytes, and the machine has {memory:,} of memory: take fewer or smaller images, or"
+            " prepare them by `badloss prepare`, which are then streamed"
+        )
 
 
 def _allow_open_files(shards: int) -> None:
     """Raises the limit of open files, usually 1,024: array_record keeps every shard open, and ImageNet has as many."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = soft + shards
+    needed = soft + shards
     if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+        needed = min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))

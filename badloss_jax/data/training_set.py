@@ -4,7 +4,7 @@ What cannot be read is left out and named, with the reason: one bad file among a
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,23 @@ from badloss_jax.core.seeding import generator
 from badloss_jax.data import arrays, is_streamed, tfds
 from badloss_jax.data.dataset import Split
 from badloss_jax.data.decoding import decode_files
+from badloss_jax.data.listing import Listing, list_folder
 from badloss_jax.data.pixels import FORMATS, decode_pixels
 from badloss_jax.data.records import check_memory
 
+__all__ = [
+    "Listing",
+    "TrainingSet",
+    "list_folder",
+    "read_arrays",
+    "read_folder",
+    "read_tfds",
+    "suggested_size",
+    "trusted_ids",
+]
+
 _LARGEST = 64  # pixels a side that images are brought to, unless told otherwise
-_LOOKED_AT = 200  # headers, to choose a size by
+_SAMPLE = 200  # headers, to choose a size by
 _EXPLAINED = 1000  # files that do not decode, for which the reason is looked up
 _FEWEST_PROBES = 10
 
@@ -60,132 +72,29 @@ class TrainingSet:
         return height, width, channels
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The files below `root`/<class>, or `root`/train/<class>, none of them opened.
-
-    Attributes:
-      root: the folder, resolved.
-      class_names: in sorted order.
-      names: of each file, relative to `root`, in sorted order.
-      labels: of each file.
-      left_out: as in `TrainingSet`.
-    """
-
-    root: Path
-    class_names: tuple[str, ...]
-    names: tuple[str, ...]
-    labels: Int[np.ndarray, "N"]
-    left_out: dict[str, str]
-
-    @property
-    def files(self) -> list[Path]:
-        """The paths."""
-        return [self.root / name for name in self.names]
-
-
-def list_folder(root: Path, follow_links: bool = False, class_names: tuple[str, ...] = ()) -> Listing:
-    """Lists a folder of images by class, with what lies deeper in a class folder; hidden files are passed over.
-
-    Args:
-      root: with <class>/*, or with train/<class>/*.
-      follow_links: also take files that links lead to outside of `root`.
-      class_names: of another folder that the classes have to be among; by default they are what is found.
-
-    Raises:
-      UsageError: there is no such folder, or fewer than two class folders, or one that is not among `class_names`.
-      DataError: no class folder has a file in it.
-    """
-    if not root.is_dir():
-        raise UsageError(f"{root} is not a folder; expected one with <class>/<image>, or train/<class>/<image>")
-    root = root.resolve()
-    base, inner = root / "train", root / "train"
-    if _outside(inner, root) and not follow_links:
-        raise UsageError(f"{inner} is a link that leads out of the folder: --follow_links reads such files")
-    if not (inner.is_dir() and any(path.is_dir() for path in _visible(inner))):
-        base = root
-    left_out: dict[str, str] = {}
-    found: dict[str, list[str]] = {}
-    for folder in _visible(base):
-        if folder.is_dir():
-            found[folder.name] = sorted(_walk(folder, root, follow_links, left_out))
-    names = class_names or tuple(found)
-    strangers = sorted(found.keys() - set(names))
-    if strangers:
-        raise UsageError(f"{base / strangers[0]} is a class folder that the training set does not have; it has"
-                         f" {', '.join(names[:10])}{', ...' * (len(names) > 10)}")  # fmt: skip
-    if len(names) < 2:
-        raise UsageError(f"{base} has {len(names)} class folders, expected two or more: <class>/<image>")
-    for name, files in found.items():
-        if not files:
-            left_out.setdefault((base / name).relative_to(root).as_posix(), "a class folder without images")
-    if not any(found.values()):
-        raise DataError(f"{base} has class folders, and no file in any of them")
-    if not class_names:  # an empty folder is no class
-        names = tuple(name for name in names if found[name])
-    listed = [(file, label) for label, name in enumerate(names) for file in found.get(name, ())]
-    labels = np.array([label for _, label in listed], np.int32)
-    return Listing(root, names, tuple(file for file, _ in listed), labels, left_out)
-
-
-def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-
-
-def _walk(folder: Path, root: Path, follow_links: bool, left_out: dict[str, str]) -> Iterator[str]:
-    """Yields the names of a class's files, and notes those that may not be opened."""
-    if _outside(folder, root) and not follow_links:
-        left_out[folder.relative_to(root).as_posix()] = "a link that leads out of the folder"
-        return
-    seen: set[Path] = set()  # links may lead in a circle
-
-    def unreadable(error: OSError) -> None:
-        left_out[Path(error.filename).relative_to(root).as_posix()] = f"a folder that cannot be read: {error.strerror}"
-
-    for place, folders, files in os.walk(folder, onerror=unreadable, followlinks=follow_links):
-        real = Path(place).resolve() if follow_links else Path(place)
-        if real in seen:
-            left_out[Path(place).relative_to(root).as_posix()] = "a link to a folder that was read already"
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in [] if follow_links else folders:
-            if (Path(place) / name).is_symlink():
-                left_out[(Path(place) / name).relative_to(root).as_posix()] = "a link to a folder"
-        for file in files:
-            path = Path(place) / file
-            name = path.relative_to(root).as_posix()
-            if file.startswith("."):
-                continue
-            if "\n" in name or "\r" in name:
-                left_out[name] = "a line break in its name, which a list with one path a line cannot hold"
-            elif _outside(path, root) and not follow_links:
-                left_out[name] = "a link that leads out of the folder"
-            elif not path.is_file():
-                left_out[name] = "not a file, or a link to nothing"
-            else:
-                yield name
-
-
-def _outside(path: Path, root: Path) -> bool:
-    return path.is_symlink() and not path.resolve().is_relative_to(root)
+# --- a folder of images
 
 
 def suggested_size(listing: Listing) -> tuple[int, int]:
     """Looks at the headers of some files, and chooses pixels a side (at most 64) and channels (1 if all are grey)."""
-    sides, grey = [], True
-    for number in np.unique(np.linspace(0, len(listing.names) - 1, _LOOKED_AT).astype(int)):
+    sides = []
+    channels = 1
+    # Spread over the whole listing, as the files of one class may be alike.
+    for number in np.unique(np.linspace(0, len(listing.names) - 1, _SAMPLE).astype(int)):
         try:
             with Image.open(listing.root / listing.names[number], formats=FORMATS) as image:
                 sides.append(min(image.size))
-                grey &= image.mode in ("1", "L", "I;16", "LA")
+                if image.mode not in ("1", "L", "I;16", "LA"):
+                    channels = 3
         except Exception:  # Pillow raises nearly anything; such files are named when they are decoded
             continue
+
     if not sides:
-        raise DataError(f"{listing.root}: of {min(len(listing.names), _LOOKED_AT)} files looked at none is an image"
-                        f" ({', '.join(FORMATS)})")  # fmt: skip
-    return min(int(np.median(sides)), _LARGEST), 1 if grey else 3
+        raise DataError(
+            f"{listing.root}: of {min(len(listing.names), _SAMPLE)} files looked at none is an image"
+            f" ({', '.join(FORMATS)})"
+        )
+    return min(int(np.median(sides)), _LARGEST), channels
 
 
 def read_folder(listing: Listing, settings: Mapping[str, Any], trusted: Listing | None = None) -> TrainingSet:
@@ -196,40 +105,67 @@ def read_folder(listing: Listing, settings: Mapping[str, Any], trusted: Listing 
       settings: `config.data`; image_size is above 0.
       trusted: of images that are known to be clean, with the same classes.
 
+    Returns:
+      The images that decode, in the order of the listings.
+
     Raises:
       DataError: the decoded images do not fit the memory, or none decodes.
       PreemptedError: it was told to stop.
     """
-    size, channels = settings["image_size"], settings["channels"]
-    total = len(listing.names) + (len(trusted.names) if trusted else 0)
-    check_memory(2 * total * size * size * channels, f"{total:,} images of {size} x {size} pixels")
+    size = settings["image_size"]
+    total = len(listing.names)
+    if trusted:
+        total += len(trusted.names)
+    # Twice, as what was decoded in parts is copied together in the end.
+    check_memory(2 * total * size * size * settings["channels"], f"{total:,} images of {size} x {size} pixels")
+
     left_out = dict(listing.left_out)
     images, names, labels = _read(listing, settings, left_out, "")
     own = len(names)
+
     if trusted:
-        more, more_names, more_labels = _read(trusted, settings, left_out, f"{trusted.root.as_posix()}/")
-        images, labels = np.concatenate([images, more]), np.concatenate([labels, more_labels])
-        names += more_names
+        trusted_images, trusted_names, trusted_labels = _read(
+            trusted, settings, left_out, f"{trusted.root.as_posix()}/"
+        )
+        images = np.concatenate([images, trusted_images])
+        labels = np.concatenate([labels, trusted_labels])
+        names += trusted_names
     return TrainingSet(Split(images, labels), listing.class_names, tuple(names), listing.root, own, left_out)
 
 
 def _read(
-    listing: Listing, settings: Mapping[str, Any], left_out: dict[str, str], before: str
+    listing: Listing,
+    settings: Mapping[str, Any],
+    left_out: dict[str, str],
+    prefix: str,
 ) -> tuple[np.ndarray, list[str], np.ndarray]:
+    """Returns images, names (with the prefix) and labels of what decodes; notes in `left_out` what does not."""
     images, kept = decode_files(listing.root, listing.files, dict(settings) | {"skip_corrupt": True})
-    missing = np.setdiff1d(np.arange(len(listing.names)), kept)
-    for place, number in enumerate(missing.tolist()):
-        reason = _reason(listing.root / listing.names[number], settings) if place < _EXPLAINED else "does not decode"
-        left_out[before + listing.names[number]] = reason
-    return images, [before + listing.names[number] for number in kept.tolist()], listing.labels[kept]
+
+    missing = np.setdiff1d(np.arange(len(listing.names)), kept).tolist()
+    for count, number in enumerate(missing):
+        name = listing.names[number]
+        # To find the reason, a file is read again, which takes its time.
+        reason = "does not decode"
+        if count < _EXPLAINED:
+            reason = _reason(listing.root / name, settings)
+        left_out[prefix + name] = reason
+
+    names = [prefix + listing.names[number] for number in kept.tolist()]
+    return images, names, listing.labels[kept]
 
 
 def _reason(path: Path, settings: Mapping[str, Any]) -> str:
+    """Says why a file does not decode, in one line."""
     try:
         decode_pixels(path, settings["image_size"], settings["channels"])
     except Exception as error:  # Pillow raises nearly anything
+        # In one line, and without the path, which stands beside it.
         return " ".join(str(error).split()).replace(str(path), "it") or type(error).__name__
     return "it did not decode, and now does: it was changed meanwhile"
+
+
+# --- arrays and TFDS, whose examples are called by their rows
 
 
 def read_arrays(settings: Mapping[str, Any]) -> TrainingSet:
@@ -247,62 +183,102 @@ def read_tfds(settings: Mapping[str, Any]) -> TrainingSet:
 def _numbered(split: Split, class_names: tuple[str, ...], settings: Mapping[str, Any]) -> TrainingSet:
     wrong = np.flatnonzero((split.labels < 0) | (split.labels >= len(class_names)))
     if len(wrong):
-        raise DataError(f"{settings['dir']}: {len(wrong)} labels are no classes, the first in row {wrong[0]}:"
-                        f" {split.labels[wrong[0]]}; expected 0 to {len(class_names) - 1}")  # fmt: skip
+        raise DataError(
+            f"{settings['dir']}: {len(wrong)} labels are no classes, the first in row {wrong[0]}:"
+            f" {split.labels[wrong[0]]}; expected 0 to {len(class_names) - 1}"
+        )
+
     if not is_streamed(split, settings["input"]):
         split = split.materialised()
     count = len(split.labels)
     return TrainingSet(split, class_names, tuple(map(str, range(count))), None, count)
 
 
+# --- probes
+
+
 def trusted_ids(probes: str, examples: TrainingSet, seed: int) -> Int[np.ndarray, "P"]:
     """Returns the ids of the probes, ascending; see `badloss_jax.scan` for how they are given.
+
+    Args:
+      probes: a text file of names, a folder inside the training set's, or how many to draw and to trust.
+      examples: the training set; where it has trusted images beside its own, these are the probes.
+      seed: of the draw.
+
+    Returns:
+      int64 [P].
 
     Raises:
       UsageError: there is no such file, it names something twice or what the training set does not have, or the probes
         are fewer than 10 or more than half of all.
     """
-    count, path = len(examples.names), Path(probes).expanduser()
-    if examples.own < count:  # images of a folder beside the training set
+    count = len(examples.names)
+    path = Path(probes).expanduser()
+    # The images of a folder beside the training set follow its own.
+    if examples.own < count:
         ids = np.arange(examples.own, count)
-    elif path.is_dir() and not examples.root:
-        raise UsageError(f"--probes {path} is a folder, and the training set has no paths: give a text file of row"
-                         " numbers, or how many to draw and to trust")  # fmt: skip
     elif path.is_dir():
-        inside = path.resolve().relative_to(examples.root.resolve()).as_posix() + "/"  # type: ignore[union-attr]
-        ids = np.array([number for number, name in enumerate(examples.names) if name.startswith(inside)], np.int64)
+        ids = _probes_inside(path, examples)
     elif probes.isascii() and probes.isdigit():
         if not int(probes) <= count / 2:
             raise UsageError(f"--probes {probes} of {count:,} images: expected half of them at most")
         ids = np.sort(generator(seed, "probes").choice(count, int(probes), replace=False))
     else:
         ids = _named_probes(path, examples)
+
     if not _FEWEST_PROBES <= len(ids) <= count / 2:
-        raise UsageError(f"--probes {probes}: {len(ids)} of {count:,} images are probes, expected"
-                         f" {_FEWEST_PROBES} or more, and half of them at most; 250 are usual")  # fmt: skip
+        raise UsageError(
+            f"--probes {probes}: {len(ids)} of {count:,} images are probes, expected {_FEWEST_PROBES} or more, and half"
+            " of them at most; 250 are usual"
+        )
     return ids
 
 
+def _probes_inside(folder: Path, examples: TrainingSet) -> Int[np.ndarray, "P"]:
+    """Returns the ids of the images below a folder of the training set."""
+    if not examples.root:
+        raise UsageError(
+            f"--probes {folder} is a folder, and the training set has no paths: give a text file of row numbers, or how"
+            " many to draw and to trust"
+        )
+    prefix = folder.resolve().relative_to(examples.root.resolve()).as_posix() + "/"
+    return np.array([number for number, name in enumerate(examples.names) if name.startswith(prefix)], np.int64)
+
+
 def _named_probes(path: Path, examples: TrainingSet) -> Int[np.ndarray, "P"]:
+    """Returns the ids of the examples that a text file names, one a line."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        raise UsageError(f"--probes {path} cannot be read ({error}): give a text file of trusted paths, a folder, or"
-                         " how many images to draw and to trust") from error  # fmt: skip
-    place = {name: number for number, name in enumerate(examples.names)}
-    ids: dict[int, int] = {}
+        raise UsageError(
+            f"--probes {path} cannot be read ({error}): give a text file of trusted paths, a folder, or how many images"
+            " to draw and to trust"
+        ) from error
+
+    id_of = {name: number for number, name in enumerate(examples.names)}
+    line_of: dict[int, int] = {}
     for number, line in enumerate(lines, start=1):
         name = os.fsdecode(line).strip("\r\n").removeprefix("./")
         if not name.strip():
             continue
-        if name not in place:
-            why = f", which was left out: {examples.left_out[name]}" if name in examples.left_out else ""
-            what = "a path relative to the data's folder" if examples.root else "a row number"
-            raise UsageError(f"--probes {path}, line {number}: {printable(name)!r} is no image of the training set"
-                             f"{why}; expected {what}")  # fmt: skip
-        if place[name] in ids:
+        if name not in id_of:
+            raise _unknown_probe(f"--probes {path}, line {number}", name, examples)
+
+        example_id = id_of[name]
+        if example_id in line_of:
             raise UsageError(
-                f"--probes {path}, line {number}: {printable(name)!r} stands in line {ids[place[name]]} too"
+                f"--probes {path}, line {number}: {printable(name)!r} stands in line {line_of[example_id]} too"
             )
-        ids[place[name]] = number
-    return np.array(sorted(ids), np.int64)
+        line_of[example_id] = number
+    return np.array(sorted(line_of), np.int64)
+
+
+def _unknown_probe(line: str, name: str, examples: TrainingSet) -> UsageError:
+    reason = ""
+    if name in examples.left_out:
+        reason = f", which was left out: {examples.left_out[name]}"
+
+    expected = "a row number"
+    if examples.root:
+        expected = "a path relative to the data's folder"
+    return UsageError(f"{line}: {printable(name)!r} is no image of the training set{reason}; expected {expected}")

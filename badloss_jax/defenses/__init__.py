@@ -1,11 +1,17 @@
-"""Defences behind one signature: `(context, settings) -> Suspicion | Cleansed`; see `context`.
+"""Defences behind one signature: `(context, settings) -> Suspicion | Cleansed`.
 
-A new one is a function in a file of its own, one line in `DEFENSES`, and its settings in `config.defenses`.
+Each says how suspicious every training example is, or trains a clean network itself. Begin to read with `context`, what
+every defence is given and gives back, then `badloss`; `abl` is the shortest of the others.
+
+A new one is a function in a file of its own, one line in `DEFENSES`, and its settings in `config.defenses`; README.md
+shows one. Defences may import everything up to `scoring`; `config` and all that runs them stand later in the line.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from badloss_jax.defenses import baselines
 from badloss_jax.defenses.abl import abl
@@ -46,16 +52,34 @@ class Defense:
         """Returns those of `config.rejection.rules` that it can be asked for, after its own."""
         if self.cleanses:
             return []
-        own = [OWN] if self.own_rule else []
-        return own + [rule for rule in asked if rule != "clusters" or self.kind]
+
+        rules = []
+        if self.own_rule:
+            rules.append(OWN)
+
+        # Only BaDLoss knows who is in the attacks that the rule "clusters" asks for.
+        rules += [rule for rule in asked if rule != "clusters" or self.kind]
+        return rules
 
 
 def _badloss(kind: str) -> Defense:
+    """Returns BaDLoss by one kind of trajectory."""
     return Defense(badloss(kind), recorded=True, kind=kind)
 
 
-def _one(settings: Mapping[str, Any]) -> int:
-    return 1
+def _of_losses(statistic: Callable[[np.ndarray], np.ndarray], sign: int = 1) -> Defense:
+    """Returns a baseline that reads the recorded losses."""
+    return Defense(baselines.of_losses(statistic, sign), recorded=True)
+
+
+def _of_margins(statistic: Callable[[np.ndarray], np.ndarray], sign: int = 1) -> Defense:
+    """Returns a baseline that reads the recorded margins."""
+    return Defense(baselines.of_margins(statistic, sign), recorded=True, margins=True)
+
+
+def _always(count: int) -> Callable[[Mapping[str, Any]], int]:
+    """Returns a number of trainings that no setting changes."""
+    return lambda settings: count
 
 
 DEFENSES: dict[str, Defense] = {
@@ -66,22 +90,22 @@ DEFENSES: dict[str, Defense] = {
     "badloss_ranked": _badloss("ranked"),
     "badloss_features": _badloss("features"),
     "badloss_combined": _badloss("combined"),
-    "mean_loss_low": Defense(baselines.of_losses(baselines.mean_loss, -1), recorded=True),
-    "mean_loss_high": Defense(baselines.of_losses(baselines.mean_loss), recorded=True),
-    "loss_variance": Defense(baselines.of_losses(baselines.loss_variance), recorded=True),
-    "forgetting_events": Defense(baselines.of_margins(baselines.forgetting_events), recorded=True, margins=True),
-    "area_under_margin": Defense(baselines.of_margins(baselines.area_under_margin, -1), recorded=True, margins=True),
-    "first_learned_epoch": Defense(
-        baselines.of_margins(baselines.first_learned_epoch, -1), recorded=True, margins=True
-    ),
-    "abl": Defense(abl, own_rule=True, trainings=_one),
-    "cbd": Defense(cbd, cleanses=True, trainings=lambda settings: 2),
+    # What recorded trajectories say without probes.
+    "mean_loss_low": _of_losses(baselines.mean_loss, sign=-1),
+    "mean_loss_high": _of_losses(baselines.mean_loss),
+    "loss_variance": _of_losses(baselines.loss_variance),
+    "forgetting_events": _of_margins(baselines.forgetting_events),
+    "area_under_margin": _of_margins(baselines.area_under_margin, sign=-1),
+    "first_learned_epoch": _of_margins(baselines.first_learned_epoch, sign=-1),
+    # What asks for networks of its own, or for the attacked one.
+    "abl": Defense(abl, own_rule=True, trainings=_always(1)),
+    "cbd": Defense(cbd, cleanses=True, trainings=_always(2)),
     "pss": Defense(pss, cleanses=True, trainings=trainings_of_pss),
     "neural_cleanse": Defense(neural_cleanse, own_rule=True),
     "cognitive_distillation": Defense(cognitive_distillation, own_rule=True),
     "activation_clustering": Defense(activation_clustering, own_rule=True),
     "spectral_signatures": Defense(spectral_signatures, own_rule=True),
-    "frequency_analysis": Defense(frequency_analysis, own_rule=True, trainings=_one),
+    "frequency_analysis": Defense(frequency_analysis, own_rule=True, trainings=_always(1)),
 }
 
 __all__ = ["DEFENSES", "Cleansed", "Context", "Defense", "Suspicion"]

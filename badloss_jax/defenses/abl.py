@@ -24,6 +24,7 @@ from badloss_jax.models import ModelSpec
 from badloss_jax.training.batch import Batch
 from badloss_jax.training.objective import Flooding
 from badloss_jax.training.state import TrainState
+from badloss_jax.training.step import network_of
 
 
 def abl(context: Context, settings: Mapping[str, Any]) -> Suspicion:
@@ -36,24 +37,41 @@ def abl(context: Context, settings: Mapping[str, Any]) -> Suspicion:
     Returns:
       Scores [N], minus the losses in nats, and what is removed by them.
     """
-    epochs, objective = settings["epochs"], Flooding(context.recipe.objective.clamp, settings["flooding"])
-    recipe = replace(context.recipe, epochs=epochs, schedule_epochs=epochs, objective=objective)
+    flooding = Flooding(clamp=context.recipe.objective.clamp, level=settings["flooding"])
+    epochs = settings["epochs"]
+    recipe = replace(context.recipe, epochs=epochs, schedule_epochs=epochs, objective=flooding)
     state = context.train("flooded", recipe)
-    losses = context.map(make_loss_step(context.spec, context.mesh), state, title="losses of the flooded network")
+
+    loss_step = make_loss_step(context.spec, context.mesh)
+    losses = context.map(loss_step, state, title="losses of the flooded network")
+
     scores = -losses.astype(np.float64)
     return Suspicion(scores, removed=lowest(losses, settings["fraction"]))
 
 
 def lowest(losses: Float[np.ndarray, "N"], fraction: float) -> Bool[np.ndarray, "N"]:
-    """Marks the share `fraction` (above 0, below 1, rounded down) of the lowest losses; ties go by id."""
+    """Marks the lowest losses; ties go by id.
+
+    Args:
+      losses: [N], in nats.
+      fraction: the share that is marked, above 0 and below 1, rounded down.
+    """
+    ascending = np.argsort(losses, kind="stable")
+    count = int(fraction * len(losses))
+
     marked = np.zeros(len(losses), bool)
-    marked[np.argsort(losses, kind="stable")[: int(fraction * len(losses))]] = True
+    marked[ascending[:count]] = True
     return marked
 
 
 @lru_cache(maxsize=32)
 def make_loss_step(spec: ModelSpec, mesh: Mesh) -> Callable[[Batch, TrainState], Float[Array, "B"]]:
-    """Compiles (batch, state) -> cross-entropies in evaluation mode, in nats, float32 or wider [B]."""
+    """Compiles (batch, state) -> cross-entropies in evaluation mode, in nats, float32 or wider [B].
+
+    Args:
+      spec: the network.
+      mesh: the devices that share a batch.
+    """
 
     def step(batch: Batch, state: TrainState) -> Float[Array, "B"]:
         images, labels = batch.examples(jnp.promote_types(spec.dtype, jnp.float32))

@@ -11,6 +11,8 @@ The paper's section 5.2 names two signs of poison, the silhouette and the smalle
 program of BaDLoss looks at one of them, by default the silhouette, and would take sizes below 0.3 as the other. Here a
 class must pass both, and the default of `cluster_share`, 0.5, leaves the silhouette alone to decide; 0.3 asks for a
 small cluster, too. That program groups by predicted class; the paper, and this, by label.
+
+scikit-learn is imported where it is used, for it takes longer to import than all else here.
 """
 
 from collections.abc import Mapping
@@ -19,9 +21,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
-from sklearn.metrics import silhouette_samples
 
 from badloss_jax.core.seeding import derived_seed
 from badloss_jax.defenses.context import Context, Suspicion
@@ -56,13 +55,19 @@ def whiten(features: Float[np.ndarray, "n F"], components: int, seed: int = 0) -
     Returns:
       float64; C is smaller than `components` where there are fewer examples or directions in which they differ.
     """
+    from sklearn.decomposition import PCA
+
     wide = np.asarray(features, np.float64)
-    floor = np.finfo(np.float32).eps * np.abs(wide).max(initial=0)  # what float32 features cannot tell from 0
+
+    # Below this, float32 features cannot be told from 0, and a direction from a constant.
+    floor = np.finfo(np.float32).eps * np.abs(wide).max(initial=0)
     if len(wide) < 2 or not (np.ptp(wide, axis=0) > floor).any():
         return np.zeros((len(wide), 0))
+
     projected = PCA(min(components, *wide.shape), random_state=seed).fit_transform(wide)
     deviations = projected.std(0, ddof=1)
-    return projected[:, deviations > floor] / deviations[deviations > floor]
+    varies = deviations > floor
+    return projected[:, varies] / deviations[varies]
 
 
 def silhouette(
@@ -79,13 +84,26 @@ def silhouette(
     Returns:
       -1 to 1.
     """
-    draw = np.random.default_rng(seed)
+    from sklearn.metrics import silhouette_samples
+
     sides = [np.flatnonzero(~second), np.flatnonzero(second)]
     shares = np.array([len(side) for side in sides]) / len(points)
-    sides = [draw.choice(side, sample_size, replace=False) if len(side) > sample_size else side for side in sides]
-    chosen = np.concatenate(sides)
+
+    # Every point is compared with every other, so large clusters are sampled.
+    draw = np.random.default_rng(seed)
+    samples = []
+    for side in sides:
+        if len(side) > sample_size:
+            samples.append(draw.choice(side, sample_size, replace=False))
+        else:
+            samples.append(side)
+
+    chosen = np.concatenate(samples)
     values = silhouette_samples(points[chosen], second[chosen])
-    means = values[: len(sides[0])].mean(), values[len(sides[0]) :].mean()
+
+    # A cluster counts by its size, however many of its points stand for it.
+    num_first = len(samples[0])
+    means = np.array([values[:num_first].mean(), values[num_first:].mean()])
     return float(shares @ means)
 
 
@@ -98,14 +116,22 @@ def split(features: Float[np.ndarray, "n F"], components: int, sample_size: int,
       sample_size: see `silhouette`.
       seed: of everything drawn.
     """
+    from sklearn.cluster import KMeans
+
     points = whiten(features, components, seed)
     if len(points) < 3 or not points.shape[1]:
         return Clusters(0.0, 0.0, np.zeros(len(points)))
+
     distances = KMeans(2, n_init=10, random_state=seed).fit(points).transform(points)
     sizes = np.bincount(distances.argmin(1), minlength=2)
     small = int(sizes[1] < sizes[0])
+
     margins = (distances[:, 1 - small] - distances[:, small]) / distances.sum(1)
-    return Clusters(silhouette(points, margins > 0, sample_size, seed), sizes[small] / len(points), margins)
+    return Clusters(
+        silhouette=silhouette(points, margins > 0, sample_size, seed),
+        share=sizes[small] / len(points),
+        margins=margins,
+    )
 
 
 def activation_clustering(context: Context, settings: Mapping[str, Any]) -> Suspicion:
@@ -114,25 +140,48 @@ def activation_clustering(context: Context, settings: Mapping[str, Any]) -> Susp
     The scores rank as a falling threshold on the silhouette does: the members of smaller clusters before all others,
     attacked classes first, class by class as the silhouette falls, and within a class by their margin.
 
+    Args:
+      context: what every defence is given.
+      settings: `config.defenses.activation_clustering`.
+
     Returns:
       Scores from -K to K; details: the attacked classes, and each class's silhouette and share of the smaller cluster.
     """
-    features, labels, found = context.observed().features, context.labels, []
-    for label in range(context.num_classes):
-        seed = derived_seed(context.seed, _NAME, label)
-        members = np.asarray(features[labels == label])
-        found.append(split(members, settings["components"], settings["sample_size"], seed))
-    silhouettes, shares = (np.array([getattr(one, name) for one in found]) for name in ("silhouette", "share"))
+    by_class = _split_classes(context, settings)
+    silhouettes = np.array([clusters.silhouette for clusters in by_class])
+    shares = np.array([clusters.share for clusters in by_class])
     attacked = (silhouettes > settings["silhouette"]) & (shares <= settings["cluster_share"])
-    _, rank = np.unique(np.where(attacked, 3, 0) + silhouettes, return_inverse=True)  # 3: past all silhouettes
-    scores, small = np.zeros(len(labels)), np.zeros(len(labels), bool)
-    for label, clusters in enumerate(found):
-        members, margins = labels == label, clusters.margins
-        small[members] = margins > 0
-        scores[members] = margins + np.where(margins > 0, rank[label], rank[label] - rank.max())
+
+    # Attacked classes rank before all others: 3 is past all silhouettes.
+    _, rank = np.unique(np.where(attacked, 3, 0) + silhouettes, return_inverse=True)
+
+    labels = context.labels
+    scores = np.zeros(len(labels))
+    in_smaller = np.zeros(len(labels), bool)
+    for label, clusters in enumerate(by_class):
+        members = labels == label
+        in_smaller[members] = clusters.margins > 0
+
+        # Ranks are whole and margins at most 1 from 0, so that neither classes nor clusters mix.
+        offset = np.where(clusters.margins > 0, rank[label], rank[label] - rank.max())
+        scores[members] = clusters.margins + offset
+
     details = {
         "attacked_classes": np.flatnonzero(attacked).tolist(),
         "silhouettes": silhouettes.tolist(),
         "cluster_shares": shares.tolist(),
     }
-    return Suspicion(scores, removed=attacked[labels] & small, details=details)
+    return Suspicion(scores, removed=attacked[labels] & in_smaller, details=details)
+
+
+def _split_classes(context: Context, settings: Mapping[str, Any]) -> list[Clusters]:
+    """Splits the examples of each label by what the attacked network says of them."""
+    features = context.observed().features
+
+    by_class = []
+    for label in range(context.num_classes):
+        # Read class by class, for the features may be mapped from a file.
+        members = np.asarray(features[context.labels == label])
+        seed = derived_seed(context.seed, _NAME, label)
+        by_class.append(split(members, settings["components"], settings["sample_size"], seed))
+    return by_class

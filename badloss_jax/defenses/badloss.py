@@ -40,12 +40,16 @@ def suspicions(
     trajectories = Trajectories.of_store(store)
     scores, epochs = score_trajectories(trajectories, Probes(probe_ids), scoring, kinds, mesh)
 
+    # Looked for once, whatever the number of kinds, and only if a rule asks who is in an attack.
     @cache
     def members() -> Bool[np.ndarray, "N"]:
         clusters, _ = find_attacks(trajectories, probe_ids, scoring, seed, mesh)
         return in_attacks(clusters, store.num_examples)
 
-    return {kind: Suspicion(of.values(), of.probe_scores, members=members) for kind, of in scores.items()}, epochs
+    by_kind = {}
+    for kind, of_kind in scores.items():
+        by_kind[kind] = Suspicion(of_kind.values(), of_kind.probe_scores, members=members)
+    return by_kind, epochs
 
 
 def detect(
@@ -68,9 +72,15 @@ def detect(
 
     Returns:
       Detections by kind, and the epochs that the filter kept.
+
+    Raises:
+      UsageError: more epochs are to be scored than were recorded, or a rule that does not exist.
     """
-    found, epochs = suspicions(store, probe_ids, scoring, tuple(scoring["kinds"]), mesh, seed)
-    return {kind: decide(suspicion, rejection, probe_ids) for kind, suspicion in found.items()}, epochs
+    kinds = tuple(scoring["kinds"])
+    by_kind, epochs = suspicions(store, probe_ids, scoring, kinds, mesh, seed)
+
+    detections = {kind: decide(suspicion, rejection, probe_ids) for kind, suspicion in by_kind.items()}
+    return detections, epochs
 
 
 def badloss(kind: str) -> Callable[[Context, Mapping[str, Any]], Suspicion]:
@@ -78,6 +88,7 @@ def badloss(kind: str) -> Callable[[Context, Mapping[str, Any]], Suspicion]:
 
     def defend(context: Context, settings: Mapping[str, Any]) -> Suspicion:
         store = context.trajectories()
-        return suspicions(store, context.probe_ids, context.scoring, (kind,), context.mesh, context.seed)[0][kind]
+        by_kind, _ = suspicions(store, context.probe_ids, context.scoring, (kind,), context.mesh, context.seed)
+        return by_kind[kind]
 
     return defend

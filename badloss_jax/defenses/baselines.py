@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from badloss_jax.core.errors import UsageError
 from badloss_jax.defenses.context import Context, Suspicion
 from badloss_jax.trajectories.store import TrajectoryStore
 
-_ROWS = 2**14
+_ROWS = 2**14  # examples that are read at once
 
 
 def mean_loss(losses: Float[np.ndarray, "N T"]) -> Float[np.ndarray, "N"]:
@@ -34,6 +34,7 @@ def forgetting_events(margins: Float[np.ndarray, "N T"]) -> Float[np.ndarray, "N
     """
     right = margins > 0
     events = (right[:, :-1] & ~right[:, 1:]).sum(1)
+
     return np.where(right.any(1), events, margins.shape[1]).astype(np.float64)
 
 
@@ -48,39 +49,80 @@ def first_learned_epoch(margins: Float[np.ndarray, "N T"]) -> Float[np.ndarray, 
     return np.where(right.any(1), right.argmax(1), margins.shape[1]).astype(np.float64)
 
 
-def margins_of(store: TrajectoryStore, labels: np.ndarray) -> Float[np.ndarray, "N T"]:
-    """Reads the margins.
+def margins_of(store: TrajectoryStore, labels: Int[np.ndarray, "N"]) -> Float[np.ndarray, "N T"]:
+    """Reads the margins, from "ranked" if both kinds are there.
+
+    Args:
+      store: of all examples.
+      labels: as trained on; only "logits" needs them.
+
+    Returns:
+      float32, in nats.
 
     Raises:
       UsageError: neither "ranked" nor "logits" was recorded.
     """
-    if not {"ranked", "logits"} & store.layout.keys():
+    if "ranked" in store.layout:
+        kind = "ranked"
+    elif "logits" in store.layout:
+        kind = "logits"
+    else:
         raise UsageError("this baseline needs margins: put 'ranked' or 'logits' into recording.kinds")
-    kind = "ranked" if "ranked" in store.layout else "logits"
-    rows, parts = store.rows(kind), []
+
+    # The trajectories are several times the margins, and may be larger than memory.
+    rows = store.rows(kind)
+    parts = []
     for start in range(0, store.num_examples, _ROWS):
         values = rows[start : start + _ROWS].astype(np.float32)
         if kind == "ranked":
-            parts.append(values[:, :, 0] - values[:, :, 1])
-            continue
-        own = np.arange(values.shape[2]) == labels[start : start + _ROWS, None, None]
-        parts.append(np.where(own, values, -np.inf).max(2) - np.where(own, -np.inf, values).max(2))
+            parts.append(_ranked_margins(values))
+        else:
+            parts.append(_logit_margins(values, labels[start : start + _ROWS]))
     return np.concatenate(parts)
 
 
-def of_losses(statistic: Callable[[np.ndarray], np.ndarray], sign: int = 1) -> Callable[..., Suspicion]:
-    """Returns a statistic of the losses as a defence; `sign` -1 finds small values suspicious."""
+def _ranked_margins(ranked: Float[np.ndarray, "M T 1+m"]) -> Float[np.ndarray, "M T"]:
+    """Subtracts the largest of the other classes' log-probabilities, the second column, from the label's, the first."""
+    return ranked[:, :, 0] - ranked[:, :, 1]
+
+
+def _logit_margins(logits: Float[np.ndarray, "M T K"], labels: Int[np.ndarray, "M"]) -> Float[np.ndarray, "M T"]:
+    """Subtracts the largest of the other classes' logits from the label's: what normalises them cancels."""
+    is_label = np.arange(logits.shape[2]) == labels[:, None, None]
+    of_label = np.where(is_label, logits, -np.inf).max(2)
+    largest_other = np.where(is_label, -np.inf, logits).max(2)
+    return of_label - largest_other
+
+
+def of_losses(
+    statistic: Callable[[Float[np.ndarray, "N T"]], Float[np.ndarray, "N"]], sign: int = 1
+) -> Callable[[Context, Mapping[str, Any]], Suspicion]:
+    """Returns a statistic of the recorded losses as a defence.
+
+    Args:
+      statistic: of each example's losses over the epochs, in nats.
+      sign: 1 finds large values suspicious, -1 small ones.
+    """
 
     def defend(context: Context, settings: Mapping[str, Any]) -> Suspicion:
-        return Suspicion(sign * statistic(context.trajectories().read("loss")))
+        losses = context.trajectories().read("loss")
+        return Suspicion(sign * statistic(losses))
 
     return defend
 
 
-def of_margins(statistic: Callable[[np.ndarray], np.ndarray], sign: int = 1) -> Callable[..., Suspicion]:
-    """Returns a statistic of the margins as a defence; `sign` -1 finds small values suspicious."""
+def of_margins(
+    statistic: Callable[[Float[np.ndarray, "N T"]], Float[np.ndarray, "N"]], sign: int = 1
+) -> Callable[[Context, Mapping[str, Any]], Suspicion]:
+    """Returns a statistic of the recorded margins as a defence.
+
+    Args:
+      statistic: of each example's margins over the epochs, in nats.
+      sign: 1 finds large values suspicious, -1 small ones.
+    """
 
     def defend(context: Context, settings: Mapping[str, Any]) -> Suspicion:
-        return Suspicion(sign * statistic(margins_of(context.trajectories(), context.labels)))
+        margins = margins_of(context.trajectories(), context.labels)
+        return Suspicion(sign * statistic(margins))
 
     return defend

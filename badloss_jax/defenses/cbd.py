@@ -43,13 +43,20 @@ def cbd(context: Context, settings: Mapping[str, Any]) -> Cleansed:
     Args:
       context: what every defence is given.
       settings: `config.defenses.cbd`.
+
+    Returns:
+      The second network.
     """
-    epochs = settings["backdoor_epochs"]
+    recipe = context.recipe
+
     # At the rate that the recipe begins with, as in the paper's program: annealed, it learns the triggers less well.
-    early = replace(context.recipe, epochs=epochs, schedule_epochs=max(epochs, context.recipe.schedule_epochs))
+    epochs = settings["backdoor_epochs"]
+    early = replace(recipe, epochs=epochs, schedule_epochs=max(epochs, recipe.schedule_epochs))
     backdoored = context.train("backdoored", early)
-    objective = Deconfounded(clamp=context.recipe.objective.clamp, spec=context.spec, penalty=settings["penalty"])
-    return Cleansed(context.train("clean", replace(context.recipe, objective=objective), given=backdoored))
+
+    objective = Deconfounded(clamp=recipe.objective.clamp, spec=context.spec, penalty=settings["penalty"])
+    state = context.train("clean", replace(recipe, objective=objective), given=backdoored)
+    return Cleansed(state)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +75,19 @@ class Deconfounded(MeanLoss):
     penalty: float = 0.01
 
     def init(self, key: Key[Array, ""], spec: ModelSpec) -> Critic:
-        """Returns the critic: one hidden layer of F units over the 2 F features, and a linear unit without a bias."""
+        """Returns the critic: one hidden layer of F units over the 2 F features, and a linear unit without a bias.
+
+        Args:
+          key: of the weights.
+          spec: the network, which says F.
+
+        Returns:
+          "hidden" [2 F, F], "bias" [F], "output" [F, 1], in float32 or wider.
+        """
         features = spec.num_features
-        for_hidden, for_output = jax.random.split(key)
         dtype = jnp.promote_types(spec.dtype, jnp.float32)
+        for_hidden, for_output = jax.random.split(key)
+
         # Small, for only the direction of its weights counts, and the smaller they are, the faster they turn.
         draw = jax.nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
         return {
@@ -81,25 +97,35 @@ class Deconfounded(MeanLoss):
         }
 
     def __call__(self, forward: Forward, beside: Critic, given: TrainState) -> Float[Array, ""]:
-        """Returns the scalar to minimise, for the network and, by its opposite sign, for the critic."""
+        """Returns the scalar to minimise, for the network and, by its opposite sign, for the critic.
+
+        Args:
+          forward: the batch and the network's outputs.
+          beside: the critic.
+          given: the backdoored network.
+        """
         logits, confounders = jax.lax.stop_gradient(forward_of(self.spec, given)(forward.images))
         confounding = optax.softmax_cross_entropy_with_integer_labels(logits, forward.labels)
+
         losses = jnp.minimum(forward.losses, self.clamp)
         weights = hardness(jnp.minimum(confounding, self.clamp), losses, forward.real)
-        shared = dependence(jax.lax.stop_gradient(beside), confounders, forward.features, forward.real)
-        told = dependence(beside, confounders, jax.lax.stop_gradient(forward.features), forward.real)
-        return forward.mean(weights * losses) + self.penalty * (shared - told)
+
+        # The same number twice: the gradient of the first reaches only the network, that of the second only the critic.
+        for_network = dependence(jax.lax.stop_gradient(beside), confounders, forward.features, forward.real)
+        for_critic = dependence(beside, confounders, jax.lax.stop_gradient(forward.features), forward.real)
+        return forward.mean(weights * losses) + self.penalty * (for_network - for_critic)
 
 
-def hardness(
-    confounding: Float[Array, "B"], losses: Float[Array, "B"], real: Bool[Array, "B"]
-) -> Float[Array, "B"]:  # fmt: skip
+def hardness(confounding: Float[Array, "B"], losses: Float[Array, "B"], real: Bool[Array, "B"]) -> Float[Array, "B"]:
     """Weighs examples by how hard they are for the backdoored network: l_b / (l_b + l_c), scaled to a mean of 1.
 
     Args:
-      confounding: l_b, losses of the backdoored network, at least 0.
+      confounding: l_b, losses of the backdoored network in nats, at least 0.
       losses: l_c, those of the network in training; no gradient flows through them.
       real: False for padding, whose weight is 0 and which does not count in the mean.
+
+    Returns:
+      The weights, at least 0.
     """
     raw = jnp.where(real, confounding / (confounding + losses + _TINY), 0)
     return jax.lax.stop_gradient(raw * real.sum() / (raw.sum() + _TINY))
@@ -107,15 +133,23 @@ def hardness(
 
 def dependence(
     critic: Critic, confounders: Float[Array, "B F"], features: Float[Array, "B F"], real: Bool[Array, "B"]
-) -> Float[Array, ""]:  # fmt: skip
+) -> Float[Array, ""]:
     """Estimates how much two networks' features tell about each other: E[T] over pairs less E[T] over shuffled ones.
 
     Shuffled, each example is paired with the next real one of the batch, the last with the first: the batch is in
     random order already. Padding is in neither mean and in no pair.
+
+    Args:
+      critic: T.
+      confounders: features of the backdoored network.
+      features: those of the network in training.
+      real: False for padding; one row at least is True.
     """
     # Centring is a choice of the critic's bias: features are positive, and where no hidden unit changes its side within
     # the batch, the critic is linear and both means are the same.
-    confounders, features = _centred(confounders, real), _centred(features, real)
+    confounders = _centred(confounders, real)
+    features = _centred(features, real)
+
     together = score(critic, confounders, features)
     apart = score(critic, confounders, features[next_real(real)])
     return jnp.sum(jnp.where(real, together - apart, 0)) / real.sum()
@@ -127,10 +161,14 @@ def next_real(real: Bool[Array, "B"]) -> Array:
     return in_order[jnp.cumsum(real) % real.sum()]
 
 
-def score(
-    critic: Critic, confounders: Float[Array, "B F"], features: Float[Array, "B F"]
-) -> Float[Array, "B"]:  # fmt: skip
-    """Applies the critic T, of a Lipschitz constant of about 1."""
+def score(critic: Critic, confounders: Float[Array, "B F"], features: Float[Array, "B F"]) -> Float[Array, "B"]:
+    """Applies the critic T, of a Lipschitz constant of about 1.
+
+    Args:
+      critic: T.
+      confounders: of each pair, what is of the backdoored network.
+      features: and what is of the network in training.
+    """
     pairs = jnp.concatenate([confounders, features], -1)
     hidden = jax.nn.leaky_relu(pairs @ normalised(critic["hidden"]) + critic["bias"])
     return (hidden @ normalised(critic["output"]))[:, 0]
@@ -141,15 +179,19 @@ def normalised(weights: Float[Array, "I O"]) -> Float[Array, "I O"]:
     fixed = jax.lax.stop_gradient(weights)
 
     def iterate(_: int, vectors: tuple[Array, Array]) -> tuple[Array, Array]:
-        left = _unit(fixed @ vectors[1])
+        _left, right = vectors
+        left = _unit(fixed @ right)
         return left, _unit(fixed.T @ left)
 
-    start = jnp.zeros(weights.shape[0], weights.dtype), jnp.ones(weights.shape[1], weights.dtype)
-    left, right = jax.lax.fori_loop(0, _POWER_ITERATIONS, iterate, start)  # unrolled, it takes long to compile
+    # A loop, for unrolled it takes long to compile.
+    start = (jnp.zeros(weights.shape[0], weights.dtype), jnp.ones(weights.shape[1], weights.dtype))
+    left, right = jax.lax.fori_loop(0, _POWER_ITERATIONS, iterate, start)
+
     return weights / (left @ weights @ right + _TINY)
 
 
 def _centred(features: Float[Array, "B F"], real: Bool[Array, "B"]) -> Float[Array, "B F"]:
+    """Subtracts the mean over the real rows, through which no gradient flows."""
     mean = jnp.sum(jnp.where(real[:, None], features, 0), 0) / real.sum()
     return features - jax.lax.stop_gradient(mean)
 

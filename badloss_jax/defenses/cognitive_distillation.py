@@ -65,15 +65,20 @@ def mask_of(raw: Float[Array, "*S"]) -> Float[Array, "*S"]:
 
 def total_variation(masks: Float[Array, "B H W 1"]) -> Float[Array, "B"]:
     """Sums the squared differences of neighbours, down and across, divided by the number of pixels."""
-    down, across = jnp.diff(masks, axis=1), jnp.diff(masks, axis=2)
-    return (jnp.sum(down**2, (1, 2, 3)) + jnp.sum(across**2, (1, 2, 3))) / (masks.shape[1] * masks.shape[2])
+    down = jnp.diff(masks, axis=1)
+    across = jnp.diff(masks, axis=2)
+    squares = jnp.sum(down**2, (1, 2, 3)) + jnp.sum(across**2, (1, 2, 3))
+    return squares / (masks.shape[1] * masks.shape[2])
 
 
 def objective(
-    raw: Float[Array, "B H W 1"], images: Float[Array, "B H W C"], logits: Float[Array, "B K"],
-    colours: Float[Array, "B 1 1 C"], network: Callable[[Float[Array, "B H W C"]], Float[Array, "B K"]],
+    raw: Float[Array, "B H W 1"],
+    images: Float[Array, "B H W C"],
+    logits: Float[Array, "B K"],
+    colours: Float[Array, "B 1 1 C"],
+    network: Callable[[Float[Array, "B H W C"]], Float[Array, "B K"]],
     how: Distillation,
-) -> Float[Array, "B"]:  # fmt: skip
+) -> Float[Array, "B"]:
     """Computes mean |logits' change| + l1_weight * sum(mask) + variation_weight * total variation, of each image.
 
     Args:
@@ -85,7 +90,9 @@ def objective(
       how: the weights.
     """
     masks = mask_of(raw)
-    changed = jnp.abs(network(images * masks + colours * (1 - masks)) - logits).mean(-1)
+    shown = images * masks + colours * (1 - masks)
+    changed = jnp.abs(network(shown) - logits).mean(-1)
+
     return changed + how.l1_weight * masks.sum((1, 2, 3)) + how.variation_weight * total_variation(masks)
 
 
@@ -93,30 +100,20 @@ def objective(
 def make_distill(
     spec: ModelSpec, how: Distillation, mesh: Mesh
 ) -> Callable[[Batch, TrainState, Int[np.ndarray, ""]], Float[Array, "B"]]:
-    """Returns (batch, network's state, seed) -> L1 norms of the images' masks, float32 [B] in (0, H W)."""
-    optimizer, everywhere, rows = how.optimizer(), replicated(mesh), by_rows(mesh)
+    """Returns (batch, network's state, seed) -> L1 norms of the images' masks, float32 [B] in (0, H W).
 
-    def begin(batch: Batch, state: TrainState) -> tuple[Array, Array, Array, Any]:
-        images, _ = batch.examples(jnp.promote_types(spec.dtype, jnp.float32))
-        raw = jnp.ones((*images.shape[:3], 1), images.dtype)
-        return images, network_of(spec, state)(images), raw, optimizer.init(raw)
-
-    def step(
-        raw: Array, moments: Any, ids: Array, images: Array, logits: Array, state: TrainState,
-        seed: Int[Array | np.ndarray, ""], number: Int[Array | np.integer, ""],
-    ) -> tuple[Array, Any]:  # fmt: skip
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
-        colours = jax.vmap(lambda k: jax.random.uniform(k, (1, 1, images.shape[-1]), images.dtype))(keys)
-        network = network_of(spec, state)
-        gradient = jax.grad(lambda r: objective(r, images, logits, colours, network, how).sum())(raw)
-        updates, moments = optimizer.update(gradient, moments)
-        return optax.apply_updates(raw, updates), moments
-
+    Args:
+      spec: the network that is looked into.
+      how: the masks are optimised.
+      mesh: the devices that share a batch.
+    """
+    rows = by_rows(mesh)
     # Adam's count is the only part of the moments that has no rows.
-    of_moments = jax.tree.map(lambda leaf: rows if leaf.ndim else everywhere, optimizer.init(jnp.ones((1, 1, 1, 1))))
-    begin = jax.jit(begin, out_shardings=(rows, rows, rows, of_moments))
-    step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(rows, of_moments))
+    example = how.optimizer().init(jnp.ones((1, 1, 1, 1)))
+    of_moments = jax.tree.map(lambda leaf: rows if leaf.ndim else replicated(mesh), example)
+
+    begin = jax.jit(_begin_of(spec, how), out_shardings=(rows, rows, rows, of_moments))
+    step = jax.jit(_step_of(spec, how), donate_argnums=(0, 1), out_shardings=(rows, of_moments))
     norm = jax.jit(lambda raw: mask_of(raw).sum((1, 2, 3)), out_shardings=rows)
 
     def distill(batch: Batch, state: TrainState, seed: Int[np.ndarray, ""]) -> Float[Array, "B"]:
@@ -128,12 +125,65 @@ def make_distill(
     return distill
 
 
+def _begin_of(spec: ModelSpec, how: Distillation) -> Callable[[Batch, TrainState], tuple[Array, Array, Array, Any]]:
+    """Returns (batch, state) -> (images, their logits, what masks are made of, Adam's moments)."""
+
+    def begin(batch: Batch, state: TrainState) -> tuple[Array, Array, Array, Any]:
+        images, _ = batch.examples(jnp.promote_types(spec.dtype, jnp.float32))
+        raw = jnp.ones((*images.shape[:3], 1), images.dtype)
+        return images, network_of(spec, state)(images), raw, how.optimizer().init(raw)
+
+    return begin
+
+
+def _step_of(spec: ModelSpec, how: Distillation) -> Callable[..., tuple[Array, Any]]:
+    """Returns one step of Adam: (raw, moments, ...) -> (raw, moments)."""
+    optimizer = how.optimizer()
+
+    def step(
+        raw: Array,
+        moments: Any,
+        ids: Array,
+        images: Array,
+        logits: Array,
+        state: TrainState,
+        seed: Int[Array | np.ndarray, ""],
+        number: Int[Array | np.integer, ""],
+    ) -> tuple[Array, Any]:
+        # By example, so that neither batches nor devices change an image's colours.
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
+        colours = jax.vmap(lambda k: jax.random.uniform(k, (1, 1, images.shape[-1]), images.dtype))(keys)
+
+        network = network_of(spec, state)
+        gradient = jax.grad(lambda r: objective(r, images, logits, colours, network, how).sum())(raw)
+        updates, moments = optimizer.update(gradient, moments)
+        return optax.apply_updates(raw, updates), moments
+
+    return step
+
+
 def cognitive_distillation(context: Context, settings: Mapping[str, Any]) -> Suspicion:
-    """Removes the share of the examples whose masks are smallest; the score is minus a mask's L1 norm, in pixels."""
-    how = Distillation(*(settings[key] for key in ("steps", "learning_rate", "l1_weight", "variation_weight")))
+    """Removes the share of the examples whose masks are smallest.
+
+    Args:
+      context: what every defence is given.
+      settings: `config.defenses.cognitive_distillation`.
+
+    Returns:
+      Scores, minus the masks' L1 norms in pixels.
+    """
+    how = Distillation(
+        steps=settings["steps"],
+        learning_rate=settings["learning_rate"],
+        l1_weight=settings["l1_weight"],
+        variation_weight=settings["variation_weight"],
+    )
     distill = make_distill(context.spec, how, context.mesh)
     seed = np.uint32(derived_seed(context.seed, _NAME))
     norms = context.map(distill, context.attacked(), seed, title=f"{_NAME} masks")
+
     scores = -norms.astype(np.float64)
     no_p_values = np.ones(len(scores))  # a share of the ranks needs none
-    return Suspicion(scores, removed=reject("fraction", settings["fraction"], scores, no_p_values, context.is_probe))
+    removed = reject("fraction", settings["fraction"], scores, no_p_values, context.is_probe)
+    return Suspicion(scores, removed=removed)

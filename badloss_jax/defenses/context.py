@@ -131,12 +131,17 @@ class Context:
 
     def images(self, ids: Int[np.ndarray, "M"]) -> Float[np.ndarray, "M H W C"]:
         """Returns images as the victim sees them, in [0, 1], in float32 or wider."""
-        return self.map(make_look(jnp.promote_types(self.spec.dtype, jnp.float32).name, self.mesh), ids=ids)
+        dtype = jnp.promote_types(self.spec.dtype, jnp.float32)
+        return self.map(make_look(dtype.name, self.mesh), ids=ids)
 
     def map(
-        self, function: Callable[..., Any], *arguments: Any, ids: Int[np.ndarray, "M"] | None = None,
-        batch_size: int = 0, title: str = "",
-    ) -> Any:  # fmt: skip
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        ids: Int[np.ndarray, "M"] | None = None,
+        batch_size: int = 0,
+        title: str = "",
+    ) -> Any:
         """Applies a jitted function of a batch to examples, by default to all, and gathers the results by example.
 
         Args:
@@ -149,50 +154,98 @@ class Context:
         Returns:
           The tree, of NumPy arrays [M, ...] in the order of the ids.
         """
-        ids = np.arange(len(self.data)) if ids is None else ids
-        return map_examples(function, self.data, ids, batch_size or self.batch_size, self.mesh, *arguments,
-                            progress=self.progress if title else None, title=title)  # fmt: skip
+        if ids is None:
+            ids = np.arange(len(self.data))
+
+        # A pass without a title is too short to be worth a line.
+        progress = None
+        if title:
+            progress = self.progress
+
+        return map_examples(
+            function,
+            self.data,
+            ids,
+            batch_size or self.batch_size,
+            self.mesh,
+            *arguments,
+            progress=progress,
+            title=title,
+        )
 
 
 class Train(Protocol):
     """`context.train(name, recipe, ...)`: the one trainer, with checkpoints, for networks that a defence needs."""
 
     def __call__(
-        self, name: str, recipe: Recipe, *, ids: Int[np.ndarray, "M"] | None = None, data: Examples | None = None,
-        spec: ModelSpec | None = None, initial: TrainState | None = None, given: Any = None,
-    ) -> TrainState:  # fmt: skip
+        self,
+        name: str,
+        recipe: Recipe,
+        *,
+        ids: Int[np.ndarray, "M"] | None = None,
+        data: Examples | None = None,
+        spec: ModelSpec | None = None,
+        initial: TrainState | None = None,
+        given: Any = None,
+    ) -> TrainState:
         """Trains a network.
 
         Args:
           name: of this training; determines weights and order.
           recipe: how; its objective may be the defence's own.
-          ids: the examples, by default all.
+          ids: int [M], the examples, by default all.
           data: another data set than the context's.
           spec: another network than the context's.
           initial: where to begin in place of fresh weights; it is used up.
           given: what the objective asks for.
+
+        Returns:
+          The trained network's state.
         """
 
 
 def decide(suspicion: Suspicion, rejection: Mapping[str, Any], probe_ids: Int[np.ndarray, "P"]) -> Detection:
     """Calibrates a suspicion on the probes and applies every rejection rule; the probes always stay.
 
-    The rule "clusters" is of BaDLoss alone: others are without it.
+    The rule "clusters" is of BaDLoss alone: others are without it. A level that so few probes cannot support is warned
+    of, and applied.
+
+    Args:
+      suspicion: of N examples.
+      rejection: `config.rejection`.
+      probe_ids: int [P], of the clean examples that calibrate the p-values.
+
+    Returns:
+      Scores, p-values in (0, 1], and what each rule removes, the defence's own first.
+
+    Raises:
+      UsageError: an unknown rule, or a level that is not above 0 and below 1.
     """
     scores = suspicion.scores
     is_probe = np.zeros(len(scores), bool)
     is_probe[probe_ids] = True
-    of_probes = scores[probe_ids] if suspicion.probe_scores is None else suspicion.probe_scores
-    p_values = conformal_p_values(scores, of_probes)
-    removed = {} if suspicion.removed is None else {OWN: suspicion.removed & ~is_probe}
+
+    probe_scores = suspicion.probe_scores
+    if probe_scores is None:
+        probe_scores = scores[probe_ids]
+    p_values = conformal_p_values(scores, probe_scores)
+
+    removed = {}
+    if suspicion.removed is not None:
+        removed[OWN] = suspicion.removed & ~is_probe
+
     for text in rejection["rules"]:
         rule, level = parse_rule(text, rejection)
+
+        # No threshold on the scores: the search for attacks says who is in them.
         if rule == "clusters":
             if suspicion.members is not None:
                 removed[text] = suspicion.members() & ~is_probe
             continue
 
-        if told := unsupported(rule, level, len(of_probes)):
-            warnings.warn(f"rejection.{told}", stacklevel=2)
+        reason = unsupported(rule, level, len(probe_scores))
+        if reason:
+            warnings.warn(f"rejection.{reason}", stacklevel=2)
         removed[text] = reject(rule, level, scores, p_values, is_probe)
+
     return Detection(scores, p_values, removed, suspicion.details)

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
-from scipy.special import expit
 
 from badloss_jax.core.mesh import by_rows, round_up
 from badloss_jax.core.seeding import generator
@@ -46,7 +45,9 @@ def dct_matrix(size: int) -> Float[np.ndarray, "S S"]:
 
 def dct2(images: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     """Returns the orthonormal 2-D DCT-II of each channel."""
-    rows, columns = (jnp.asarray(dct_matrix(size), images.dtype) for size in images.shape[1:3])
+    height, width = images.shape[1:3]
+    rows = jnp.asarray(dct_matrix(height), images.dtype)
+    columns = jnp.asarray(dct_matrix(width), images.dtype)
     return jnp.einsum("uh,bhwc,vw->buvc", rows, images, columns, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -60,13 +61,24 @@ def add_blocks(images: Float[np.ndarray, "P H W C"], draw: np.random.Generator) 
     Returns:
       float32, in [0, 1].
     """
-    altered, scale = images.astype(np.float32), min(images.shape[1:3]) / _PAPER_SIDE
+    altered = images.astype(np.float32)
+    scale = min(images.shape[1:3]) / _PAPER_SIDE
+
     for image in altered:
-        height, width = (max(1, round(scale * side)) for side in draw.integers(2, 8, 2))
+        sides = draw.integers(2, 8, 2)
+        height = max(1, round(scale * sides[0]))
+        width = max(1, round(scale * sides[1]))
         margin = int(scale * draw.integers(6))
+
+        # Turned so that the chosen corner is the first one; the block is a view of the image.
         down, right = draw.choice((-1, 1), 2)
         block = image[::down, ::right][margin : margin + height, margin : margin + width]
-        block[:] = draw.random(block.shape) if draw.integers(2) else 1
+
+        noise = draw.integers(2)
+        if noise:
+            block[:] = draw.random(block.shape)
+        else:
+            block[:] = 1
     return altered
 
 
@@ -75,34 +87,57 @@ def _make_judge(spec: ModelSpec, mesh: Mesh) -> Callable[[Batch, TrainState], Ar
     """Compiles (batch, detector) -> by how much the logit of "altered" exceeds that of "clean"."""
 
     def judge(batch: Batch, detector: TrainState) -> Float[Array, "B"]:
-        logits = network_of(spec, detector)(dct2(batch.examples(jnp.float32)[0]))
+        images, _ = batch.examples(jnp.float32)
+        logits = network_of(spec, detector)(dct2(images))
         return logits[:, 1] - logits[:, 0]
 
     return jax.jit(judge, out_shardings=by_rows(mesh))
 
 
 def detector_data(probes: Float[np.ndarray, "P H W C"], draw: np.random.Generator, mesh: Mesh) -> ResidentData:
-    """Returns the spectra of the probes, label 0, and of the probes with blocks, label 1."""
+    """Returns the spectra of the probes, label 0, and of the probes with blocks, label 1, as a training set.
+
+    Args:
+      probes: in [0, 1].
+      draw: which blocks and where.
+      mesh: the devices that it is put on.
+    """
     transform = jax.jit(dct2)
-    spectra = np.concatenate([np.asarray(transform(images)) for images in (probes, add_blocks(probes, draw))])
+    clean = np.asarray(transform(probes))
+    altered = np.asarray(transform(add_blocks(probes, draw)))
+
+    # Spectra are no uint8 images, so each stands in for a black one.
+    spectra = np.concatenate([clean, altered])
+    black = np.zeros(spectra.shape, np.uint8)
     labels = np.repeat(np.arange(2, dtype=np.int32), len(probes))
-    return ResidentData.place(mesh, np.zeros(spectra.shape, np.uint8), labels, np.arange(len(spectra)), spectra)
+    return ResidentData.place(mesh, black, labels, np.arange(len(spectra)), spectra)
 
 
 def frequency_analysis(context: Context, settings: Mapping[str, Any]) -> Suspicion:
     """Trains the detector on the probes, and removes what it calls altered.
 
+    Args:
+      context: what every defence is given.
+      settings: `config.defenses.frequency_analysis`.
+
     Returns:
       Scores: the probability of "altered", 0 to 1.
     """
+    from scipy.special import expit
+
     probes = context.images(context.probe_ids)
     data = detector_data(probes, generator(context.seed, _NAME), context.mesh)
+
     spec = ModelSpec("frequency_cnn", probes.shape[1:], 2, _STAGES)
     recipe = Recipe(
-        settings["epochs"], _CONSTANT, round_up(settings["batch_size"], context.mesh), settings["learning_rate"],
-        Adadelta(weight_decay=settings["weight_decay"]),
-    )  # fmt: skip
+        epochs=settings["epochs"],
+        schedule_epochs=_CONSTANT,
+        batch_size=round_up(settings["batch_size"], context.mesh),
+        learning_rate=settings["learning_rate"],
+        optimizer=Adadelta(weight_decay=settings["weight_decay"]),
+    )
     detector = context.train("detector", recipe, data=data, spec=spec)
+
     margins = context.map(_make_judge(spec, context.mesh), detector, title=_NAME)
     scores = expit(margins.astype(np.float64))  # float32 would call many of them exactly 1
     return Suspicion(scores, removed=scores >= settings["threshold"])

@@ -49,20 +49,35 @@ def pss(context: Context, settings: Mapping[str, Any]) -> Cleansed:
     Raises:
       UsageError: the quantiles overlap, or leave nothing to learn from.
     """
-    epochs, schedule = settings["early_epochs"], context.recipe.schedule_epochs
-    recipe = replace(context.recipe, epochs=epochs, schedule_epochs=max(epochs, schedule), augment="none")
-    early = context.train("early", recipe)
-    seed = np.uint32(derived_seed(context.seed, "pss", "transformation"))
-    step = make_consistency_step(context.spec, context.mesh)
-    moved = context.map(step, early, seed, title="feature consistency")
+    early = _train_early(context, settings["early_epochs"])
+    moved = _consistency(context, early)
     clean, poisoned = split(moved, settings["clean_quantile"], settings["poisoned_quantile"])
+
     relearn = replace(context.recipe, epochs=1, schedule_epochs=1, learning_rate=settings["learning_rate"])
     unlearn = replace(relearn, objective=Ascent(relearn.objective.clamp))
+
+    # Each training uses the state up that it begins with, so only the latest is kept.
     state = context.attacked()
     for epoch in range(settings["epochs"]):
         state = context.train(f"unlearn {epoch}", unlearn, ids=poisoned, initial=state)
         state = context.train(f"relearn {epoch}", relearn, ids=clean, initial=state)
-    return Cleansed(state, {"called_clean": len(clean), "called_poisoned": len(poisoned)})
+
+    details = {"called_clean": len(clean), "called_poisoned": len(poisoned)}
+    return Cleansed(state, details)
+
+
+def _train_early(context: Context, epochs: int) -> TrainState:
+    """Trains the network whose features are compared, without augmentation, for few epochs of the whole schedule."""
+    schedule_epochs = max(epochs, context.recipe.schedule_epochs)
+    recipe = replace(context.recipe, epochs=epochs, schedule_epochs=schedule_epochs, augment="none")
+    return context.train("early", recipe)
+
+
+def _consistency(context: Context, early: TrainState) -> Float[np.ndarray, "N"]:
+    """Measures how far each example's features move when it is turned and shifted."""
+    step = make_consistency_step(context.spec, context.mesh)
+    seed = np.uint32(derived_seed(context.seed, "pss", "transformation"))
+    return context.map(step, early, seed, title="feature consistency")
 
 
 def trainings_of_pss(settings: Mapping[str, Any]) -> int:
@@ -77,31 +92,42 @@ def split(
 
     Ties at a quantile go by id.
 
+    Args:
+      moved: [N], how far each example's features move.
+      clean_quantile: 0 to 1.
+      poisoned_quantile: 0 to 1, at least the other.
+
     Raises:
       UsageError: the quantiles overlap, or leave nothing to learn from.
     """
-    order = np.argsort(moved, kind="stable")
-    low, high = (int(quantile * len(moved)) for quantile in (clean_quantile, poisoned_quantile))
+    low = int(clean_quantile * len(moved))
+    high = int(poisoned_quantile * len(moved))
     if clean_quantile > poisoned_quantile or not low:
         raise UsageError(
             f"defenses.pss.clean_quantile = {clean_quantile} with poisoned_quantile = {poisoned_quantile} and"
             f" {len(moved)} examples: expected some below the first, which is at most the second"
         )
+
+    order = np.argsort(moved, kind="stable")
     return np.sort(order[:low]), np.sort(order[high:])
 
 
 def transform(image: Float[Array, "H W C"], key: Key[Array, ""]) -> Float[Array, "H W C"]:
-    """Turns an image around its centre by any angle, and shifts it by up to 20 % each way; what comes in is black."""
+    """Turns an image around its centre by any angle, and shifts it by up to 20 % each way; what comes in is black.
+
+    Args:
+      image: in [0, 1].
+      key: of the angle and the shift.
+    """
     for_angle, for_shift = jax.random.split(key)
     angle = jax.random.uniform(for_angle, (), image.dtype, -jnp.pi, jnp.pi)
+
     size = jnp.array(image.shape[:2], image.dtype)
     shift = size * jax.random.uniform(for_shift, (2,), image.dtype, -_SHIFT, _SHIFT)
     return resample(image, angle, shift)
 
 
-def resample(
-    image: Float[Array, "H W C"], angle: Float[Array, ""], shift: Float[Array, "2"]
-) -> Float[Array, "H W C"]:  # fmt: skip
+def resample(image: Float[Array, "H W C"], angle: Float[Array, ""], shift: Float[Array, "2"]) -> Float[Array, "H W C"]:
     """Turns an image counter-clockwise around its centre, then shifts it; bilinear, 0 outside.
 
     Args:
@@ -111,9 +137,13 @@ def resample(
     """
     height, width, _ = image.shape
     centre = (jnp.array([height, width], image.dtype) - 1) / 2
-    rows, cols = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
-    down, right = rows - centre[0] - shift[0], cols - centre[1] - shift[1]
-    cosine, sine = jnp.cos(angle), jnp.sin(angle)
+    rows, columns = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
+
+    # Backwards: where in the image each pixel of the result comes from.
+    down = rows - centre[0] - shift[0]
+    right = columns - centre[1] - shift[1]
+    cosine = jnp.cos(angle)
+    sine = jnp.sin(angle)
     sources = [cosine * down + sine * right + centre[0], cosine * right - sine * down + centre[1]]
 
     def channel(values: Float[Array, "H W"]) -> Float[Array, "H W"]:
@@ -127,11 +157,16 @@ def make_consistency_step(spec: ModelSpec, mesh: Mesh) -> Callable:
     """Compiles (batch, state, seed uint32) -> squared distances of the features of each image and of it transformed.
 
     Float32 or wider [B], in evaluation mode. The transformation is drawn by seed and example id.
+
+    Args:
+      spec: the network.
+      mesh: the devices that share a batch.
     """
 
     def step(batch: Batch, state: TrainState, seed: Int[Array, ""]) -> Float[Array, "B"]:
         images, _ = batch.examples(jnp.promote_types(spec.dtype, jnp.float32))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch.ids)
+
         forward = forward_of(spec, state)
         _, features = forward(images)
         _, moved = forward(jax.vmap(transform)(images, keys))

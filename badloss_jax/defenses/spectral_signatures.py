@@ -34,12 +34,17 @@ def project(features: Float[Array, "n F"], count: Int[Array, ""]) -> tuple[Float
       vanishes where it is squared. The sign is arbitrary, padding projects to 0.
     """
     real = (jnp.arange(len(features)) < count)[:, None]
+
+    # Twice, for what rounding leaves of a large mean.
     centred = features
-    for _ in range(2):  # a second time, for what rounding leaves of a large mean
+    for _ in range(2):
         mean = jnp.sum(jnp.where(real, centred, 0), 0) / jnp.maximum(count, 1)
         centred = jnp.where(real, centred - mean, 0)
+
     scale = jnp.abs(centred).max()
     x = centred / jnp.where(scale > 0, scale, 1)
+
+    # The smaller of the two products has the same singular vectors; the left one leads to the right one.
     with jax.default_matmul_precision("highest"):
         if x.shape[0] < x.shape[1]:
             left = jnp.linalg.eigh(x @ x.T)[1][:, -1]
@@ -74,10 +79,15 @@ def spectral_scores(
     """
     classes = [np.flatnonzero(labels == label) for label in range(num_classes)]
     classes.sort(key=len)  # so that those that are padded alike come together
-    scores, compute = np.zeros(len(labels)), _make_project(mesh)
+
+    project_classes = _make_project(mesh)
+    scores = np.zeros(len(labels))
     for start in range(0, num_classes, mesh.size):
         group = classes[start : start + mesh.size]
-        projections, scales = (to_host(array).astype(np.float64) for array in compute(*_place(features, group, mesh)))
+        on_devices = project_classes(*_place(features, group, mesh))
+        projections, scales = (to_host(array).astype(np.float64) for array in on_devices)
+
+        # Devices that are left idle by the last group have no class to pair with.
         for members, projection, scale in zip(group, projections, scales, strict=False):
             scores[members] = (projection[: len(members)] * scale) ** 2
     return scores
@@ -89,32 +99,54 @@ def _place(
     """Puts the features of one class on each of the D devices, padded, and how many examples it has."""
     sizes = np.zeros(mesh.size, np.int32)  # the last group may leave devices idle
     sizes[: len(group)] = [len(members) for members in group]
+
+    # A power of two, so that few sizes are compiled for.
     rows = 1 << (max(2, int(sizes.max())) - 1).bit_length()
+    width = features.shape[1]
 
     def padded(begin: int, end: int) -> np.ndarray:
-        block = np.zeros((end - begin, rows, features.shape[1]), np.float32)
-        for place, members in enumerate(group[begin:end]):
-            block[place, : len(members)] = features[members]
+        block = np.zeros((end - begin, rows, width), np.float32)
+        for number, members in enumerate(group[begin:end]):
+            block[number, : len(members)] = features[members]
         return block
 
-    shape = mesh.size, rows, features.shape[1]
-    return place_rows(shape, mesh, padded), place_rows(sizes.shape, mesh, lambda begin, end: sizes[begin:end])
+    by_class = place_rows((mesh.size, rows, width), mesh, padded)
+    counts = place_rows(sizes.shape, mesh, lambda begin, end: sizes[begin:end])
+    return by_class, counts
 
 
 def top_of_each_class(
     scores: Float[np.ndarray, "N"], labels: Int[np.ndarray, "N"], num_classes: int, share: float
 ) -> Bool[np.ndarray, "N"]:
-    """Marks the highest scores of each class: `share` of its examples, rounded down; ties go by position."""
+    """Marks the highest scores of each class; ties go by position.
+
+    Args:
+      scores: [N].
+      labels: 0 to K - 1.
+      num_classes: K.
+      share: of its examples that each class loses, rounded down; above 1 it loses all.
+    """
     top = np.zeros(len(scores), bool)
     for label in range(num_classes):
         members = np.flatnonzero(labels == label)
         count = int(min(share, 1) * len(members) + 1e-6)  # 0.15 * 20 is just above or just below 3
-        top[members[np.argsort(-scores[members], kind="stable")[:count]]] = True
+        descending = np.argsort(-scores[members], kind="stable")
+        top[members[descending[:count]]] = True
     return top
 
 
 def spectral_signatures(context: Context, settings: Mapping[str, Any]) -> Suspicion:
-    """Scores by the squared projection, and removes 1.5 eps of each class."""
-    scores = spectral_scores(context.observed().features, context.labels, context.num_classes, context.mesh)
+    """Scores by the squared projection, and removes 1.5 eps of each class.
+
+    Args:
+      context: what every defence is given.
+      settings: `config.defenses.spectral_signatures`.
+
+    Returns:
+      Scores, in squared units of the features.
+    """
+    features = context.observed().features
+    scores = spectral_scores(features, context.labels, context.num_classes, context.mesh)
+
     removed = top_of_each_class(scores, context.labels, context.num_classes, 1.5 * settings["eps"])
     return Suspicion(scores, removed=removed)

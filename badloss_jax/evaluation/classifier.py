@@ -28,17 +28,33 @@ def predict(
     rows: Int[np.ndarray, "M"] | None = None,
     trigger: Trigger | None = None,
 ) -> Int[np.ndarray, "M"]:
-    """Predicts the classes of images, by default all of them, with a trigger on them if one is given."""
+    """Predicts the classes of images.
+
+    Args:
+      spec: of the network.
+      state: with its weights.
+      images: uint8 [N, H, W, C].
+      batch_size: images at a time, rounded up to a multiple of the devices.
+      mesh: the devices.
+      rows: int [M], which images, by default all.
+      trigger: to put on them, or None.
+
+    Returns:
+      int32 [M].
+    """
     step = make_predict_step(spec, mesh)
     size = round_up(batch_size, mesh)
-    rows = np.arange(len(images)) if rows is None else rows
+    if rows is None:
+        rows = np.arange(len(images))
 
     def part(start: int, begin: int, end: int) -> np.ndarray:
-        """Makes what one device needs of the batch, with black images past the end."""
-        taken = rows[start + begin : start + end]
-        shown = images[taken].astype(np.float32) / 255
-        padding = np.zeros((end - begin - len(taken), *images.shape[1:]), np.float32)
-        return np.concatenate([trigger(shown) if trigger and len(taken) else shown, padding])
+        # What one device needs of the batch, with black images past the end.
+        batch_rows = rows[start + begin : start + end]
+        batch = images[batch_rows].astype(np.float32) / 255
+        if trigger and len(batch_rows):
+            batch = trigger(batch)
+        padding = np.zeros((end - begin - len(batch_rows), *images.shape[1:]), np.float32)
+        return np.concatenate([batch, padding])
 
     predicted = []
     for start in range(0, len(rows), size):
@@ -46,13 +62,28 @@ def predict(
         predicted.append(step(state, batch))
         if len(predicted) > 2:  # so that few batches lie on the devices at a time
             predicted[-3].block_until_ready()
+
+    # Without images there is nothing else to join.
     return np.concatenate([np.zeros(0, np.int32), *map(to_host, predicted)])[: len(rows)]
 
 
 def evaluate(
-    spec: ModelSpec, state: TrainState, test: Split, manifest: Manifest, settings: Mapping[str, Any], mesh: Mesh
+    spec: ModelSpec,
+    state: TrainState,
+    test: Split,
+    manifest: Manifest,
+    settings: Mapping[str, Any],
+    mesh: Mesh,
 ) -> dict[str, Any]:
     """Measures a network on the clean and on the triggered test set.
+
+    Args:
+      spec: of the network.
+      state: with its weights.
+      test: images and their true classes.
+      manifest: of the attacks, from which the triggers are.
+      settings: as `config.evaluation`: "batch_size", "boost", and "max_triggered", how many images of an attack.
+      mesh: the devices.
 
     Returns:
       `clean_accuracy`; per attack `attack_success_rate` (share of triggered test images, target class left out, that
@@ -68,26 +99,42 @@ def evaluate(
         "robust_accuracy": {},
         "boosted": {},
     }
+
     for name, plan, version, trigger in evaluation_triggers(manifest, settings["boost"]):
         rows = np.flatnonzero(test.labels != plan.target)
         if len(rows) > settings["max_triggered"]:
-            rows = np.sort(generator(plan.seed, "test images").choice(rows, settings["max_triggered"], replace=False))
+            # Seeded, so that every network of a run is shown the same images.
+            drawn = generator(plan.seed, "test images").choice(rows, settings["max_triggered"], replace=False)
+            rows = np.sort(drawn)
+
         predicted = predict(spec, state, test.images, size, mesh, rows, trigger)
         success = _share(predicted == plan.target)
-        if version != "plain":
-            result.setdefault(version, {})[name] = success
-        else:
+        if version == "plain":
             result["attack_success_rate"][name] = success
             result["robust_accuracy"][name] = _share(predicted == test.labels[rows])
+        else:
+            result.setdefault(version, {})[name] = success
     return result
 
 
 def defense_effectiveness(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
-    """Returns DER per attack, in [0, 1]: (max(0, ASR0 - ASR1) - max(0, CA0 - CA1) + 1) / 2 (Zhu et al. 2023)."""
+    """Computes DER per attack: (max(0, ASR0 - ASR1) - max(0, CA0 - CA1) + 1) / 2 (Zhu et al. 2023).
+
+    Args:
+      before: by `evaluate`, of the network without a defence.
+      after: likewise with one; no attack that is not in `before`.
+
+    Returns:
+      Attack -> DER, in [0, 1].
+    """
     lost = max(0.0, before["clean_accuracy"] - after["clean_accuracy"])
-    rates = after["attack_success_rate"]
-    return {name: (max(0.0, before["attack_success_rate"][name] - rates[name]) - lost + 1) / 2 for name in rates}
+    effectiveness = {}
+    for name, rate in after["attack_success_rate"].items():
+        gained = max(0.0, before["attack_success_rate"][name] - rate)
+        effectiveness[name] = (gained - lost + 1) / 2
+    return effectiveness
 
 
 def _share(hits: np.ndarray) -> float:
+    """Returns the share of hits; of nothing, 0."""
     return float(hits.mean()) if len(hits) else 0.0

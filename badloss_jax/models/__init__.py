@@ -1,5 +1,7 @@
 """Networks. Each is an nnx.Module with `logits, features = model(images, train=..., mask=...)`.
 
+Imports nothing else of the package. Begin with `resnet`, the paper's networks, and `layers`, which all of them share.
+
 A new one is a function `(image_shape, num_classes, *, rngs, dtype, ...) -> module` with a `Head` called `head`, and one
 line in `MODELS`.
 """
@@ -29,7 +31,16 @@ MODELS: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What determines a network but its weights; hashable, so that compiled steps can be kept by it."""
+    """What determines a network but its weights; hashable, so that compiled steps can be kept by it.
+
+    Attributes:
+      name: of `MODELS`.
+      image_shape: H, W, C.
+      num_classes: K.
+      stages: channels of each stage, for those networks that ask for them.
+      stem_stride: of the first convolution, for those networks that ask for it.
+      dtype: of the computation, by name; parameters are never narrower than float32.
+    """
 
     name: str
     image_shape: tuple[int, int, int]
@@ -43,15 +54,19 @@ class ModelSpec:
         """F, the width of the penultimate layer."""
         return nnx.eval_shape(lambda: self.build(nnx.Rngs(0))).head.linear.in_features
 
+    @property
+    def param_dtype(self) -> jnp.dtype:
+        """The dtype of weights, and of images before the first layer: float32, or float64 for a float64 computation."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
     def build(self, rngs: nnx.Rngs) -> Any:
-        """Returns the network with fresh weights; these are float32, or float64 for a float64 computation."""
-        dtype = jnp.dtype(self.dtype)
+        """Returns the network with fresh weights of `param_dtype`."""
         return MODELS[self.name](
             self.image_shape,
             self.num_classes,
             rngs=rngs,
-            dtype=dtype,
-            param_dtype=jnp.promote_types(dtype, jnp.float32),
+            dtype=jnp.dtype(self.dtype),
+            param_dtype=self.param_dtype,
             stages=self.stages,
             stem_stride=self.stem_stride,
         )

@@ -31,28 +31,45 @@ class FrequencyCNN(nnx.Module):
     """Two convolutions a stage; pooling stops where nothing is left to pool."""
 
     def __init__(
-        self, image_shape: tuple[int, int, int], num_classes: int, *, stages: tuple[int, ...], stem_stride: Any,
-        rngs: nnx.Rngs, **dtypes: Any,
-    ):  # fmt: skip
+        self,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        stages: tuple[int, ...],
+        stem_stride: Any,
+        rngs: nnx.Rngs,
+        **dtypes: Any,
+    ):
         height, width, inputs = image_shape
         convolutions = []
         for outputs in stages:
             for channels in (inputs, outputs):
                 convolutions.append(ConvNorm(channels, outputs, 3, 1, rngs=rngs, **dtypes))
-            if min(height, width) > 1:
-                height, width = height // 2, width // 2
             inputs = outputs
+
+            # As `__call__` pools: the head has to know how many pixels are left.
+            if min(height, width) > 1:
+                height //= 2
+                width //= 2
+
         self.convolutions = nnx.List(convolutions)
         self.head = FlatHead(height * width * inputs, num_classes, rngs=rngs, **dtypes)
 
     def __call__(
         self, images: Float[Array, "B H W C"], *, train: bool, mask: Bool[Array, "B"] | None = None
     ) -> tuple[Float[Array, "B K"], Float[Array, "B F"]]:
-        """Returns logits and penultimate features; see `ResNet`."""
-        where, x = rows_of(mask), images
+        """Returns logits and penultimate features.
+
+        Args:
+          images, train, mask: as of `ResNet`.
+        """
+        where = rows_of(mask)
+        x = images
         for position, convolution in enumerate(self.convolutions):
             x = nnx.elu(convolution(x, train, where))
-            if position % 2 and min(x.shape[1:3]) > 1:
+
+            is_last_of_stage = position % 2 == 1
+            if is_last_of_stage and min(x.shape[1:3]) > 1:
                 x = nnx.max_pool(x, (2, 2), strides=(2, 2))
         return self.head(x)
 

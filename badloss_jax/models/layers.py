@@ -21,7 +21,9 @@ def is_large(image_shape: tuple[int, int, int]) -> bool:
 
 def rows_of(mask: Bool[Array, "B"] | None) -> Bool[Array, "B 1 1 1"] | None:
     """Shapes the mask of a batch for batch norm."""
-    return None if mask is None else mask[:, None, None, None]
+    if mask is None:
+        return None
+    return mask[:, None, None, None]
 
 
 class ConvNorm(nnx.Module):
@@ -31,9 +33,17 @@ class ConvNorm(nnx.Module):
         self, inputs: int, outputs: int, size: int, stride: int, groups: int = 1, *, rngs: nnx.Rngs, **dtypes: Any
     ):
         self.conv = nnx.Conv(
-            inputs, outputs, (size, size), strides=stride, padding=[(size // 2, size // 2)] * 2,
-            feature_group_count=groups, use_bias=False, kernel_init=_he_normal, rngs=rngs, **dtypes,
-        )  # fmt: skip
+            inputs,
+            outputs,
+            (size, size),
+            strides=stride,
+            padding=[(size // 2, size // 2)] * 2,
+            feature_group_count=groups,
+            use_bias=False,
+            kernel_init=_he_normal,
+            rngs=rngs,
+            **dtypes,
+        )
         self.norm = nnx.BatchNorm(outputs, momentum=0.9, epsilon=1e-5, rngs=rngs, **dtypes)
 
     def __call__(self, x: Array, train: bool, mask: Array | None) -> Array:
@@ -49,6 +59,7 @@ class Head(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W F"]) -> tuple[Float[Array, "B K"], Float[Array, "B F"]]:
         """Returns logits and features."""
+        # The mean of many pixels in bfloat16 would lose most of its digits.
         wide = jnp.promote_types(x.dtype, jnp.float32)
         features = x.astype(wide).mean((1, 2))
         return self.linear(features).astype(wide), features

@@ -5,6 +5,7 @@ convolution of stride 1. The 3x3 max-pool of stride 2 follows either way.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,10 +21,11 @@ class BasicBlock(nnx.Module):
     expansion = 1
 
     def __init__(self, inputs: int, width: int, stride: int, *, rngs: nnx.Rngs, **dtypes: Any):
-        self.layers = nnx.List([
+        layers = [
             ConvNorm(inputs, width, 3, stride, rngs=rngs, **dtypes),
             ConvNorm(width, width, 3, 1, rngs=rngs, **dtypes),
-        ])  # fmt: skip
+        ]
+        self.layers = nnx.List(layers)
         self.shortcut = _shortcut(inputs, width, stride, rngs=rngs, **dtypes)
 
     def __call__(self, x: Array, train: bool, mask: Array | None) -> Array:
@@ -38,11 +40,12 @@ class Bottleneck(nnx.Module):
 
     def __init__(self, inputs: int, width: int, stride: int, *, rngs: nnx.Rngs, **dtypes: Any):
         outputs = self.expansion * width
-        self.layers = nnx.List([
+        layers = [
             ConvNorm(inputs, width, 1, 1, rngs=rngs, **dtypes),
             ConvNorm(width, width, 3, stride, rngs=rngs, **dtypes),
             ConvNorm(width, outputs, 1, 1, rngs=rngs, **dtypes),
-        ])  # fmt: skip
+        ]
+        self.layers = nnx.List(layers)
         self.shortcut = _shortcut(inputs, outputs, stride, rngs=rngs, **dtypes)
 
     def __call__(self, x: Array, train: bool, mask: Array | None) -> Array:
@@ -51,37 +54,61 @@ class Bottleneck(nnx.Module):
 
 
 def _shortcut(inputs: int, outputs: int, stride: int, *, rngs: nnx.Rngs, **dtypes: Any) -> ConvNorm | None:
+    """Returns the 1x1 convolution past a block, or None where shapes agree without one."""
     if stride == 1 and inputs == outputs:
         return None
     return ConvNorm(inputs, outputs, 1, stride, rngs=rngs, **dtypes)
 
 
 def _residual(block: BasicBlock | Bottleneck, x: Array, train: bool, mask: Array | None) -> Array:
+    """Applies a block: the last ReLU comes after the sum."""
+    *inner, last = block.layers
+
     y = x
-    for layer in list(block.layers)[:-1]:
+    for layer in inner:
         y = nnx.relu(layer(y, train, mask))
-    y = block.layers[-1](y, train, mask)
-    return nnx.relu(y + (x if block.shortcut is None else block.shortcut(x, train, mask)))
+    y = last(y, train, mask)
+
+    if block.shortcut is not None:
+        x = block.shortcut(x, train, mask)
+    return nnx.relu(y + x)
 
 
-Block = type[BasicBlock] | type[Bottleneck]
+@dataclass(frozen=True)
+class Architecture:
+    """What tells one residual network from another.
+
+    Attributes:
+      block: its building block.
+      widths: of each stage's blocks.
+      depths: blocks of each stage.
+      stem: size and stride of the first convolution.
+      max_pool: whether a 3x3 max-pool of stride 2 follows.
+    """
+
+    block: type[BasicBlock] | type[Bottleneck]
+    widths: Sequence[int]
+    depths: Sequence[int]
+    stem: tuple[int, int]
+    max_pool: bool
 
 
 class ResNet(nnx.Module):
     """Stem, stages of residual blocks (each but the first halves the resolution), mean over pixels, linear head."""
 
-    def __init__(
-        self, channels: int, num_classes: int, block: Block, widths: Sequence[int], depths: Sequence[int], *,
-        stem: tuple[int, int], max_pool: bool, rngs: nnx.Rngs, **dtypes: Any,
-    ):  # fmt: skip
-        self.stem = ConvNorm(channels, widths[0], *stem, rngs=rngs, **dtypes)
-        self.max_pool = max_pool
-        blocks, inputs = [], widths[0]
-        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+    def __init__(self, channels: int, num_classes: int, architecture: Architecture, *, rngs: nnx.Rngs, **dtypes: Any):
+        self.stem = ConvNorm(channels, architecture.widths[0], *architecture.stem, rngs=rngs, **dtypes)
+        self.max_pool = architecture.max_pool
+
+        blocks = []
+        inputs = architecture.widths[0]
+        for stage, (width, depth) in enumerate(zip(architecture.widths, architecture.depths, strict=True)):
             for position in range(depth):
-                stride = 2 if stage and not position else 1
-                blocks.append(block(inputs, width, stride, rngs=rngs, **dtypes))
-                inputs = block.expansion * width
+                # The first stage works at the resolution that the stem leaves.
+                stride = 2 if stage > 0 and position == 0 else 1
+                blocks.append(architecture.block(inputs, width, stride, rngs=rngs, **dtypes))
+                inputs = architecture.block.expansion * width
+
         self.blocks = nnx.List(blocks)
         self.head = Head(inputs, num_classes, rngs=rngs, **dtypes)
 
@@ -94,6 +121,9 @@ class ResNet(nnx.Module):
           images: in [0, 1].
           train: normalise by the batch's statistics, and update the running ones.
           mask: False for padding, which then does not count in the statistics.
+
+        Returns:
+          float [B, K] and [B, F].
         """
         where = rows_of(mask)
         x = nnx.relu(self.stem(images, train, where))
@@ -105,11 +135,20 @@ class ResNet(nnx.Module):
 
 
 def _resnet(
-    block: Block, depths: Sequence[int], image_shape: tuple[int, int, int], num_classes: int, *, stages: Any,
-    stem_stride: Any, **rest: Any,
-) -> ResNet:  # fmt: skip
-    widths, stem = (64, 128, 256, 512), (7, 2) if is_large(image_shape) else (3, 1)
-    return ResNet(image_shape[-1], num_classes, block, widths, depths, stem=stem, max_pool=True, **rest)
+    block: type[BasicBlock] | type[Bottleneck],
+    depths: Sequence[int],
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    stages: Any,
+    stem_stride: Any,
+    rngs: nnx.Rngs,
+    **dtypes: Any,
+) -> ResNet:
+    """Returns a network of He et al.; its stages and its stem are theirs, whatever the caller has for others."""
+    stem = (7, 2) if is_large(image_shape) else (3, 1)
+    architecture = Architecture(block, widths=(64, 128, 256, 512), depths=depths, stem=stem, max_pool=True)
+    return ResNet(image_shape[-1], num_classes, architecture, rngs=rngs, **dtypes)
 
 
 resnet18: Callable[..., ResNet] = partial(_resnet, BasicBlock, (2, 2, 2, 2))
@@ -118,8 +157,24 @@ resnet50: Callable[..., ResNet] = partial(_resnet, Bottleneck, (3, 4, 6, 3))
 
 
 def resnet_small(
-    image_shape: tuple[int, int, int], num_classes: int, *, stages: Sequence[int], stem_stride: int, **rest: Any
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    stages: Sequence[int],
+    stem_stride: int,
+    rngs: nnx.Rngs,
+    **dtypes: Any,
 ) -> ResNet:
-    """Returns one basic block a stage, without a max-pool: (16, 32, 64) is a ResNet-8."""
-    depths, stem = (1,) * len(stages), (3, stem_stride)
-    return ResNet(image_shape[-1], num_classes, BasicBlock, stages, depths, stem=stem, max_pool=False, **rest)
+    """Returns one basic block a stage, without a max-pool: (16, 32, 64) is a ResNet-8.
+
+    Args:
+      image_shape: H, W, C.
+      num_classes: K.
+      stages: channels of each stage.
+      stem_stride: of the first convolution.
+      rngs: draw the weights.
+      **dtypes: dtype, of the computation, and param_dtype.
+    """
+    depths = (1,) * len(stages)
+    architecture = Architecture(BasicBlock, widths=stages, depths=depths, stem=(3, stem_stride), max_pool=False)
+    return ResNet(image_shape[-1], num_classes, architecture, rngs=rngs, **dtypes)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from badloss_jax.models.layers import ConvNorm, Head, rows_of
 
+# Channels of the convolutions of each stage.
 _WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
@@ -18,28 +19,42 @@ class VGG(nnx.Module):
     """Five stages of 3x3 convolutions, each but the last followed by a 2x2 max-pool."""
 
     def __init__(
-        self, image_shape: tuple[int, int, int], num_classes: int, *, stages: Any, stem_stride: Any, rngs: nnx.Rngs,
+        self,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        stages: Any,
+        stem_stride: Any,
+        rngs: nnx.Rngs,
         **dtypes: Any,
-    ):  # fmt: skip
-        inputs, convolutions = image_shape[-1], []
+    ):
+        convolutions = []
+        inputs = image_shape[-1]
         for widths in _WIDTHS:
             for width in widths:
                 convolutions.append(ConvNorm(inputs, width, 3, 1, rngs=rngs, **dtypes))
                 inputs = width
+
         self.convolutions = nnx.List(convolutions)
         self.head = Head(inputs, num_classes, rngs=rngs, **dtypes)
 
     def __call__(
         self, images: Float[Array, "B H W C"], *, train: bool, mask: Bool[Array, "B"] | None = None
     ) -> tuple[Float[Array, "B K"], Float[Array, "B F"]]:
-        """Returns logits and penultimate features; see `ResNet`."""
-        where, x, position = rows_of(mask), images, 0
+        """Returns logits and penultimate features.
+
+        Args:
+          images, train, mask: as of `ResNet`.
+        """
+        where = rows_of(mask)
+        convolutions = iter(self.convolutions)
+        x = images
         for stage, widths in enumerate(_WIDTHS):
-            if stage and min(x.shape[1:3]) > 1:
+            # Before a stage and not after it, for the last one is not pooled.
+            if stage > 0 and min(x.shape[1:3]) > 1:
                 x = nnx.max_pool(x, (2, 2), strides=(2, 2))
             for _ in widths:
-                x = nnx.relu(self.convolutions[position](x, train, where))
-                position += 1
+                x = nnx.relu(next(convolutions)(x, train, where))
         return self.head(x)
 
 

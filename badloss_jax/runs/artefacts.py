@@ -8,6 +8,7 @@ while the others wait.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from badloss_jax.core.files import locked
@@ -29,9 +30,16 @@ class Artefacts:
     wait: Callable[[str], object] | None = None
 
     def place(self, kind: str, name: str, identity: str) -> Path:
-        """Returns where an artefact lies: `kind` is "models", "defenses", ...; `name` is "" if there is but one."""
-        plain = identity if self.shared else name.replace("/", "-")
-        return self.folder / kind / plain if plain else self.folder / kind
+        """Returns where an artefact lies.
+
+        Args:
+          kind: "models", "defenses", "checkpoints", ...
+          name: in a run's own folder; "" if there is but one.
+          identity: hash of all that it depends on, its name in a shared folder.
+        """
+        if self.shared:
+            return self.folder / kind / identity
+        return self.folder / kind / name.replace("/", "-")
 
     @contextmanager
     def held(self, path: Path) -> Iterator[None]:
@@ -43,9 +51,16 @@ class Artefacts:
         if not self.shared:
             yield
             return
+
+        wait = None
+        if self.wait is not None:
+            wait = partial(self._say_who, self.wait, path)
         lock = self.folder / "locks" / f"{path.parent.name}-{path.name}"
-        wait = self.wait
-        told = wait and (lambda holder: wait(f"waiting for process {holder}, which makes {path.name}"))
         with ExitStack() as stack:
-            on_first(lambda: stack.enter_context(locked(lock, told)))  # the others of this run would wait for the first
+            # The first process alone: the others of this run would wait for it.
+            on_first(lambda: stack.enter_context(locked(lock, wait)))
             yield
+
+    @staticmethod
+    def _say_who(wait: Callable[[str], object], path: Path, holder: str) -> None:
+        wait(f"waiting for process {holder}, which makes {path.name}")

@@ -1,8 +1,9 @@
 """One run, from a config to a verdict: poison, record, score, reject, retrain, evaluate, report."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from badloss_jax.attacks.manifest import Manifest, choose_probes, read_manifest
-from badloss_jax.config import check_config, config_hash, differences, settled, to_dict
-from badloss_jax.core.errors import DataError, UsageError
-from badloss_jax.core.files import read_json
-from badloss_jax.core.hashing import code_hash, digest
+from badloss_jax.attacks.manifest import Manifest, choose_probes
+from badloss_jax.config import check_config, settled
+from badloss_jax.core.hashing import code_hash
 from badloss_jax.core.mesh import make_mesh
 from badloss_jax.core.preemption import Preemption
 from badloss_jax.core.processes import agree, on_first
@@ -34,18 +33,24 @@ from badloss_jax.report.results import (
     write_scores,
 )
 from badloss_jax.runs.artefacts import Artefacts
+from badloss_jax.runs.defending import defend
+from badloss_jax.runs.ledger import Ledger
 from badloss_jax.runs.phases import Phases
 from badloss_jax.runs.poison import keep_manifest, plan_poison
 from badloss_jax.runs.trainer import Trainer, check_devices
-from badloss_jax.runs.workdir import claim, read_config, read_resumes
+from badloss_jax.runs.workdir import claim, read_resumes
 from badloss_jax.runs.writers import Writer, open_writers
-from badloss_jax.trajectories.store import TrajectoryStore
 
 
 def run_experiment(
-    config: ConfigDict, workdir: Path, progress: Progress | None = None, mesh: Mesh | None = None,
-    shared: Path | None = None, *, wait: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+    config: ConfigDict,
+    workdir: Path,
+    progress: Progress | None = None,
+    mesh: Mesh | None = None,
+    shared: Path | None = None,
+    *,
+    wait: bool = True,
+) -> dict[str, Any]:
     """Runs the whole experiment in a folder, going on with what finished phases left there.
 
     Args:
@@ -62,138 +67,156 @@ def run_experiment(
 
     Raises:
       UsageError, DataError, NonFiniteLossError: see `badloss_jax.core.errors`; what was finished is kept.
+      PreemptedError: it was told to stop; the same call goes on.
+
+    Example:
+      config = badloss_jax.load_config("configs/digits.py", ["--config.seed=1"])
+      results = badloss_jax.run_experiment(config, Path("/tmp/digits"))
     """
     check_config(config)
     mesh = mesh or make_mesh()
     check_devices(config, mesh)
-    started, progress = time.monotonic(), progress or Progress(None)
-    artefacts = Artefacts(shared or workdir, shared is not None, progress.note if wait else None)
+    started = time.monotonic()
+    progress = progress or Progress(None)
+    tell_wait = progress.note if wait else None
+    artefacts = Artefacts(shared or workdir, shared is not None, tell_wait)
+
     dataset = load_dataset(config.data, config.seed)
     planned = plan_poison(config, dataset)
     probe_ids = choose_probes(planned, config.probes.count, config.seed, config.probes.contaminated)
     _check_agreement(config, dataset, planned)
+
     with Preemption() as preemption, _claimed(workdir, config) as writers:
-        seconds = {"data": time.monotonic() - started}
+        ledger = Ledger(seconds={"data": time.monotonic() - started})
         trainer = Trainer(config, workdir, artefacts, mesh, progress, writers, preemption)
-        manifest, spent = keep_manifest(workdir, planned, dataset, trainer)
-        seconds |= {"surrogate": spent} if spent else {}
-        about = header(config, manifest, dataset.class_names)
-        run = Phases(config, workdir, artefacts, mesh, dataset, manifest, probe_ids, trainer, seconds)
+        manifest, surrogate = keep_manifest(workdir, planned, dataset, trainer)
+        if surrogate:
+            ledger.seconds["surrogate"] = surrogate
 
-        detections, epochs, costs = _detections(run)
-        cleansed = {}
-        for name in config.defenses.names:
-            outcome, costs[name] = run.defend(name)
-            if isinstance(outcome, Detection):
-                detections[name] = outcome
-            else:
-                cleansed[name] = outcome
+        run = Phases(trainer, dataset, manifest, probe_ids, ledger)
+        findings = _detect(run)
+        variants = _retrain(run, findings)
+        results = _results(run, findings, variants)
 
-        undefended = run.undefended if config.retraining.enabled else None
-        variants = {}
-        for name, removed, detection in _removals(config, detections, manifest, probe_ids):
-            wanted = config.retraining.enabled and (detection is None or name in config.retraining.variants)
-            retrained = run.retrain(name, removed) if wanted else None
-            variants[name] = variant_entry(removed, run.attack_of, run.is_probe, detection, retrained, undefended)
-        for name, model in cleansed.items():
-            variants[name] = cleansed_entry(model, undefended)
-        for name, entry in variants.items():
-            entry |= cost_entry(costs.get(name.partition("/")[0]), run.seconds, config)
-
-        results = about | {
-            "seconds": run.seconds,
-            "resumes": read_resumes(workdir),
-            "epochs_kept": epochs,
-            "variants": variants,
-        }
-        results |= {"undefended": undefended} if undefended else {}
-        results |= {"recording_model": run.recorded[1]} if "recording" in run.seconds else {}
-
-        def write() -> None:
-            if detections:
-                write_scores(workdir / "scores.parquet", run.labels, dataset.class_names, run.attack_of, run.is_probe,
-                             detections, config.scoring.transform)  # fmt: skip
-            if not shared and detections:
-                run.keep_gallery({kind: detection.distances for kind, detection in detections.items()})
-            write_results(workdir / "results.json", results)
-            if not shared:
-                write_reports(workdir)
-
-        on_first(write)
+        # An item of a sweep has no report of its own.
+        on_first(lambda: _write(run, findings, results, report=shared is None))
         return results
 
 
-def _detections(run: Phases) -> tuple[dict[str, Detection], list[int], dict[str, dict[str, float]]]:
-    """Scores the trajectories by the kinds of the config, which are BaDLoss without a name.
+@dataclass
+class _Findings:
+    """What BaDLoss and the other defences say.
+
+    Attributes:
+      detections: by kind of trajectory, or by defence.
+      cleansed: by defence, how good the network is that it trained itself.
+      costs: by kind or defence, what took how many seconds.
+      epochs: that the filter kept.
+    """
+
+    detections: dict[str, Detection]
+    cleansed: dict[str, dict[str, Any]]
+    costs: dict[str, dict[str, float]]
+    epochs: list[int]
+
+
+def _detect(run: Phases) -> _Findings:
+    """Scores by every kind of the config, which are BaDLoss without a name, and lets every defence work."""
+    findings = _Findings({}, {}, {}, [])
+    config = run.config
+    if config.scoring.kinds:
+        store, _ = run.recorded
+        with run.ledger("scoring"):
+            detections, epochs = detect(store, run.probe_ids, config.scoring, config.rejection, run.mesh, config.seed)
+        cost = {phase: run.ledger.seconds[phase] for phase in ("recording", "scoring")}
+        findings.detections |= detections
+        findings.costs |= {kind: dict(cost) for kind in detections}
+        findings.epochs += epochs.tolist()
+
+    for name in config.defenses.names:
+        outcome, findings.costs[name] = defend(run, name)
+        if isinstance(outcome, Detection):
+            findings.detections[name] = outcome
+        else:
+            findings.cleansed[name] = outcome
+    return findings
+
+
+def _retrain(run: Phases, findings: _Findings) -> dict[str, dict[str, Any]]:
+    """Retrains without what each kind, defence and control removes, where the config asks for it.
 
     Returns:
-      By kind the detections; the epochs that the filter kept; and by kind what took how many seconds.
+      What results.json says of each variant.
     """
-    scoring, rejection = run.config.scoring, run.config.rejection
-    if not scoring.kinds:
-        return {}, [], {}
-    store = run.recorded[0]
-    with run.timed("scoring"):
-        detections, epochs = detect(store, run.probe_ids, scoring, rejection, run.mesh, run.config.seed)
-    cost = {phase: run.seconds[phase] for phase in ("recording", "scoring")}
-    return detections, epochs.tolist(), {kind: dict(cost) for kind in detections}
+    settings = run.config.retraining
+    undefended = run.undefended if settings.enabled else None
+
+    variants = {}
+    for name, removed, detection in _removals(run, findings.detections):
+        is_control = detection is None
+        retrained = None
+        if settings.enabled and (is_control or name in settings.variants):
+            retrained = run.retrain(name, removed)
+        variants[name] = variant_entry(removed, run.attack_of, run.is_probe, detection, retrained, undefended)
+    for name, model in findings.cleansed.items():
+        variants[name] = cleansed_entry(model, undefended)
+
+    for name, entry in variants.items():
+        kind = name.partition("/")[0]
+        entry |= cost_entry(findings.costs.get(kind), run.ledger.seconds, run.config)
+    return variants
 
 
-def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[Path, dict[str, Any]]:
-    """Scores the stored trajectories of a run with other `scoring` and `rejection` settings, without training.
+def _removals(run: Phases, detections: dict[str, Detection]) -> Iterator[tuple[str, np.ndarray, Detection | None]]:
+    """Yields (variant, removed bool [N], its detection) of every kind and rule, then of the controls."""
+    for kind, detection in detections.items():
+        for rule, removed in detection.removed.items():
+            yield f"{kind}/{rule}", removed, detection
 
-    Returns:
-      The folder `rescored/<hash>` with its own results.json, scores.parquet and report, and what results.json holds.
+    config = run.config
+    size = run.manifest.num_examples
+    if "random" in config.controls:
+        removed = random_removal(size, run.probe_ids, config.rejection.fraction, config.seed)
+        yield "random/fraction", removed, None
+    if "oracle" in config.controls:
+        yield "oracle", oracle_removal(size, run.manifest.poisoned_ids), None
 
-    Raises:
-      UsageError: no run is there, or another setting is changed, which would need training.
-      DataError: the trajectories are incomplete or damaged.
-    """
-    stored = read_config(workdir)
-    original = config_hash(stored)
-    stored.retraining.variants = ()  # nothing is retrained, so no kind must be there for it
-    config = change(stored)
-    if not config.scoring.kinds:
-        raise UsageError("scoring.kinds is empty: name the kinds of trajectory to score by")
-    changed = [group for group, value in to_dict(config).items() if value != to_dict(stored)[group]]
-    needing_training = [group for group in changed if group not in ("scoring", "rejection")]
-    if needing_training:
-        raise UsageError(
-            f"badloss score changes scoring.* and rejection.* only; {', '.join(needing_training)} would need training:"
-            " use badloss run with another --workdir"
-        )
-    store = TrajectoryStore.open(workdir / "trajectories")
-    if not store.complete:
-        raise DataError(
-            f"{store.folder} is not complete: its `badloss run` is still at work, or did not come to the end"
-        )
-    labels, probe_ids = store.labels(), store.probe_ids()
-    is_probe = np.isin(np.arange(store.num_examples), probe_ids)
-    manifest = read_manifest(workdir / "manifest.json")
-    if manifest.num_examples != store.num_examples:
-        raise DataError(
-            f"manifest.json speaks of {manifest.num_examples} examples, trajectories/ of {store.num_examples}"
-        )
-    attack_of, class_names = manifest.attack_of(), _class_names(workdir, manifest)
-    started = time.monotonic()
-    detections, epochs = detect(store, probe_ids, config.scoring, config.rejection, seed=config.seed)
-    results = header(config, manifest, class_names) | {
-        "rescored_from": original,
-        "changed": differences(to_dict(config), to_dict(stored)),
-        "seconds": {"scoring": time.monotonic() - started},
-        "epochs_kept": epochs.tolist(),
-        "variants": {
-            f"{kind}/{rule}": variant_entry(removed, attack_of, is_probe, detection)
-            for kind, detection in detections.items()
-            for rule, removed in detection.removed.items()
-        },
+
+def _results(run: Phases, findings: _Findings, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Returns what results.json holds."""
+    results = header(run.config, run.manifest, run.dataset.class_names) | {
+        "seconds": run.ledger.seconds,
+        "resumes": read_resumes(run.workdir),
+        "epochs_kept": findings.epochs,
+        "variants": variants,
     }
-    folder = workdir / "rescored" / digest(to_dict(config)["scoring"], to_dict(config)["rejection"])
-    write_scores(folder / "scores.parquet", labels, class_names, attack_of, is_probe, detections,
-                 config.scoring.transform)  # fmt: skip
-    write_results(folder / "results.json", results)
-    write_reports(folder)
-    return folder, results
+    if run.config.retraining.enabled:
+        results["undefended"] = run.undefended
+    if "recording" in run.ledger.seconds:
+        results["recording_model"] = run.recorded[1]
+    return results
+
+
+def _write(run: Phases, findings: _Findings, results: dict[str, Any], *, report: bool) -> None:
+    """Writes what scripts and people read of a run."""
+    detections = findings.detections
+    if detections:
+        write_scores(
+            run.workdir / "scores.parquet",
+            run.labels,
+            run.dataset.class_names,
+            run.attack_of,
+            run.is_probe,
+            detections,
+            run.config.scoring.transform,
+        )
+    if detections and report:
+        run.keep_gallery({kind: detection.distances for kind, detection in detections.items()})
+
+    # The results come last of what is kept: the report is rendered from them, and a folder that has them is done.
+    write_results(run.workdir / "results.json", results)
+    if report:
+        write_reports(run.workdir)
 
 
 @contextmanager
@@ -202,49 +225,25 @@ def _claimed(workdir: Path, config: ConfigDict) -> Iterator[Sequence[Writer]]:
     writers: list[Writer] = []
     with ExitStack() as stack:
 
-        def claim_it() -> None:
+        def hold() -> None:
             stack.enter_context(claim(workdir, config))
             writers.extend(stack.enter_context(open_writers(workdir, config)))
 
-        on_first(claim_it)
-        seen = "a run" if (workdir / "config.json").is_file() else "nothing"
-        agree({f"what is in --workdir {workdir}, which has to be one folder that all processes share,": seen})
+        on_first(hold)
+        # Every process looks for what the first has just written.
+        content = "a run" if (workdir / "config.json").is_file() else "nothing"
+        agree({f"what is in --workdir {workdir}, which has to be one folder that all processes share,": content})
         yield writers
 
 
 def _check_agreement(config: ConfigDict, dataset: Dataset, manifest: Manifest) -> None:
     """Raises UsageError, in every process, if some have other settings, code or data than the first."""
-    agree(
-        {f"config.{key}": str(value) for key, value in settled(config).items()}
-        | {
-            "the code of badloss_jax (a hash)": code_hash(),
-            "the version of jax": jax.__version__,
-            "the training images and labels (a hash)": dataset.train.fingerprint,
-            "the test images and labels (a hash)": dataset.test.fingerprint,
-            "the poison (a hash)": manifest.digest,
-        }
-    )
-
-
-def _removals(
-    config: ConfigDict, detections: dict[str, Detection], manifest: Manifest, probe_ids: np.ndarray
-) -> Iterator[tuple[str, np.ndarray, Detection | None]]:
-    """Yields (variant, removed bool [N], its detection) of every kind and rule, then of the controls."""
-    for kind, detection in detections.items():
-        for rule, removed in detection.removed.items():
-            yield f"{kind}/{rule}", removed, detection
-    size = manifest.num_examples
-    if "random" in config.controls:
-        yield "random/fraction", random_removal(size, probe_ids, config.rejection.fraction, config.seed), None
-    if "oracle" in config.controls:
-        yield "oracle", oracle_removal(size, manifest.poisoned_ids), None
-
-
-def _class_names(workdir: Path, manifest: Manifest) -> list[str]:
-    """Returns what the run called its classes; numbers, if it did not come to its end."""
-    try:
-        names = read_json(workdir / "results.json")["class_names"]
-    except (FileNotFoundError, KeyError):
-        names = []
-    numbers = [str(label) for label in range(manifest.num_classes)]
-    return [str(name) for name in names] if len(names) == manifest.num_classes else numbers
+    facts = {f"config.{key}": str(value) for key, value in settled(config).items()}
+    facts |= {
+        "the code of badloss_jax (a hash)": code_hash(),
+        "the version of jax": jax.__version__,
+        "the training images and labels (a hash)": dataset.train.fingerprint,
+        "the test images and labels (a hash)": dataset.test.fingerprint,
+        "the poison (a hash)": manifest.digest,
+    }
+    agree(facts)

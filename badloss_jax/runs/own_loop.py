@@ -6,7 +6,6 @@ A saved recorder is a `TrajectoryStore`, which `badloss score --trajectories` ta
 """
 
 import json
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,19 +17,25 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from badloss_jax.core.errors import DataError, NonFiniteLossError, UsageError
-from badloss_jax.core.files import check_free, read_json, write_text
+from badloss_jax.core.errors import DataError, UsageError
+from badloss_jax.core.files import check_free, write_text
 from badloss_jax.core.hashing import digest
-from badloss_jax.core.mesh import by_rows, make_mesh, replicated, round_up
+from badloss_jax.core.mesh import by_rows, make_mesh, replicated
+from badloss_jax.runs.recorder_settings import (
+    SETTINGS,
+    SETTINGS_FILE,
+    check_made_alike,
+    checked_sizes,
+    kinds_of,
+    put_in_place,
+    read_settings,
+)
+from badloss_jax.runs.recorder_values import check_finite, fill_missing, on_devices, shapes_of
 from badloss_jax.scoring.buffer_scores import Request, Scores, score_buffer
-from badloss_jax.trajectories.batches import check, integer, integers, make_update, named, padded, take, write_batch
+from badloss_jax.trajectories.batches import check, integer, integers, make_update, padded, take, write_batch
 from badloss_jax.trajectories.buffer import Buffer, create_buffer, padding_id, read_column
 from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.store import TrajectoryStore
-
-_LEAST = {"num_examples": 1, "num_epochs": 3, "num_classes": 2, "num_features": 1, "feature_dim": 1,
-          "ranked_others": 1, "seed": 0}  # fmt: skip
-_SETTINGS = ("num_classes", "num_features", "feature_dim", "ranked_others", "keep_logits", "seed")
 
 
 @dataclass(eq=False)
@@ -100,19 +105,26 @@ class TrajectoryRecorder:
     _buffer: Buffer | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            if getattr(self, name) is not None or name not in ("num_classes", "num_features"):
-                setattr(self, name, integer(name, getattr(self, name), least))
+        for name, size in checked_sizes(vars(self)).items():
+            setattr(self, name, size)
+
         self.mesh = make_mesh(list(self.mesh.devices.flat))
         if self.mesh.is_multi_process:
             raise UsageError("the mesh spans processes: give each a recorder on devices of its own, and merge them")
-        names = ("ranked",) * bool(self.num_classes) + ("features",) * bool(self.num_features)
-        names += ("logits",) * bool(self.num_classes and self.keep_logits)
-        sizes = self.num_classes or 0, self.num_features or 0, self.feature_dim, self.ranked_others, self.seed
-        self.kinds = Kinds(names, *sizes)
+
+        self.kinds = kinds_of(self._settings)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What a saved recorder says that it was made with."""
+        return {name: getattr(self, name) for name in SETTINGS}
 
     def init(self) -> Buffer:
-        """Returns an empty buffer, kind -> [N', T, ...] of NaN, for `write`."""
+        """Makes an empty buffer for `write`.
+
+        Returns:
+          kind -> [N', T, ...] of NaN; N' is N rounded up to a multiple of the devices.
+        """
         return create_buffer(self.kinds, self.num_examples, self.num_epochs, self.mesh)
 
     @property
@@ -131,23 +143,44 @@ class TrajectoryRecorder:
     def adopt(self, buffer: Buffer) -> None:
         """Takes a buffer that `write` has filled, in place of what the recorder held.
 
+        Args:
+          buffer: kind -> [N', T, ...], as `init` makes it; the recorder keeps it until it is donated.
+
         Raises:
           UsageError: it is not of this recorder's kinds and sizes.
         """
-        ours, given = ({kind: (array.shape, array.dtype.name) for kind, array in of.items()}
-                       for of in (jax.eval_shape(self.init), buffer))  # fmt: skip
-        if ours != given:
-            raise UsageError(f"the buffer is {given}: expected {ours}, as init() makes it")
+        expected = shapes_of(jax.eval_shape(self.init))
+        given = shapes_of(buffer)
+        if given != expected:
+            raise UsageError(f"the buffer is {given}: expected {expected}, as init() makes it")
         self._buffer = jax.device_put(buffer, by_rows(self.mesh))
 
     def write(
-        self, buffer: Buffer, losses: Float[Array, "B"], example_ids: Int[Array, "B"], epoch: Int[Array, ""] | int, *,
-        logits: Float[Array, "B K"] | None = None, features: Float[Array, "B F"] | None = None,
+        self,
+        buffer: Buffer,
+        losses: Float[Array, "B"],
+        example_ids: Int[Array, "B"],
+        epoch: Int[Array, ""] | int,
+        *,
+        logits: Float[Array, "B K"] | None = None,
+        features: Float[Array, "B F"] | None = None,
         labels: Int[Array, "B"] | None = None,
-    ) -> Buffer:  # fmt: skip
-        """Returns the buffer with a batch in column `epoch`, for use inside jit; ids outside of 0 to N - 1 are dropped.
+    ) -> Buffer:
+        """Writes a batch into column `epoch` of a buffer, for use inside jit.
 
         Of an id that is twice in a batch, either counts. A value that is not finite counts as not recorded.
+
+        Args:
+          buffer: kind -> [N', T, ...], as `init` makes it; donate it, else every step copies it.
+          losses: floats [B], of the examples, before any mean.
+          example_ids: integers [B]; rows whose id is outside of 0 to N - 1, such as padding, are dropped.
+          epoch: 0 to T - 1; nothing is recorded in others.
+          logits: floats [B, K], with num_classes.
+          features: floats [B, F], the penultimate layer's, with num_features.
+          labels: integers [B], 0 to K - 1, with num_classes.
+
+        Returns:
+          The buffer with the batch in it.
 
         Raises:
           UsageError: shapes or dtypes that do not fit, or something that the recorder was made for is missing.
@@ -158,41 +191,60 @@ class TrajectoryRecorder:
         return write_batch(buffer, batch, jnp.asarray(epoch), self.kinds)
 
     def update(
-        self, losses: Any, example_ids: Any, epoch: int, *, logits: Any = None, features: Any = None, labels: Any = None
+        self,
+        losses: Any,
+        example_ids: Any,
+        epoch: int,
+        *,
+        logits: Any = None,
+        features: Any = None,
+        labels: Any = None,
     ) -> None:
         """Records a batch, of JAX or NumPy arrays, PyTorch tensors, or lists; of an id that is twice in it, the last.
 
         Args:
-          losses: [B], of the examples, before any mean.
+          losses: floats [B], of the examples, before any mean.
           example_ids: integers [B], 0 to N - 1.
           epoch: 0 to T - 1.
-          logits: [B, K], with num_classes.
-          features: [B, F], with num_features.
+          logits: floats [B, K], with num_classes.
+          features: floats [B, F], the penultimate layer's, with num_features.
           labels: integers [B], 0 to K - 1, with num_classes.
 
         Raises:
           UsageError: shapes, dtypes or values that do not fit, or something that the recorder was made for is missing.
           NonFiniteLossError: a loss, logit or feature is NaN or infinite (epoch and ids are named).
             Either way nothing of the batch is recorded.
+
+        Example:
+          >>> import numpy as np
+          >>> from badloss_jax import TrajectoryRecorder
+          >>> recorder = TrajectoryRecorder(num_examples=3, num_epochs=3)
+          >>> recorder.update(np.array([0.5, 2.0]), np.array([0, 2]), epoch=0)
+          >>> np.asarray(recorder.buffer["loss"][:, 0]).tolist()
+          [0.5, nan, 2.0]
         """
         given = {"losses": losses, "example_ids": example_ids, "logits": logits, "features": features, "labels": labels}
-        batch, column = take(given, self.num_examples, self.kinds), integer("epoch", epoch, 0, self.num_epochs - 1)
-        ids, size = batch["example_ids"], len(batch["losses"])
+        batch = take(given, self.num_examples, self.kinds)
+        column = integer("epoch", epoch, 0, self.num_epochs - 1)
+        ids = batch["example_ids"]
+
         batch = jax.device_put(padded(batch, padding_id(self.num_examples, self.mesh)), replicated(self.mesh))
         step = make_update(self.kinds, self.mesh)
         # Waited for: what came without a copy may be overwritten by whoever owns it.
         self._buffer, finite = jax.block_until_ready(step(self.buffer, batch, np.int32(column)))
-        for name, fine in finite.items():
-            bad = ids[~np.asarray(fine)[:size]]
-            if len(bad):
-                raise NonFiniteLossError(f"epoch {column}: the {name} of {len(bad)} examples are NaN or infinite, ids"
-                                         f" {named(bad)}; nothing of this batch was recorded. A smaller learning rate"
-                                         " usually helps")  # fmt: skip
+        check_finite(finite, ids, column)
 
     def score(
-        self, probe_ids: Any, k: int | None = None, kind: str | None = None, *, epochs: int | None = None,
-        incomplete: str = "error", labels: Any = None, by_class: bool = False,
-    ) -> Scores:  # fmt: skip
+        self,
+        probe_ids: Any,
+        k: int | None = None,
+        kind: str | None = None,
+        *,
+        epochs: int | None = None,
+        incomplete: str = "error",
+        labels: Any = None,
+        by_class: bool = False,
+    ) -> Scores:
         """Scores every example by its distance to the k nearest probes.
 
         Args:
@@ -205,8 +257,25 @@ class TrajectoryRecorder:
           by_class: put every class on the scale of its own probes, so that a hard or small one is not suspicious as a
             whole; needs labels.
 
+        Returns:
+          Distances and p-values [N], the epochs that they are of, and attacks.
+
         Raises:
           UsageError: an argument is impossible, or examples lack an epoch (how many, ids and epochs are named).
+
+        Example:
+          >>> import numpy as np
+          >>> from badloss_jax import TrajectoryRecorder
+          >>> recorder = TrajectoryRecorder(num_examples=40, num_epochs=3)
+          >>> losses = np.random.default_rng(0).uniform(0.9, 1.1, size=40)
+          >>> for epoch in range(3):
+          ...     losses[:39] *= 0.5  # all but the last are learnt
+          ...     recorder.update(losses, np.arange(40), epoch)
+          >>> scores = recorder.score(probe_ids=np.arange(30), k=5)
+          >>> int(np.argmax(scores.distances))
+          39
+          >>> round(float(scores.p_values[39]), 3)  # 1 / (P + 1): no probe lies further out
+          0.032
         """
         request = Request(probe_ids, k, kind, epochs, incomplete, labels, by_class)
         return score_buffer(self.buffer, self.num_examples, request, self.mesh)
@@ -221,47 +290,65 @@ class TrajectoryRecorder:
         Raises:
           UsageError: the folder holds other files, or labels do not fit.
           DataError: a file cannot be written.
+
+        Example:
+          >>> import tempfile
+          >>> from badloss_jax import TrajectoryRecorder
+          >>> recorder = TrajectoryRecorder(num_examples=3, num_epochs=3)
+          >>> recorder.update([0.5, 2.0], [0, 2], epoch=0)
+          >>> with tempfile.TemporaryDirectory() as folder:
+          ...     recorder.save(folder)
+          ...     same = TrajectoryRecorder.load(folder)
+          >>> same.update([1.0], [1], epoch=0)  # recording goes on
+          >>> same.buffer["loss"][:, 0].tolist()
+          [0.5, 1.0, 2.0]
         """
         folder = Path(folder).resolve()
-        check_free(folder, "recorder.json", option="", hidden_too=True)
-        classes = np.full(self.num_examples, -1) if labels is None else integers("labels", labels, 2**31)
+        check_free(folder, SETTINGS_FILE, option="", hidden_too=True)
+        classes = np.full(self.num_examples, -1)
+        if labels is not None:
+            classes = integers("labels", labels, 2**31)
         if len(classes) != self.num_examples:
             raise UsageError(f"there are {len(classes)} labels for {self.num_examples} examples")
-        settings = {name: getattr(self, name) for name in _SETTINGS}
-        beside, no_probe = folder.with_name(f".{folder.name}.new"), np.zeros(self.num_examples, bool)
+
+        beside = folder.with_name(f".{folder.name}.new")
+        no_probe = np.zeros(self.num_examples, bool)
         layout = self.kinds.layout()
-        store = TrajectoryStore.create(beside, digest(settings), classes, no_probe, self.num_epochs, layout)
+        store = TrajectoryStore.create(beside, digest(self._settings), classes, no_probe, self.num_epochs, layout)
         for epoch in range(self.num_epochs):
             columns = read_column(self.buffer, epoch, self.num_examples)
             store.write_epoch(epoch, {kind: run for kind, (run,) in columns.items()})
-        write_text(beside / "recorder.json", json.dumps(settings))
-        before = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(before, ignore_errors=True)
-        if folder.exists():
-            folder.rename(before)
-        beside.rename(folder)
-        shutil.rmtree(before, ignore_errors=True)
+        write_text(beside / SETTINGS_FILE, json.dumps(self._settings))
+        put_in_place(beside, folder)
 
     @classmethod
     def load(cls, folder: Path | str, *, mesh: Mesh | None = None) -> "TrajectoryRecorder":
         """Reads what `save` wrote; recording can go on.
 
+        Args:
+          folder: that `save` wrote.
+          mesh: the devices of this process that share the rows, by default the first.
+
+        Returns:
+          A recorder that holds the same.
+
         Raises:
           DataError: it is missing or damaged.
         """
         store = TrajectoryStore.open(Path(folder))
-        path = store.folder / "recorder.json"
-        where: dict[str, Any] = {} if mesh is None else {"mesh": mesh}
+        settings = read_settings(store)
+        if mesh is not None:
+            settings["mesh"] = mesh
         try:
-            settings = read_json(path)
-            made_with = {name: settings[name] for name in _SETTINGS}
-            recorder = cls(store.num_examples, store.num_epochs, **made_with, **where)
-        except (FileNotFoundError, KeyError, UsageError) as error:
-            raise DataError(f"{path} is missing or damaged: {error}") from error
+            recorder = cls(store.num_examples, store.num_epochs, **settings)
+        except UsageError as error:
+            raise DataError(f"{store.folder / SETTINGS_FILE} is missing or damaged: {error}") from error
+
         layout = {kind: (shape, dtype.name) for kind, (shape, dtype) in recorder.kinds.layout().items()}
         if layout != store.layout:
             raise DataError(f"{store.folder} holds {store.layout}, and recorder.json speaks of {layout}")
-        recorder._fill({kind: store.rows(kind, check=False)[:] for kind in layout})
+        values = {kind: store.rows(kind, check=False)[:] for kind in layout}
+        recorder._buffer = on_devices(values, recorder.mesh)
         return recorder
 
     @classmethod
@@ -270,32 +357,40 @@ class TrajectoryRecorder:
     ) -> "TrajectoryRecorder":
         """Puts together what several recorders, or saved ones, saw; a cell that two recorded is the first's.
 
+        Args:
+          parts: recorders, or folders that they saved, all made with the same sizes and settings.
+          mesh: the devices of this process that share the rows, by default those of the first part.
+
+        Returns:
+          A new recorder; the parts stay as they are.
+
         Raises:
           UsageError: there are none, or they were made differently (both values are named).
           DataError: a folder is damaged.
+
+        Example:
+          >>> from badloss_jax import TrajectoryRecorder
+          >>> parts = [TrajectoryRecorder(num_examples=3, num_epochs=3) for _ in range(2)]
+          >>> parts[0].update([0.5, 2.0], [0, 2], epoch=0)
+          >>> parts[1].update([1.0, 9.0], [1, 2], epoch=0)
+          >>> whole = TrajectoryRecorder.merge(parts)
+          >>> whole.buffer["loss"][:, 0].tolist()
+          [0.5, 1.0, 2.0]
         """
         whole: TrajectoryRecorder | None = None
         merged: dict[str, np.ndarray] = {}
         for number, part in enumerate(parts):
-            other = cls.load(part) if isinstance(part, Path | str) else part
-            whole = whole or replace(other, mesh=mesh or other.mesh)
-            for name in ("num_examples", "num_epochs", *_SETTINGS):
-                ours, theirs = getattr(whole, name), getattr(other, name)
-                if ours != theirs:
-                    raise UsageError(f"{name} = {theirs} in part {number}, and {ours} in part 0: they have to agree")
-            values = {kind: np.asarray(array)[: other.num_examples] for kind, array in other.buffer.items()}
-            merged = merged or {kind: array.copy() for kind, array in values.items()}
-            missing = ~np.isfinite(merged["loss"])
-            for kind, array in merged.items():
-                array[missing] = values[kind][missing]
+            recorder = cls.load(part) if isinstance(part, Path | str) else part
+            if whole is None:
+                whole = replace(recorder, mesh=mesh or recorder.mesh)
+            check_made_alike(whole, recorder, number)
+
+            values = {kind: np.asarray(array)[: recorder.num_examples] for kind, array in recorder.buffer.items()}
+            if not merged:
+                merged = {kind: array.copy() for kind, array in values.items()}
+            fill_missing(merged, values)
+
         if whole is None:
             raise UsageError("there is nothing to merge: expected recorders, or folders that they saved")
-        whole._fill(merged)
+        whole._buffer = on_devices(merged, whole.mesh)
         return whole
-
-    def _fill(self, values: dict[str, np.ndarray]) -> None:
-        """Takes values [N, T, ...] of each kind to the devices."""
-        more = round_up(self.num_examples, self.mesh) - self.num_examples
-        rows = {kind: np.concatenate([array, np.full((more, *array.shape[1:]), np.nan, array.dtype)])
-                for kind, array in values.items()}  # fmt: skip
-        self._buffer = jax.device_put(rows, by_rows(self.mesh))

@@ -4,6 +4,7 @@ A network that generalises early tells what is learnt as its class from what is 
 that it can record with in the time that it is given (scoring/README.md has what that is worth).
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -25,12 +26,19 @@ from badloss_jax.training.step import make_train_step
 from badloss_jax.trajectories.buffer import padding_id
 
 # Of resnet_small its channels, what its stem's stride is divided by, and the share of the epochs that it needs.
-_SMALL = [((16, 32, 64), 1, 1), ((32, 64, 128), 1, 2 / 3), ((16, 32, 64), 2, 8 / 15), ((32, 64, 128), 2, 8 / 15)]
+_SMALL = [
+    ((16, 32, 64), 1, 1),
+    ((32, 64, 128), 1, 2 / 3),
+    ((16, 32, 64), 2, 8 / 15),
+    ((32, 64, 128), 2, 8 / 15),
+]
 _FEWEST_EPOCHS = 8
 _FEW = 5_000  # images
 _SHARE = 0.85  # of the time that is for the recording; the rest is for reading, compiling and scoring
 _SWEEP = 4 / 3  # an epoch with its sweep, which is a forward pass, in epochs of training
 _GROWTH = 1.2  # a larger network takes at least so many times as long
+_WARM_UP = 2  # steps that compile, and fill what is read ahead
+_FEWEST_STEPS = 3  # that are timed
 _SECONDS = 1.5  # of steps that are timed
 
 
@@ -51,8 +59,9 @@ class Network:
     share: float = 1.0
 
     def __str__(self) -> str:
-        small = f" {tuple(self.stages)}, stem of stride {self.stem_stride}"
-        return self.name + small * (self.name == "resnet_small")
+        if self.name != "resnet_small":
+            return self.name
+        return f"{self.name} {tuple(self.stages)}, stem of stride {self.stem_stride}"
 
 
 @dataclass(frozen=True)
@@ -72,18 +81,80 @@ class Choice:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Sizing:
+    """What networks are tried out on: the data itself, wherever it is read from.
+
+    Attributes:
+      config: of the scan; the network that is tried out is set in it.
+      data: the training set.
+      image_shape: (H, W, C).
+      num_classes: K.
+      mesh: the devices.
+    """
+
+    config: ConfigDict
+    data: Examples
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    mesh: Mesh
+
+    def rate(self, network: Network) -> float:
+        """Measures how many images a second a network is trained with, once it is compiled."""
+        self.use(network)
+        config = self.config
+        spec = spec_of(config, self.image_shape, self.num_classes, config.model.name)
+        settings = config.recording
+        recipe = recipe_of(config, settings.epochs, settings.schedule_epochs, settings.batch_size)
+        step = make_train_step(spec, recipe.optimizer, recipe.objective, recipe.augment, None, self.mesh)
+        state: Any = create_state(spec, recipe.optimizer, 0, self.mesh)
+        epoch = np.int32(0)
+        learning_rate = np.float32(recipe.learning_rate_at(0))
+        seed = np.uint32(0)
+
+        steps = -_WARM_UP
+        started = 0.0
+        with closing(self._endless_batches(recipe.batch_size)) as batches:
+            while steps < _FEWEST_STEPS or time.perf_counter() - started < _SECONDS:
+                state, _, loss = step(state, {}, next(batches), epoch, learning_rate, seed, None)
+                jax.block_until_ready(loss)
+                steps += 1
+                if steps == 0:
+                    started = time.perf_counter()
+            return steps * recipe.batch_size / (time.perf_counter() - started)
+
+    def use(self, network: Network) -> None:
+        """Sets the network in the config."""
+        self.config.model.update(name=network.name, stages=network.stages, stem_stride=network.stem_stride)
+
+    def _endless_batches(self, batch_size: int) -> Generator[Batch, None, None]:
+        ids = np.arange(len(self.data))
+        padding = padding_id(len(self.data), self.mesh)
+        for epoch in itertools.count():
+            yield from self.data.batches(epoch_batches(ids, batch_size, padding, seed=0, phase="sizing", epoch=epoch))
+
+
 def candidates(num_examples: int, mesh: Mesh, stages: Sequence[int], stem_stride: int) -> list[Network]:
-    """Returns networks in the order of their cost; an accelerator does not begin with the small ones.
+    """Lists networks in the order of their cost; an accelerator does not begin with the small ones.
 
     A stem that keeps the resolution sees what is slight and small, and is worth more than width (scoring/README.md).
 
     Few images have narrow ones: a wide network may remember each by itself, and among so few none was tried.
+
+    Args:
+      num_examples: N.
+      mesh: the devices.
+      stages: of the config, for the large networks, which do not look at it.
+      stem_stride: that suits the images' size; a network may have half of it.
+
+    Returns:
+      The networks, at least one.
     """
-    small = [
-        Network("resnet_small", channels, stem_stride // finer, share)
-        for channels, finer, share in _SMALL
-        if stem_stride >= finer
-    ]
+    small = []
+    for channels, finer, share in _SMALL:
+        if stem_stride >= finer:
+            small.append(Network("resnet_small", channels, stem_stride // finer, share))
+
     if num_examples < _FEW:
         return [network for network in small if network.stages == small[0].stages]
     if mesh.devices.flat[0].platform != "cpu":
@@ -92,8 +163,12 @@ def candidates(num_examples: int, mesh: Mesh, stages: Sequence[int], stem_stride
 
 
 def choose(
-    networks: Sequence[Network], rate_of: Callable[[Network], float], num_examples: int, epochs: int, seconds: float
-) -> Choice:  # fmt: skip
+    networks: Sequence[Network],
+    rate_of: Callable[[Network], float],
+    num_examples: int,
+    epochs: int,
+    seconds: float,
+) -> Choice:
     """Chooses the largest network that is recorded with in the time.
 
     Args:
@@ -102,17 +177,23 @@ def choose(
       num_examples: N.
       epochs: T.
       seconds: for all.
+
+    Returns:
+      The network and its epochs; the smallest, with fewer epochs, if none fits.
     """
 
     def plan(network: Network) -> Choice:
-        rate, needed = rate_of(network), min(epochs, max(_FEWEST_EPOCHS, round(network.share * epochs)))
+        rate = rate_of(network)
+        needed = min(epochs, max(_FEWEST_EPOCHS, round(network.share * epochs)))
         return Choice(network, needed, rate, _SWEEP * needed * num_examples / rate)
 
     best = plan(networks[0])
     if best.seconds > seconds:
         fewer = min(best.epochs, max(_FEWEST_EPOCHS, math.floor(best.epochs * seconds / best.seconds)))
         return Choice(best.network, fewer, best.rate, best.seconds * fewer / best.epochs)
+
     for network in networks[1:]:
+        # To measure one that cannot fit would be a waste of time.
         if _GROWTH * best.seconds > seconds:
             break
         larger = plan(network)
@@ -122,58 +203,29 @@ def choose(
     return best
 
 
-def choose_network(
-    config: ConfigDict, data: Examples, image_shape: tuple[int, int, int], num_classes: int, minutes: float, mesh: Mesh,
-    progress: Progress,
-) -> None:  # fmt: skip
-    """Sets `config.model` and the number of epochs by what this machine does in so many minutes, and says so.
+def choose_network(sizing: Sizing, minutes: float, progress: Progress) -> None:
+    """Sets the network and the number of epochs by what this machine does in so many minutes, and says so.
 
-    What is timed is training on the data itself, wherever it is read from.
+    Args:
+      sizing: the data; its config is set.
+      minutes: that a scan may take.
+      progress: is told.
     """
     progress.note("network  trying out which fits the time ...")
+    config = sizing.config
+    num_examples = len(sizing.data)
+    networks = candidates(num_examples, sizing.mesh, config.model.stages, config.model.stem_stride)
+    choice = choose(networks, sizing.rate, num_examples, config.recording.epochs, 60 * _SHARE * minutes)
 
-    def rate_of(network: Network) -> float:
-        _set(config, network)
-        return _rate(config, data, image_shape, num_classes, mesh)
-
-    networks = candidates(len(data), mesh, config.model.stages, config.model.stem_stride)
-    choice = choose(networks, rate_of, len(data), config.recording.epochs, 60 * _SHARE * minutes)
-    _set(config, choice.network)
+    sizing.use(choice.network)
     config.recording.epochs = choice.epochs
-    told = f"{choice.rate:,.0f} images/s here, so about {_minutes(choice.seconds)} to record (--minutes {minutes:g})"
-    progress.note(f"network  {choice.network}, {choice.epochs} epochs: {told}")
+    progress.note(
+        f"network  {choice.network}, {choice.epochs} epochs: {choice.rate:,.0f} images/s here, so about"
+        f" {_duration(choice.seconds)} to record (--minutes {minutes:g})"
+    )
 
 
-def _set(config: ConfigDict, network: Network) -> None:
-    config.model.update(name=network.name, stages=network.stages, stem_stride=network.stem_stride)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
-
-
-def _rate(config: ConfigDict, data: Examples, image_shape: tuple[int, int, int], num_classes: int, mesh: Mesh) -> float:
-    """Measures how many images a second a network is trained with, once it is compiled."""
-    spec = spec_of(config, image_shape, num_classes, config.model.name)
-    recipe = recipe_of(config, config.recording.epochs, config.recording.schedule_epochs, config.recording.batch_size)
-    step = make_train_step(spec, recipe.optimizer, recipe.objective, recipe.augment, None, mesh)
-    state: Any = create_state(spec, recipe.optimizer, 0, mesh)
-    rest = np.int32(0), np.float32(recipe.learning_rate_at(0)), np.uint32(0), None
-
-    done, started = -2, 0.0
-    with closing(_endless(data, recipe.batch_size, mesh)) as batches:
-        while done < 3 or time.perf_counter() - started < _SECONDS:
-            state, _, loss = step(state, {}, next(batches), *rest)
-            jax.block_until_ready(loss)
-            done += 1
-            if not done:  # the first steps compile, and fill what is read ahead
-                started = time.perf_counter()
-        return done * recipe.batch_size / (time.perf_counter() - started)
-
-
-def _endless(data: Examples, batch_size: int, mesh: Mesh) -> Generator[Batch, None, None]:
-    ids, padding = np.arange(len(data)), padding_id(len(data), mesh)
-    epoch = 0
-    while True:
-        yield from data.batches(epoch_batches(ids, batch_size, padding, seed=0, phase="sizing", epoch=epoch))
-        epoch += 1
+def _duration(seconds: float) -> str:
+    if seconds > 90:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds:.0f} seconds"

@@ -39,6 +39,9 @@ def open_source(path: Path) -> Source:
     Args:
       path: a trajectory store, or a .npy file: floats [N, T], taken for losses, or [N, T, width], for features.
 
+    Returns:
+      The trajectories, of which nothing is read yet.
+
     Raises:
       UsageError: it is neither.
       DataError: it is damaged, or not complete.
@@ -47,6 +50,7 @@ def open_source(path: Path) -> Source:
         return _open_store(path)
     if path.suffix != ".npy":
         raise UsageError(f"--trajectories {path}: expected a folder of recorded trajectories, or a .npy file")
+
     array = map_array(path)
     if array.dtype.kind != "f" or array.ndim not in (2, 3) or not array.size:
         raise DataError(
@@ -55,7 +59,8 @@ def open_source(path: Path) -> Source:
 
     kind = "loss" if array.ndim == 2 else "features"
     trajectories = Trajectories(len(array), array.shape[1], (kind,), lambda _, epochs: _Columns(array, epochs))
-    return Source(trajectories, digest(list(array.shape), str(array.dtype), _stamps([path])))
+    identity = digest(list(array.shape), str(array.dtype), _stamps([path]))
+    return Source(trajectories, identity)
 
 
 def _open_store(path: Path) -> Source:
@@ -66,19 +71,24 @@ def _open_store(path: Path) -> Source:
     identity = digest(store.recording_hash, store.num_examples, store.num_epochs, dict(store.layout), stamps)
 
     labels = store.labels()
+    known_labels = None if (labels < 0).any() else labels
     trajectories = Trajectories(
         store.num_examples,
         store.num_epochs,
         tuple(store.layout),
         lambda kind, epochs: store.rows(kind, epochs, check=False),
-        None if (labels < 0).any() else labels,
+        known_labels,
     )
     return Source(trajectories, identity, store.probe_ids(), labels)
 
 
 def _stamps(files: list[Path]) -> list[Any]:
-    """Returns name, size and time of files."""
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    """Returns name, size and time of files, which are read faster than all that they hold."""
+    stamps = []
+    for file in files:
+        stat = file.stat()
+        stamps.append([file.name, stat.st_size, stat.st_mtime_ns])
+    return stamps
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,9 @@ class _Columns:
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         chosen = self.array[rows]
-        return chosen if len(self.epochs) == self.array.shape[1] else chosen[:, self.epochs]
+        if len(self.epochs) == self.array.shape[1]:
+            return chosen
+        return chosen[:, self.epochs]
 
 
 def read_probes(path: Path | None, source: Source) -> Probes:
@@ -108,6 +120,9 @@ def read_probes(path: Path | None, source: Source) -> Probes:
       path: a .npy or .txt file of ids, or a .npy file of their own trajectories [P, T] or [P, T, width]; None takes
         those that the store marks.
       source: of the trajectories.
+
+    Returns:
+      The probes, by their ids if they have some.
 
     Raises:
       UsageError: they do not fit the trajectories, or are not given.
@@ -123,9 +138,11 @@ def read_probes(path: Path | None, source: Source) -> Probes:
         return _own_trajectories(path, values, source.trajectories)
     if values.dtype.kind not in "iu" or values.ndim != 1 or not len(values):
         raise UsageError(f"--probes {path} is {values.dtype} {values.shape}: expected ids, or trajectories")
+
     ids, counts = np.unique(values, return_counts=True)
     if len(ids) < len(values):
         raise UsageError(f"--probes {path} names {ids[counts > 1][0]} twice")
+
     num_examples = source.trajectories.num_examples
     outside = ids[(ids < 0) | (ids >= num_examples)]
     if len(outside):
@@ -141,6 +158,7 @@ def _integers_of(path: Path) -> Int[np.ndarray, "P"]:
 
 
 def _own_trajectories(path: Path, values: np.ndarray, trajectories: Trajectories) -> Probes:
+    """Returns probes that are no examples of the set, but come with trajectories of their own."""
     kinds = trajectories.kinds
     if len(kinds) > 1:
         raise UsageError(
@@ -154,7 +172,12 @@ def _own_trajectories(path: Path, values: np.ndarray, trajectories: Trajectories
 
 @dataclass(frozen=True)
 class PartFiles:
-    """Distances [N] in files, one a part; NaN where they are left out."""
+    """Distances [N] in files, one a part; NaN where they are left out.
+
+    Attributes:
+      folder: of the files.
+      parts: (start, stop) of each, in order.
+    """
 
     folder: Path
     parts: Sequence[tuple[int, int]]
@@ -164,22 +187,32 @@ class PartFiles:
 
     def __getitem__(self, rows: slice) -> Float[np.ndarray, "M"]:
         begin, end, _ = rows.indices(len(self))
-        out = []
+        pieces = []
         for number, (start, stop) in enumerate(self.parts):
             if start >= end or stop <= begin:
                 continue
+
             values = self._read(number)
             if values is None:
                 raise DataError(f"{self.folder.parent} lacks a part that was there: run the same again")
-            out.append(values[max(begin - start, 0) : end - start])
-        return np.concatenate(out) if len(out) > 1 else np.asarray(out[0])
+            pieces.append(values[max(begin - start, 0) : end - start])
+
+        # A range within a part, as most are, is not copied.
+        if len(pieces) == 1:
+            return np.asarray(pieces[0])
+        return np.concatenate(pieces)
 
     def missing(self) -> list[int]:
         """Returns the numbers of the parts that are not there."""
         return [number for number in range(len(self.parts)) if self._read(number) is None]
 
     def write(self, number: int, values: Float[np.ndarray, "M"]) -> None:
-        """Writes a part."""
+        """Writes a part.
+
+        Args:
+          number: of the part.
+          values: its distances [M].
+        """
         write_atomically(self._path(number), partial(np.save, arr=values, allow_pickle=False))
 
     def _read(self, number: int) -> np.ndarray | None:
@@ -188,7 +221,11 @@ class PartFiles:
             values = map_array(self._path(number))
         except DataError:
             return None
-        return values if values.shape == (stop - start,) and values.dtype.kind == "f" else None
+
+        # What does not fit is measured again.
+        if values.shape != (stop - start,) or values.dtype.kind != "f":
+            return None
+        return values
 
     def _path(self, number: int) -> Path:
         return self.folder / f"part-{number:05d}.npy"

@@ -3,6 +3,7 @@
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -16,9 +17,13 @@ from badloss_jax.sweep import Item, Sweep, state_of, write_sweep
 
 
 def run_sweep(
-    sweep: Sweep, folder: Path, chosen: Sequence[int] | None = None, progress: Progress | None = None,
-    mesh: Mesh | None = None, shared: Path | None = None,
-) -> dict[str, str]:  # fmt: skip
+    sweep: Sweep,
+    folder: Path,
+    chosen: Sequence[int] | None = None,
+    progress: Progress | None = None,
+    mesh: Mesh | None = None,
+    shared: Path | None = None,
+) -> dict[str, str]:
     """Runs the items that are not done; one that fails does not stop the others.
 
     Args:
@@ -36,85 +41,132 @@ def run_sweep(
       PreemptedError: the sweep is to stop; the same command goes on.
       UsageError: there is no such item, or the folder holds something else.
     """
-    progress, mesh = progress or Progress(None), mesh or make_mesh()
-    numbers = list(range(len(sweep.items))) if chosen is None else list(chosen)
-    for number in numbers:
-        if not 0 <= number < len(sweep.items):
-            raise UsageError(f"there is no item {number}: the sweep has {len(sweep.items)}, from 0")
+    progress = progress or Progress(None)
+    mesh = mesh or make_mesh()
+    items = _chosen_items(sweep, chosen)
     check_free(folder, "sweep.json", "sweep")
     with locked(folder, lambda holder: None):
         write_sweep(folder, sweep)
-    left, failed = [sweep.items[number] for number in numbers], dict[str, str]()
-    clock, wait = _Clock(len(left), progress), False
-    while left:
+
+    runner = ItemRunner(folder, shared or folder / "shared", mesh, progress, Clock(len(items), progress))
+    failed = {}
+    wait = False
+    while items:
         busy = []
-        for item in left:
+        for item in items:
             try:
-                error = _run_item(item, folder, shared or folder / "shared", progress, mesh, clock, wait)
-                failed |= {item.name: error} if error else {}
+                error = runner.run(item, wait=wait)
             except BusyError:
                 busy.append(item)
-        wait = len(busy) == len(left)  # other items first, while another process makes what these need
-        left = busy
+                continue
+            if error:
+                failed[item.name] = error
+
+        # Other items come first while another process makes what these need; when nothing else is left, they wait.
+        wait = len(busy) == len(items)
+        items = busy
     return failed
 
 
-class _Clock:
+def _chosen_items(sweep: Sweep, chosen: Sequence[int] | None) -> list[Item]:
+    if chosen is None:
+        return list(sweep.items)
+
+    for number in chosen:
+        if not 0 <= number < len(sweep.items):
+            raise UsageError(f"there is no item {number}: the sweep has {len(sweep.items)}, from 0")
+    return [sweep.items[number] for number in chosen]
+
+
+class Clock:
     """Counts items, and tells how long the rest will take at the pace of those that were run so far."""
 
     def __init__(self, total: int, progress: Progress):
-        self._total, self._progress = total, progress
-        self._seen = self._run = 0
+        self._total = total
+        self._progress = progress
+        self._passed = 0
+        self._run = 0
         self._started = time.monotonic()
 
     def begin(self, title: str) -> None:
+        """Says which item begins, and when all are likely to be done."""
         left = ""
         if self._run:
-            seconds = (time.monotonic() - self._started) / self._run * (self._total - self._seen)
+            seconds = (time.monotonic() - self._started) / self._run * (self._total - self._passed)
             left = f"  ETA {seconds // 3600:.0f}:{seconds // 60 % 60:02.0f}:{seconds % 60:02.0f}"
-        self._progress.note(f"== item {self._seen + 1} of {self._total}: {title}{left}")
+        self._progress.note(f"== item {self._passed + 1} of {self._total}: {title}{left}")
 
     def end(self, ran: bool) -> None:
-        self._seen += 1
-        self._run += ran
+        """Counts an item that is done; whether it was run now, or by somebody before."""
+        self._passed += 1
+        if ran:
+            self._run += 1
 
 
-def _run_item(
-    item: Item, folder: Path, shared: Path, progress: Progress, mesh: Mesh, clock: _Clock, wait: bool
-) -> str | None:
-    """Runs an item unless it is done; returns what went wrong.
+@dataclass(frozen=True)
+class ItemRunner:
+    """Runs the items of one sweep.
 
-    Raises:
-      BusyError: another process is at work on it, or on what it needs, and is not to be waited for.
+    Attributes:
+      folder: of the sweep.
+      shared: folder of the artefacts.
+      mesh: the devices.
+      progress: is told how far it is.
+      clock: counts the items.
     """
 
-    def told(holder: str) -> None:
-        progress.note(f"waiting for process {holder}, which is at work on: {item.title}")
+    folder: Path
+    shared: Path
+    mesh: Mesh
+    progress: Progress
+    clock: Clock
 
-    if state_of(folder, item) == "done":
-        clock.end(ran=False)
-        return None
-    with locked(folder / "taken" / item.name, told if wait else None):
-        if state_of(folder, item) == "done":  # by the process that was waited for
-            clock.end(ran=False)
+    def run(self, item: Item, *, wait: bool) -> str | None:
+        """Runs an item unless it is done.
+
+        Args:
+          item: of the sweep.
+          wait: for other processes that are at work on it, or on what it needs.
+
+        Returns:
+          What went wrong, in a line; None if nothing did.
+
+        Raises:
+          BusyError: another process is at work on it, or on what it needs, and is not to be waited for.
+          PreemptedError: the sweep is to stop.
+        """
+        if state_of(self.folder, item) == "done":
+            self.clock.end(ran=False)
             return None
-        clock.begin(item.title)
-        error = _attempt(item, folder, shared, progress, mesh, wait)
-        clock.end(ran=True)
-        return error
 
+        def say_who(holder: str) -> None:
+            self.progress.note(f"waiting for process {holder}, which is at work on: {item.title}")
 
-def _attempt(item: Item, folder: Path, shared: Path, progress: Progress, mesh: Mesh, wait: bool) -> str | None:
-    place = folder / "items" / item.name
-    (place / "error.txt").unlink(missing_ok=True)
-    try:
-        run_experiment(item.as_config(), place, progress, mesh, shared=shared, wait=wait)
-        return None
-    except (PreemptedError, BusyError):
-        raise
-    except Exception as error:  # whatever it is, the other items do not depend on it
-        known = isinstance(error, (BadlossError, OSError))
-        told = f"{error}" if known else f"{type(error).__name__}: {error}"
-        write_text(place / "error.txt", told + "\n" if known else traceback.format_exc())
-        progress.note(f"   failed: {told}")
-        return told
+        with locked(self.folder / "taken" / item.name, say_who if wait else None):
+            # The process that was waited for may have done it.
+            if state_of(self.folder, item) == "done":
+                self.clock.end(ran=False)
+                return None
+
+            self.clock.begin(item.title)
+            error = self._attempt(item, wait)
+            self.clock.end(ran=True)
+            return error
+
+    def _attempt(self, item: Item, wait: bool) -> str | None:
+        """Runs an item, and writes what went wrong to its folder, too."""
+        workdir = self.folder / "items" / item.name
+        (workdir / "error.txt").unlink(missing_ok=True)
+        try:
+            run_experiment(item.as_config(), workdir, self.progress, self.mesh, shared=self.shared, wait=wait)
+            return None
+        except (PreemptedError, BusyError):
+            raise
+        except (BadlossError, OSError) as error:
+            line = f"{error}"
+            write_text(workdir / "error.txt", line + "\n")
+        except Exception as error:  # whatever it is, the other items do not depend on it
+            line = f"{type(error).__name__}: {error}"
+            write_text(workdir / "error.txt", traceback.format_exc())
+        self.progress.note(f"   failed: {line}")
+        return line

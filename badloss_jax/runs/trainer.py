@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Bool, Int
 from ml_collections import ConfigDict
 
-from badloss_jax.attacks.poisoning import Poisoning
+from badloss_jax.attacks.poisoning import Poisoning, unpoisoned
 from badloss_jax.core.errors import DataError, NonFiniteLossError, UsageError
 from badloss_jax.core.hashing import digest
 from badloss_jax.core.mesh import check_batch_size, round_up
@@ -37,9 +38,41 @@ from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.store import TrajectoryStore
 
 
+@dataclass(frozen=True)
+class Training:
+    """One training of a run.
+
+    Attributes:
+      name: of the model, such as "undefended" or "abl/flooding".
+      identity: hash of everything that can change it.
+      phase: names the streams of random numbers for order and augmentation.
+      seed: of weights, order and augmentation.
+      spec: the network.
+      recipe: how it is trained.
+    """
+
+    name: str
+    identity: str
+    phase: str
+    seed: int
+    spec: ModelSpec
+    recipe: Recipe
+
+
 @dataclass
 class Trainer:
-    """Trains one network after the other, each from its last checkpoint, and tells how it goes."""
+    """Trains one network after the other, each from its last checkpoint, and tells how it goes.
+
+    Attributes:
+      config: of the run.
+      workdir: its folder.
+      artefacts: where checkpoints lie.
+      mesh: the devices.
+      progress: is told how far it is.
+      writers: get the scalars of each epoch.
+      preemption: says when to save and stop.
+      seconds_before: that the training at hand took before it was taken up again.
+    """
 
     config: ConfigDict
     workdir: Path
@@ -48,87 +81,194 @@ class Trainer:
     progress: Progress
     writers: Sequence[Writer]
     preemption: Preemption
-    seconds_before: float = 0.0  # that the training at hand took before it was taken up again
+    seconds_before: float = 0.0
     _name: str = ""
 
     def train(
-        self, name: str, identity: str, phase: str, seed: int, spec: ModelSpec, recipe: Recipe, data: Examples,
-        ids: np.ndarray, recorder: Recorder | None = None, initial: TrainState | None = None, given: Any = None,
-    ) -> TrainState:  # fmt: skip
-        """Trains `name`, whose checkpoints are kept as long as `finish` is not called."""
-        settings, self._name = self.config.checkpoint, name
+        self,
+        training: Training,
+        data: Examples,
+        ids: Int[np.ndarray, "M"],
+        *,
+        recorder: Recorder | None = None,
+        initial: TrainState | None = None,
+        given: Any = None,
+    ) -> TrainState:
+        """Trains a network, whose checkpoints are kept as long as `finish` is not called.
+
+        Args:
+          training: which.
+          data: the training set.
+          ids: int [M], the examples of it that are trained on.
+          recorder: records trajectories on the way.
+          initial: where to begin in place of fresh weights; it is used up.
+          given: what the recipe's objective asks for.
+
+        Returns:
+          The trained state.
+
+        Raises:
+          NonFiniteLossError: a loss became NaN or infinite.
+          PreemptedError: the run is to stop; all is saved.
+        """
+        self._name = training.name  # for what is called back
+        settings = self.config.checkpoint
         checkpoints = Checkpoints(
-            self.artefacts.place("checkpoints", name, identity), identity, len(data), every_steps=settings.every_steps,
-            every_minutes=settings.every_minutes, preemption=self.preemption,
-        )  # fmt: skip
+            self.artefacts.place("checkpoints", training.name, training.identity),
+            training.identity,
+            len(data),
+            every_steps=settings.every_steps,
+            every_minutes=settings.every_minutes,
+            preemption=self.preemption,
+        )
+
         with checkpoints, Watchdog(settings.stall_minutes) as watchdog:
             try:
                 return train(
-                    spec, recipe, data, ids, seed=seed, phase=phase, mesh=self.mesh, initial=initial, given=given,
-                    recorder=recorder, checkpoints=checkpoints, watchdog=watchdog, progress=self.progress,
-                    on_begin=self._begin, on_epoch=self._after_epoch,
-                )  # fmt: skip
+                    training.spec,
+                    training.recipe,
+                    data,
+                    ids,
+                    seed=training.seed,
+                    phase=training.phase,
+                    mesh=self.mesh,
+                    initial=initial,
+                    given=given,
+                    recorder=recorder,
+                    checkpoints=checkpoints,
+                    watchdog=watchdog,
+                    progress=self.progress,
+                    on_begin=self._begin,
+                    on_epoch=self._after_epoch,
+                )
             except NonFiniteLossError as error:
                 if first():
-                    append_metrics(self.workdir, {"model": name, "error": str(error)})
+                    append_metrics(self.workdir, {"model": training.name, "error": str(error)})
                 raise
 
     def finish(self, name: str, identity: str) -> None:
-        """Drops the checkpoints of a training whose outcome is saved."""
+        """Drops the checkpoints of a training whose outcome is saved.
+
+        Args:
+          name: of the training.
+          identity: its hash.
+        """
         if first():
             shutil.rmtree(self.artefacts.place("checkpoints", name, identity), ignore_errors=True)
 
     def write(self, name: str, values: dict[str, float], epoch: int) -> None:
-        """Hands scalars to the writers."""
+        """Hands scalars to the writers.
+
+        Args:
+          name: of the model.
+          values: tag -> value.
+          epoch: that they belong to, from 0.
+        """
         for writer in self.writers:
             writer.write(name, values, epoch)
 
     def _begin(self, begun: Position, steps_done: int) -> None:
+        """Is called when a training begins, or goes on after so many steps."""
         self.seconds_before = begun.seconds
         if steps_done:
             self.progress.note(f"{self._name} goes on after step {steps_done:,}, in epoch {begun.epoch + 1}")
-        if first():
-            if steps_done:
-                add_resume(self.workdir, self._name, steps_done)
-            start_metrics(self.workdir, self._name, begun.epoch)
-            for writer in self.writers:
-                writer.start(self._name, begun.epoch)
+        if not first():
+            return
+
+        if steps_done:
+            add_resume(self.workdir, self._name, steps_done)
+        # What was written of the epochs that come now would else be there twice.
+        start_metrics(self.workdir, self._name, begun.epoch)
+        for writer in self.writers:
+            writer.start(self._name, begun.epoch)
 
     def _after_epoch(self, record: dict[str, Any]) -> None:
-        if first():
-            append_metrics(self.workdir, {"model": self._name} | record)
-            epoch = record.pop("epoch")
-            self.write(self._name, record, epoch)
+        """Is called with the figures of each finished epoch."""
+        if not first():
+            return
+
+        append_metrics(self.workdir, {"model": self._name} | record)
+        epoch = record.pop("epoch")
+        self.write(self._name, record, epoch)
 
 
 def check_devices(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises UsageError if the devices cannot share the batches, or cannot compute in the precision asked for."""
+    """Checks that the devices can share the batches, and compute in the precision asked for.
+
+    Args:
+      config: of the run.
+      mesh: the devices.
+
+    Raises:
+      UsageError: they cannot.
+    """
     check_batch_size("recording.batch_size", config.recording.batch_size, mesh)
     check_batch_size("retraining.batch_size", config.retraining.batch_size, mesh)
+
     if config.model.dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise UsageError("model.dtype = 'float64' needs the environment variable JAX_ENABLE_X64=1")
 
 
 def place_examples(config: ConfigDict, train: Split, poisoning: Poisoning, mesh: Mesh) -> Examples:
-    """Puts the training set on the devices, or at the beginning of its way there."""
+    """Puts the training set on the devices, or at the beginning of its way there.
+
+    Args:
+      config: of the run, which says how images travel.
+      train: the training set.
+      poisoning: what of it is poisoned.
+      mesh: the devices.
+
+    Returns:
+      The training set, with triggers on what is poisoned.
+    """
     if is_streamed(train, config.data.input):
         return StreamedData(poisoning, mesh, config.data.workers, config.data.threads)
+
     triggered = poisoning.triggered(poisoning.ids)
     return ResidentData.place(mesh, poisoning.images, poisoning.labels, poisoning.ids, triggered)
 
 
+def place_clean(config: ConfigDict, train: Split, mesh: Mesh) -> Examples:
+    """Puts the training set on the devices as it is, with nothing poisoned.
+
+    Args:
+      config: of the run, which says how images travel.
+      train: the training set.
+      mesh: the devices.
+
+    Returns:
+      The training set.
+    """
+    return place_examples(config, train, unpoisoned(train.images, train.labels), mesh)
+
+
 def spec_of(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: int, name: str) -> ModelSpec:
-    """Returns the network of this name for these images and classes."""
+    """Returns the network of a name, with the config's settings.
+
+    Args:
+      config: of the run.
+      image_shape: (H, W, C).
+      num_classes: K.
+      name: of `MODELS`.
+    """
     model = config.model
     return ModelSpec(name, image_shape, num_classes, tuple(model.stages), model.stem_stride, model.dtype)
 
 
 def recipe_of(config: ConfigDict, epochs: int, schedule_epochs: int, batch_size: int, augment: str = "none") -> Recipe:
-    """Returns how to train, with the optimiser of the config."""
+    """Returns how to train, with the optimiser of the config.
+
+    Args:
+      config: of the run.
+      epochs: to train for.
+      schedule_epochs: length of the cosine that these are the start of.
+      batch_size: B.
+      augment: of `AUGMENTATIONS`.
+    """
     settings = config.optimizer
     adamw = AdamW(settings.weight_decay, settings.b1, settings.b2)
-    return Recipe(epochs, schedule_epochs, batch_size, settings.learning_rate, adamw,
-                  MeanLoss(settings.loss_clamp), augment)  # fmt: skip
+    objective = MeanLoss(settings.loss_clamp)
+    return Recipe(epochs, schedule_epochs, batch_size, settings.learning_rate, adamw, objective, augment)
 
 
 @dataclass(frozen=True)
@@ -151,29 +291,57 @@ class Recording:
 
     @classmethod
     def of(cls, config: ConfigDict, spec: ModelSpec, ground: Sequence[Any]) -> "Recording":
-        """Returns the recording of a config; `ground` is the rest that trajectories depend on: seed, images, poison."""
+        """Returns the recording of a config.
+
+        Args:
+          config: of the run.
+          spec: the network.
+          ground: the rest that trajectories depend on: seed, images, poison; JSON-able.
+        """
         settings = config.recording
-        kinds = Kinds(tuple(settings.kinds), spec.num_classes, spec.num_features, settings.feature_dim,
-                      settings.ranked_others, derived_seed(config.seed, "projection"))  # fmt: skip
+        kinds = Kinds(
+            tuple(settings.kinds),
+            spec.num_classes,
+            spec.num_features,
+            settings.feature_dim,
+            settings.ranked_others,
+            derived_seed(config.seed, "projection"),
+        )
         recipe = recipe_of(config, settings.epochs, settings.schedule_epochs, settings.batch_size)
         identity = digest(*ground, asdict(recipe), asdict(kinds), settings.capture)
         return cls(spec, kinds, recipe, settings.capture, identity)
 
     def train(
-        self, trainer: Trainer, data: Examples, labels: np.ndarray, is_probe: np.ndarray, folder: Path
-    ) -> TrainState:  # fmt: skip
-        """Trains, and writes the trajectories of all examples to a store in `folder`."""
+        self,
+        trainer: Trainer,
+        data: Examples,
+        labels: Int[np.ndarray, "N"],
+        is_probe: Bool[np.ndarray, "N"],
+        folder: Path,
+    ) -> TrainState:
+        """Trains, and writes the trajectories of all examples to a store.
+
+        Args:
+          trainer: of the run.
+          data: the training set.
+          labels: int [N], as trained on.
+          is_probe: bool [N].
+          folder: of the store.
+
+        Returns:
+          The trained state.
+        """
 
         def start_store() -> None:
             layout = self.kinds.layout()
             TrajectoryStore.create(folder, self.identity, labels, is_probe, self.recipe.epochs, layout)
 
+        # The recorders of all processes open the store that the first one makes.
         on_first(start_store)
         batch_size = round_up(trainer.config.evaluation.batch_size, trainer.mesh)
         recorder = Recorder(self.kinds, self.capture, TrajectoryStore.open(folder), trainer.mesh, batch_size)
-        ids = np.arange(len(labels))
-        return trainer.train("recording", self.identity, "recording", trainer.config.seed, self.spec, self.recipe, data,
-                             ids, recorder)  # fmt: skip
+        training = Training("recording", self.identity, "recording", trainer.config.seed, self.spec, self.recipe)
+        return trainer.train(training, data, np.arange(len(labels)), recorder=recorder)
 
     def is_in(self, folder: Path) -> bool:
         """Whether a folder holds the whole of it."""

@@ -26,6 +26,8 @@ from badloss_jax.config import config_hash, differences, from_json, to_dict, to_
 from badloss_jax.core.errors import UsageError
 from badloss_jax.core.files import check_free, locked, read_json, write_text
 
+_SHOWN = 5  # changed settings in a message
+
 
 @contextmanager
 def claim(folder: Path, config: ConfigDict, free: Sequence[str] = ()) -> Iterator[None]:
@@ -42,21 +44,31 @@ def claim(folder: Path, config: ConfigDict, free: Sequence[str] = ()) -> Iterato
       DataError: it cannot be written.
     """
     check_free(folder, "config.json", "run")
-    stored = folder / "config.json"
+    path = folder / "config.json"
     with locked(folder):
-        if stored.is_file():
-            theirs = read_config(folder)
-            for group in free:
-                theirs[group] = config[group]
-            if config_hash(theirs) != config_hash(config):
-                changed = [f"{key}: {change}" for key, change in differences(to_dict(config), to_dict(theirs)).items()]
-                raise UsageError(
-                    f"--workdir {folder} holds the run of another config ({'; '.join(changed[:5])}"
-                    f"{'; ...' if len(changed) > 5 else ''}): choose another folder, or go on with that config"
-                )
-        if free or not stored.is_file():
-            write_text(stored, to_json(config))
+        if path.is_file():
+            _check_config_is_the_same(folder, config, free)
+        if free or not path.is_file():
+            write_text(path, to_json(config))
+
         yield
+
+
+def _check_config_is_the_same(folder: Path, config: ConfigDict, free: Sequence[str]) -> None:
+    """Raises UsageError if the folder's run has another config, but for the groups that are free."""
+    stored = read_config(folder)
+    for group in free:
+        stored[group] = config[group]
+    if config_hash(stored) == config_hash(config):
+        return
+
+    changes = [f"{key}: {change}" for key, change in differences(to_dict(config), to_dict(stored)).items()]
+    if len(changes) > _SHOWN:
+        changes[_SHOWN:] = ["..."]
+    raise UsageError(
+        f"--workdir {folder} holds the run of another config ({'; '.join(changes)}): choose another folder, or go on"
+        " with that config"
+    )
 
 
 def read_config(folder: Path) -> ConfigDict:
@@ -73,27 +85,42 @@ def read_config(folder: Path) -> ConfigDict:
 
 
 def start_metrics(folder: Path, model: str, epoch: int = 0) -> None:
-    """Drops what an interrupted training of this model left in metrics.jsonl, from an epoch on."""
+    """Drops what an interrupted training of this model left in metrics.jsonl.
+
+    Args:
+      folder: of the run.
+      model: its name.
+      epoch: from which on lines are dropped.
+    """
     path = folder / "metrics.jsonl"
-    if path.is_file():
-        lines = path.read_text("utf-8").splitlines(keepends=True)
-        write_text(path, "".join(line for line in lines if not _is_later(line, model, epoch)))
+    if not path.is_file():
+        return
+
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    write_text(path, "".join(line for line in lines if not _is_later(line, model, epoch)))
 
 
 def _is_later(line: str, model: str, epoch: int) -> bool:
     """Whether a line is this model's, from the epoch on; or was cut off when the process was killed."""
+    if not line.endswith("\n"):
+        return True
     try:
         record = json.loads(line)
-        return not line.endswith("\n") or (record["model"] == model and record["epoch"] >= epoch)
+        return record["model"] == model and record["epoch"] >= epoch
     except (ValueError, KeyError, TypeError):
         return True
 
 
 def add_resume(folder: Path, phase: str, step: int) -> None:
-    """Notes that a training was taken up again after so many steps."""
-    write_text(
-        folder / "resumes.json", json.dumps({"resumes": [*read_resumes(folder), {"phase": phase, "step": step}]})
-    )
+    """Notes that a training was taken up again.
+
+    Args:
+      folder: of the run.
+      phase: name of the training.
+      step: after how many steps.
+    """
+    resumes = [*read_resumes(folder), {"phase": phase, "step": step}]
+    write_text(folder / "resumes.json", json.dumps({"resumes": resumes}))
 
 
 def read_resumes(folder: Path) -> list[dict[str, Any]]:
@@ -105,6 +132,11 @@ def read_resumes(folder: Path) -> list[dict[str, Any]]:
 
 
 def append_metrics(folder: Path, record: dict[str, Any]) -> None:
-    """Appends one line to metrics.jsonl."""
+    """Appends one line to metrics.jsonl.
+
+    Args:
+      folder: of the run.
+      record: JSON-able, without NaN.
+    """
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")

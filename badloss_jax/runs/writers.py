@@ -23,10 +23,21 @@ class Writer(Protocol):
     """Takes the scalars of one model after the other."""
 
     def start(self, model: str, epoch: int) -> None:
-        """Is told before a model is trained from an epoch on, perhaps for the second time."""
+        """Is told before a model is trained, perhaps for the second time.
+
+        Args:
+          model: its name.
+          epoch: from which on.
+        """
 
     def write(self, model: str, values: Mapping[str, float], epoch: int) -> None:
-        """Adds scalars of an epoch."""
+        """Adds scalars of an epoch.
+
+        Args:
+          model: its name.
+          values: tag -> value.
+          epoch: from 0.
+        """
 
     def close(self) -> None:
         """Ends."""
@@ -41,13 +52,25 @@ class TensorBoardWriter:
         self._open: dict[str, Any] = {}
 
     def start(self, model: str, epoch: int) -> None:
-        """Removes the events that an interrupted training left, from the epoch on."""
+        """Removes the events that an interrupted training left, from the epoch on.
+
+        Args:
+          model: its name.
+          epoch: from which on it is trained.
+        """
         if not epoch:
             shutil.rmtree(self._path(model), ignore_errors=True)
+
         self._open[model] = self._package.SummaryWriter(str(self._path(model)), purge_step=epoch or None)
 
     def write(self, model: str, values: Mapping[str, float], epoch: int) -> None:
-        """Adds scalars; all models share the tags, so that TensorBoard shows them in one chart."""
+        """Adds scalars; all models share the tags, so that TensorBoard shows them in one chart.
+
+        Args:
+          model: its name.
+          values: tag -> value.
+          epoch: from 0.
+        """
         for tag, value in values.items():
             self._open[model].add_scalar(tag, value, epoch)
         self._open[model].flush()
@@ -68,21 +91,38 @@ class WandbWriter:
         package = _require("wandb", "wandb")
         try:
             self._run = package.init(
-                project="badloss_jax", name=folder.resolve().name, dir=str(folder), config=to_dict(config),
-                id=digest(str(folder.resolve()), config_hash(config)), resume="allow",
-            )  # fmt: skip
+                project="badloss_jax",
+                name=folder.resolve().name,
+                dir=str(folder),
+                config=to_dict(config),
+                id=digest(str(folder.resolve()), config_hash(config)),
+                resume="allow",
+            )
         except package.errors.Error as error:
             raise UsageError(
                 f"report.writers has 'wandb', which does not start: {error}; WANDB_MODE=offline keeps it local"
             ) from error
 
     def start(self, model: str, epoch: int) -> None:
-        """Gives the model's charts its own epochs as their axis; a second training's points join the first's."""
+        """Gives the model's charts its own epochs as their axis; a second training's points join the first's.
+
+        Args:
+          model: its name.
+          epoch: from which on it is trained.
+        """
         self._run.define_metric(f"{model}/*", step_metric=f"{model}/epoch")
 
     def write(self, model: str, values: Mapping[str, float], epoch: int) -> None:
-        """Logs scalars."""
-        self._run.log({f"{model}/{tag}": value for tag, value in values.items()} | {f"{model}/epoch": epoch})
+        """Logs scalars.
+
+        Args:
+          model: its name.
+          values: tag -> value.
+          epoch: from 0.
+        """
+        scalars: dict[str, float] = {f"{model}/{tag}": value for tag, value in values.items()}
+        scalars[f"{model}/epoch"] = epoch
+        self._run.log(scalars)
 
     def close(self) -> None:
         """Ends the run."""
@@ -96,6 +136,13 @@ _WRITERS: dict[str, Callable[[Path, ConfigDict], Writer]] = {"tensorboard": Tens
 def open_writers(folder: Path, config: ConfigDict) -> Iterator[Sequence[Writer]]:
     """Opens the writers of `config.report.writers`, and closes them however the run ends.
 
+    Args:
+      folder: of the run.
+      config: of the run.
+
+    Yields:
+      The writers.
+
     Raises:
       UsageError: a writer's package is not installed; says how to install it.
     """
@@ -103,8 +150,10 @@ def open_writers(folder: Path, config: ConfigDict) -> Iterator[Sequence[Writer]]
         writers = []
         for name in config.report.writers:
             writer = _WRITERS[name](folder, config)
+            # At once: a writer that cannot be opened closes those before it.
             stack.callback(writer.close)
             writers.append(writer)
+
         yield writers
 
 

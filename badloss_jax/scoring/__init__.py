@@ -1,4 +1,9 @@
-"""Scoring: trajectories in, distances to the probes, scores, p-values and removal lists out."""
+"""Scoring: trajectories in, distances to the probes, scores, p-values and removal lists out.
+
+It imports `trajectories` and what stands before it, and trains nothing: everything here can be done again from a store.
+Begin with `score`, the one door through which a recording is scored: it measures `distances`, looks for attacks in
+`clusters`, and `verdict` says what follows. The README has what the numbers mean and how they were settled.
+"""
 
 from badloss_jax.scoring.calibration import (
     PoisonedShare,

@@ -57,7 +57,17 @@ class Scores:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for, as `TrajectoryRecorder.score` takes it."""
+    """What is asked for, as `TrajectoryRecorder.score` takes it.
+
+    Attributes:
+      probe_ids: ids of examples that are known to be clean.
+      k: probes in the mean distance; None for the default of the kind.
+      kind: of trajectory; None for that which found most, of those there are.
+      epochs: score so many, the first; None for all.
+      incomplete: "error", or "exclude" to leave out examples that lack an epoch.
+      labels: of all examples, to look for attacks; None if they are not known.
+      by_class: put every class on its own scale.
+    """
 
     probe_ids: Any
     k: int | None = None
@@ -77,15 +87,15 @@ def score_buffer(buffer: Buffer, num_examples: int, request: Request, mesh: Mesh
       request: which probes, kind, k, epochs and labels.
       mesh: the devices that share the rows.
 
+    Returns:
+      The scores, with the attacks if there are labels.
+
     Raises:
       UsageError: a part of the request is impossible, or examples lack an epoch (how many, ids and epochs are named).
     """
-    there = available_kinds(tuple(buffer))
-    known = [name for name in _PREFERRED if name in there]
-    kind = request.kind or known[0]
-    for setting, value, allowed in (("kind", kind, known), ("incomplete", request.incomplete, ["error", "exclude"])):
-        if value not in allowed:
-            raise UsageError(f"{setting} = {value!r}: expected {' or '.join(allowed)}")
+    available = available_kinds(tuple(buffer))
+    known = [name for name in _PREFERRED if name in available]
+    kind = _kind(request, known)
     labels = _labels(request, kind, num_examples)
     probes = _probe_ids(request, num_examples)
     width = buffer["loss"].shape[1]
@@ -99,28 +109,40 @@ def score_buffer(buffer: Buffer, num_examples: int, request: Request, mesh: Mesh
     finite = np.asarray(_finite({name: buffer[name] for name in needed}))[:num_examples, :used]
     _check_complete(finite, probes, kind, exclude=request.incomplete == "exclude")
 
+    # From here on examples are numbered by rows, without those that are left out.
     rows = np.flatnonzero(finite.all(axis=1))
     ours = Trajectories(
-        len(rows),
-        used,
-        tuple(buffer),
-        lambda name, epochs: np.asarray(buffer[name])[np.ix_(rows, epochs)],
-        None if labels is None else labels[rows],
+        num_examples=len(rows),
+        num_epochs=used,
+        kinds=tuple(buffer),
+        rows=lambda name, epochs: np.asarray(buffer[name])[np.ix_(rows, epochs)],
+        labels=None if labels is None else labels[rows],
     )
-    places = np.searchsorted(rows, probes)
-    scores, kept = score_trajectories(ours, Probes(places), scoring, (kind,), mesh)
-    found = scores[kind]
-    distances, p_values = np.full((2, num_examples), np.nan)
-    distances[rows] = found.values()
-    p_values[rows] = conformal_p_values(distances[rows], found.probe_scores)
-    if kind not in ("combined", *COMBINED) or labels is None:
+    probe_rows = np.searchsorted(rows, probes)
+    scores, kept = score_trajectories(ours, Probes(probe_rows), scoring, (kind,), mesh)
+    of_kind = scores[kind]
+
+    distances = np.full(num_examples, np.nan)
+    distances[rows] = of_kind.values()
+    p_values = np.full(num_examples, np.nan)
+    p_values[rows] = conformal_p_values(distances[rows], of_kind.probe_scores)
+    if kind not in ("combined", *COMBINED) or ours.labels is None:
         return Scores(distances, p_values, kept, kind)
 
-    assert ours.labels is not None
-    far = found if request.by_class else found.by_class(ours.labels)
-    clusters, _ = find_attacks(ours, places, scoring, 0, mesh, far=far.values())
-    of_all = [replace(one, ids=rows[one.ids], score_ids=rows[one.score_ids]) for one in clusters]
+    by_class = of_kind if request.by_class else of_kind.by_class(ours.labels)
+    clusters, _ = find_attacks(ours, probe_rows, scoring, 0, mesh, far=by_class.values())
+    of_all = [replace(cluster, ids=rows[cluster.ids], score_ids=rows[cluster.score_ids]) for cluster in clusters]
     return Scores(distances, p_values, kept, kind, tuple(of_all))
+
+
+def _kind(request: Request, known: list[str]) -> str:
+    """Returns the kind to score by; of impossible words, says which there are."""
+    kind = request.kind or known[0]
+    if kind not in known:
+        raise UsageError(f"kind = {kind!r}: expected {' or '.join(known)}")
+    if request.incomplete not in ("error", "exclude"):
+        raise UsageError(f"incomplete = {request.incomplete!r}: expected error or exclude")
+    return kind
 
 
 def _labels(request: Request, kind: str, num_examples: int) -> Int[np.ndarray, "N"] | None:
@@ -129,6 +151,7 @@ def _labels(request: Request, kind: str, num_examples: int) -> Int[np.ndarray, "
         if request.by_class:
             raise UsageError("by_class = True compares examples with their class: give labels, too")
         return None
+
     labels = integers("labels", request.labels, 2**31)
     if len(labels) != num_examples:
         raise UsageError(f"there are {len(labels)} labels for {num_examples} examples")
@@ -158,19 +181,26 @@ def _settings(request: Request, kind: str, known: list[str], num_probes: int) ->
     return scoring | {"by_class": request.by_class}
 
 
-def _check_complete(there: Bool[np.ndarray, "N T"], probes: Int[np.ndarray, "P"], kind: str, *, exclude: bool) -> None:
+def _check_complete(
+    complete: Bool[np.ndarray, "N T"], probes: Int[np.ndarray, "P"], kind: str, *, exclude: bool
+) -> None:
     """Raises UsageError, saying what to do, if an example lacks an epoch; if such are left out, if a probe does."""
-    who, ids = ("probes", probes) if exclude else ("examples", np.arange(len(there)))
-    lacking = ids[~there[ids].all(axis=1)]
+    who = "examples"
+    ids = np.arange(len(complete))
+    if exclude:
+        who = "probes"
+        ids = probes
+    lacking = ids[~complete[ids].all(axis=1)]
     if not len(lacking):
         return
 
-    gaps = np.flatnonzero(~there[lacking].all(axis=0))
+    gaps = np.flatnonzero(~complete[lacking].all(axis=0))
     ways = ["record each once an epoch (no drop_last)"]
     if not exclude:
         ways.append('leave them out by incomplete="exclude"')
     if gaps[0] >= 3:
         ways.append(f"score the first epochs alone by epochs={gaps[0]}")
+
     raise UsageError(
         f"{len(lacking)} of {len(ids)} {who} lack epochs of kind {kind}, which were not recorded or are"
         f" not finite: ids {named(lacking)}; epochs {named(gaps)}. Either {', or '.join(ways)}"
@@ -180,5 +210,5 @@ def _check_complete(there: Bool[np.ndarray, "N T"], probes: Int[np.ndarray, "P"]
 @jax.jit
 def _finite(buffer: Buffer) -> Bool[Array, "N T"]:
     """Says which cells were recorded and are finite, of all kinds given."""
-    fine = [jnp.isfinite(array).all(axis=tuple(range(2, array.ndim))) for array in buffer.values()]
-    return jnp.stack(fine).all(axis=0)
+    finite = [jnp.isfinite(array).all(axis=tuple(range(2, array.ndim))) for array in buffer.values()]
+    return jnp.stack(finite).all(axis=0)

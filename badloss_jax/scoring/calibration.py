@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import stats
 
 from badloss_jax.core.errors import UsageError
 
@@ -26,17 +25,26 @@ def conformal_p_values(
 ) -> Float[np.ndarray, "N"]:
     """Computes p(x) = (1 + #{probes at a distance >= that of x}) / (P + 1), float64 in [1 / (P + 1), 1].
 
-    `probe_distances` are the probes' leave-one-out distances. They are nearly exchangeable with clean examples' (see
-    the module), so a clean example has p <= alpha with probability about alpha.
+    The probes' leave-one-out distances are nearly exchangeable with those of clean examples (see the module), so a
+    clean example has p <= alpha with probability about alpha.
+
+    Args:
+      distances: [N], higher is more suspicious, or any increasing function of them.
+      probe_distances: [P], leave-one-out, on the same scale.
+
+    Returns:
+      float64 [N], multiples of 1 / (P + 1).
 
     Raises:
       UsageError: no probes, or NaN.
     """
-    ours, probes = np.asarray(distances, np.float64), np.sort(np.asarray(probe_distances, np.float64))
+    ours = np.asarray(distances, np.float64)
+    probes = np.sort(np.asarray(probe_distances, np.float64))
     if ours.ndim != 1 or probes.ndim != 1 or not len(probes):
         raise UsageError(f"distances are {ours.shape} and probe distances {probes.shape}: expected [N] and [P], P >= 1")
     if np.isnan(ours).any() or np.isnan(probes).any():
         raise UsageError("distances or probe distances contain NaN")
+
     at_least = len(probes) - np.searchsorted(probes, ours, side="left")
     return (1 + at_least) / (len(probes) + 1)
 
@@ -47,8 +55,10 @@ class ClassScales:
 
     Attributes:
       labels: int [C], ascending, of the classes that have probes.
-      locations, spreads: float64 [C].
-      location, spread: of classes without probes.
+      locations: float64 [C], where clean examples of each class lie.
+      spreads: float64 [C], how far apart, as a standard deviation.
+      location: of classes without probes.
+      spread: likewise.
       of_probes: float64 [P], the probes' own scores, each on the scale of the others of its class.
     """
 
@@ -61,10 +71,11 @@ class ClassScales:
 
     def __call__(self, scores: Float[np.ndarray, "M"], labels: Int[np.ndarray, "M"]) -> Float[np.ndarray, "M"]:
         """Returns (score - location) / spread, each by its class; NaN stays NaN."""
-        place = np.minimum(np.searchsorted(self.labels, labels), len(self.labels) - 1)
-        known = self.labels[place] == labels
-        locations = np.where(known, self.locations[place], self.location)
-        spreads = np.where(known, self.spreads[place], self.spread)
+        number = np.minimum(np.searchsorted(self.labels, labels), len(self.labels) - 1)
+        known = self.labels[number] == labels
+
+        locations = np.where(known, self.locations[number], self.location)
+        spreads = np.where(known, self.spreads[number], self.spread)
         return (np.asarray(scores, np.float64) - locations) / spreads
 
 
@@ -86,10 +97,14 @@ def class_scales(probe_scores: Float[np.ndarray, "P"], probe_labels: Int[np.ndar
       probe_scores: [P], of the probes, leave-one-out; log distances, or what is on such a scale.
       probe_labels: int [P].
 
+    Returns:
+      The scales of all classes, and the probes' own scores on them.
+
     Raises:
       UsageError: no probes, shapes that do not fit, or NaN.
     """
-    probe_scores, probe_labels = np.asarray(probe_scores, np.float64), np.asarray(probe_labels)
+    probe_scores = np.asarray(probe_scores, np.float64)
+    probe_labels = np.asarray(probe_labels)
     if probe_scores.shape != probe_labels.shape or probe_scores.ndim != 1:
         raise UsageError(
             f"probe scores are {probe_scores.shape} with labels {probe_labels.shape}: expected [P] and [P]"
@@ -99,40 +114,62 @@ def class_scales(probe_scores: Float[np.ndarray, "P"], probe_labels: Int[np.ndar
     if np.isnan(probe_scores).any():
         raise UsageError("probe scores contain NaN")
 
-    known, place = np.unique(probe_labels, return_inverse=True)
-    order = np.argsort(place, kind="stable")
-    members = np.split(order, np.cumsum(np.bincount(place))[:-1])
+    known, number = np.unique(probe_labels, return_inverse=True)
+    order = np.argsort(number, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(number))[:-1])
 
+    # How much the classes differ says how many probes' median counts as much as that of all.
     middle = float(np.median(probe_scores))
     own_middles = np.array([np.median(probe_scores[rows]) for rows in members])
-    within = _spread(probe_scores - own_middles[place], 0.0) or _spread(probe_scores, middle)
+    within = _spread(probe_scores - own_middles[number], 0.0) or _spread(probe_scores, middle)
     between = float(np.mean((own_middles - middle) ** 2))
     few = float(np.clip(within**2 / max(between, 1e-12), *_FEW_MIDDLES))
+    of_all = _AllProbes(middle, within, few)
 
     of_probes = np.empty(len(probe_scores))
-    locations, spreads = np.empty((2, len(known)))
-    for number, rows in enumerate(members):
+    locations = np.empty(len(known))
+    spreads = np.empty(len(known))
+    for number_of_class, rows in enumerate(members):
         values = probe_scores[rows]
-        locations[number], spreads[number] = _scale(values, middle, within, few)
+        locations[number_of_class], spreads[number_of_class] = _scale(values, of_all)
         for position, row in enumerate(rows):
-            others = np.delete(values, position)
-            location, spread = _scale(others, middle, within, few)
+            location, spread = _scale(np.delete(values, position), of_all)
             of_probes[row] = (probe_scores[row] - location) / spread
-    return ClassScales(known, locations, spreads, *_scale(np.zeros(0), middle, within, few), of_probes)
+
+    location, spread = _scale(np.zeros(0), of_all)
+    return ClassScales(known, locations, spreads, location, spread, of_probes)
 
 
-def _scale(values: Float[np.ndarray, "p"], middle: float, within: float, few: float) -> tuple[float, float]:
+@dataclass(frozen=True)
+class _AllProbes:
+    """What the probes of all classes say of one class.
+
+    Attributes:
+      middle: their median.
+      within: their spread within classes.
+      few: how many probes of a class count as much as `middle`.
+    """
+
+    middle: float
+    within: float
+    few: float
+
+
+def _scale(values: Float[np.ndarray, "p"], of_all: _AllProbes) -> tuple[float, float]:
     """Returns location and spread of a class from its probes, drawn towards those of all where they are few."""
     count = len(values)
+    within = max(of_all.within, 1e-6)
     if not count:
-        return middle, max(within, 1e-6)
+        return of_all.middle, within
+
     own = float(np.median(values))
-    location = (count * own + few * middle) / (count + few)
+    location = (count * own + of_all.few * of_all.middle) / (count + of_all.few)
+
     own_spread = _spread(values, own)
     if count < 3 or own_spread <= 0:
-        return location, max(within, 1e-6)
+        return location, within
     weight = count / (count + _FEW_SPREADS)
-    return location, max(own_spread**weight * max(within, 1e-6) ** (1 - weight), 1e-6)
+    return location, max(own_spread**weight * within ** (1 - weight), 1e-6)
 
 
 def _spread(values: Float[np.ndarray, "p"], middle: float) -> float:
@@ -142,7 +179,13 @@ def _spread(values: Float[np.ndarray, "p"], middle: float) -> float:
 
 @dataclass(frozen=True)
 class PoisonedShare:
-    """An estimate with its interval, each in [0, 1]."""
+    """An estimate with its interval.
+
+    Attributes:
+      estimate: in [0, 1].
+      low: where the interval begins, likewise.
+      high: where it ends.
+    """
 
     estimate: float
     low: float
@@ -166,31 +209,52 @@ def poisoned_share(
       confidence: of the two-sided interval.
       levels: ascending; each is rounded down to a multiple of 1 / (P + 1), but for the first.
 
+    Returns:
+      The estimate and its interval.
+
     Raises:
       UsageError: no examples, or a level or confidence that is not above 0 and below 1.
     """
-    p_values, ranks = np.asarray(p_values), sorted({_rank(level, num_probes) for level in levels})
+    p_values = np.asarray(p_values)
+    ranks = sorted({_rank(level, num_probes) for level in levels})
     if not len(p_values) or not ranks or not 0 < confidence < 1:
-        raise UsageError(f"{len(p_values)} p-values, {len(ranks)} levels and a confidence of {confidence}: expected"
-                         " some, and above 0 and below 1")  # fmt: skip
+        raise UsageError(
+            f"{len(p_values)} p-values, {len(ranks)} levels and a confidence of {confidence}: expected"
+            " some, and above 0 and below 1"
+        )
+
+    # Of levels that are as good, the last is taken, so the walk is from behind.
     tail = (1 - confidence) / 2
-    found = [_share_at(p_values, num_probes, rank, tail / len(ranks)) for rank in ranks]
-    best = max(reversed(found), key=lambda share: share.low)
+    shares = [_share_at(p_values, num_probes, rank, tail / len(ranks)) for rank in ranks]
+    best = max(reversed(shares), key=lambda share: share.low)
+
     high = _share_at(p_values, num_probes, ranks[-1], tail).high
     return PoisonedShare(best.estimate, best.low, max(best.estimate, high))
 
 
 def _share_at(p_values: np.ndarray, num_probes: int, rank: int, tail: float) -> PoisonedShare:
+    """Estimates the share at one level, with an interval that leaves out so much on either side."""
+    from scipy import stats  # takes most of a second to import
+
     expected = rank / (num_probes + 1)
     beyond = float((p_values > expected + 1e-12).mean())
+
     # Of clean examples, so many lie beyond: Beta, widened by the sampling noise of the M examples.
     variance = expected * (1 - expected) * (1 / (num_probes + 2) + 1 / len(p_values))
     if variance >= expected * (1 - expected):  # of a single example nothing is known
-        return PoisonedShare(min(max(1 - beyond / (1 - expected), 0.0), 1.0), 0.0, 1.0)
+        return PoisonedShare(_in_unit(1 - beyond / (1 - expected)), 0.0, 1.0)
     size = expected * (1 - expected) / variance - 1
     clean = stats.beta(size * (1 - expected), size * expected)
-    shares = (1 - beyond / at_most for at_most in (1 - expected, clean.ppf(tail), clean.ppf(1 - tail)))
-    return PoisonedShare(*(min(max(share, 0.0), 1.0) for share in shares))
+
+    return PoisonedShare(
+        estimate=_in_unit(1 - beyond / (1 - expected)),
+        low=_in_unit(1 - beyond / clean.ppf(tail)),
+        high=_in_unit(1 - beyond / clean.ppf(1 - tail)),
+    )
+
+
+def _in_unit(share: float) -> float:
+    return min(max(share, 0.0), 1.0)
 
 
 def no_poison_p_value(p_values: Float[np.ndarray, "M"], num_probes: int) -> float:
@@ -207,33 +271,51 @@ def no_poison_p_value(p_values: Float[np.ndarray, "M"], num_probes: int) -> floa
     Returns:
       In [0, 1].
     """
+    from scipy import stats  # takes most of a second to import
+
     p_values = np.asarray(p_values)
     ranks = sorted({_rank(level, num_probes) for level in LEVELS})
     tails = []
     for rank in ranks:
-        found = int((p_values <= rank / (num_probes + 1) + 1e-12).sum())
-        tails.append(float(stats.betabinom.sf(found - 1, len(p_values), rank, num_probes + 1 - rank)))
+        far_out = int((p_values <= rank / (num_probes + 1) + 1e-12).sum())
+        tails.append(float(stats.betabinom.sf(far_out - 1, len(p_values), rank, num_probes + 1 - rank)))
     return min(1.0, len(ranks) * min(tails))
 
 
 def _rank(level: float, num_probes: int) -> int:
+    """Returns how many of the ranks among P probes are at a level, 1 at least."""
     if not 0 < level < 1 or num_probes < 1:
         raise UsageError(f"level = {level} with {num_probes} probes: expected above 0 and below 1, and a probe")
     return min(max(1, math.floor(level * (num_probes + 1) + 1e-9)), num_probes)
 
 
 def unsupported(rule: str, level: float, num_probes: int) -> str:
-    """Says why so few probes cannot support a level of the rules "alpha" and "fdr"; "" if they can.
+    """Says why so few probes cannot support a level of the rules "alpha" and "fdr".
 
     No p-value is below 1 / (P + 1). So "alpha" below that removes nothing, and "fdr" at q nothing unless a share of
     1 / (q (P + 1)) of all examples lies beyond every probe; more than a fifth is called unsupported.
+
+    Args:
+      rule: of `reject`; of others than these two nothing is said.
+      level: of the rule, in [0, 1).
+      num_probes: P.
+
+    Returns:
+      The reason, or "" if they can.
     """
     smallest = 1 / (num_probes + 1)
     if rule == "alpha" and 0 < level < smallest:
-        return (f"alpha = {level} with {num_probes} probes removes nothing, as no p-value is below {smallest:.2g}:"
-                f" {math.ceil(1 / level) - 1} probes would do")  # fmt: skip
+        return (
+            f"alpha = {level} with {num_probes} probes removes nothing, as no p-value is below {smallest:.2g}:"
+            f" {math.ceil(1 / level) - 1} probes would do"
+        )
+
     if rule == "fdr" and 0 < level < 5 * smallest:
-        share = f"{smallest / level:.0%} of the examples lie" if level >= smallest else "more than all examples lay"
-        return (f"fdr = {level} with {num_probes} probes removes nothing unless {share} beyond every probe:"
-                f" {math.ceil(5 / level) - 1} probes would do with a fifth")  # fmt: skip
+        share = "more than all examples lay"
+        if level >= smallest:
+            share = f"{smallest / level:.0%} of the examples lie"
+        return (
+            f"fdr = {level} with {num_probes} probes removes nothing unless {share} beyond every probe:"
+            f" {math.ceil(5 / level) - 1} probes would do with a fifth"
+        )
     return ""

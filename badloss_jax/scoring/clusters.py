@@ -13,45 +13,46 @@ share a trigger, and what the network learnt of it. So within each class
 4. the cluster of the most evidence is taken out, and the rest of the class searched again, until nothing is left;
 5. what is certain in a class is divided anew, by attacks (`parts`).
 
-All classes of about one size are one batched program; the devices share the classes. `growth` has the mathematics of
-one class, `evidence` what signs weigh; here classes are read, padded, handed to the devices, and searched again.
+Here classes are searched again and again, and what was found is judged. `search` reads classes and hands them to the
+devices, `growth` has the mathematics of one class, and `evidence` what signs weigh.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 from threadpoolctl import threadpool_limits
 
 from badloss_jax.core.errors import UsageError
-from badloss_jax.core.mesh import by_rows, make_mesh, place_rows, round_up, to_host
+from badloss_jax.core.mesh import make_mesh
 from badloss_jax.core.seeding import derived_seed
-from badloss_jax.scoring.distances import Rows, row_chunks
 from badloss_jax.scoring.evidence import NATURAL, Cluster, Signs, evidence_of, judged, natural_gap
-from badloss_jax.scoring.growth import best_of_class
-from badloss_jax.scoring.impressions import MOST_ODDS, Impressions, chosen_epochs
+from badloss_jax.scoring.impressions import Impressions
 from badloss_jax.scoring.parts import attacks_among
+from badloss_jax.scoring.rows import Rows
+from badloss_jax.scoring.search import FEW, BestClusters, SearchData, best_clusters, padded_sizes, search_data
 
-_LOWEST = -15.0  # log-probabilities below say no more
-_SOME = 4096  # examples that show whether values are log-probabilities
-_FRINGE = -0.3  # score from which on examples are taken out with a cluster that is well apart; 0 is the middle
-FEW = 30  # examples; in a class of fewer nothing is looked for
 FEW_PROBES = 3  # in a class of fewer nothing is certain
+_FRINGE = -0.3  # score from which on examples are taken out with a cluster that is well apart; 0 is the middle
 _ATTACKS_OF_A_CLASS = 8  # at most
-_VALUES = 2**26  # of trajectories on the devices at a time
 _evidence_of = jax.jit(evidence_of)
 
 
 def find_clusters(
-    kinds: Sequence[Float[np.ndarray, "N T w"] | Rows], labels: Int[np.ndarray, "N"], is_probe: Bool[np.ndarray, "N"],
-    far: Float[np.ndarray, "N"], looks: Impressions | None = None, *, threshold: float, seed: int = 0,
+    kinds: Sequence[Float[np.ndarray, "N T w"] | Rows],
+    labels: Int[np.ndarray, "N"],
+    is_probe: Bool[np.ndarray, "N"],
+    far: Float[np.ndarray, "N"],
+    looks: Impressions | None = None,
+    *,
+    threshold: float,
+    seed: int = 0,
     mesh: Mesh | None = None,
-) -> list[Cluster]:  # fmt: skip
+) -> list[Cluster]:
     """Finds the clusters of every class whose evidence reaches a threshold, and says which are certain.
 
     From `CERTAIN` on they are; of more than 13 classes from where K x `clean_class_p_value`(v) is 5 %. Where there are
@@ -79,249 +80,109 @@ def find_clusters(
     """
     count = len(labels)
     if any(len(rows.shape) != 3 or rows.shape[0] != count for rows in kinds) or len(far) != count:
-        raise UsageError(f"trajectories are {[rows.shape for rows in kinds]} and distances {far.shape}: expected"
-                         f" [{count}, T, width] and [{count}]")  # fmt: skip
+        raise UsageError(
+            f"trajectories are {[rows.shape for rows in kinds]} and distances {far.shape}: expected"
+            f" [{count}, T, width] and [{count}]"
+        )
     mesh = mesh or make_mesh(jax.local_devices()[:1])
-    labels, far = np.asarray(labels), np.asarray(far, np.float32)
+    labels = np.asarray(labels)
+    far = np.asarray(far, np.float32)
 
+    # Labels may be any numbers; within, classes are numbered from 0 on.
     known, sizes = np.unique(labels, return_counts=True)
     group = np.searchsorted(known, labels)
-    order = np.argsort(group, kind="stable")
-    members = dict(zip(range(len(known)), np.split(order, np.cumsum(sizes)[:-1]), strict=True))
-    few_probes = set(known[np.bincount(group[is_probe], minlength=len(known)) < FEW_PROBES].tolist())
-
-    first, late, odds = _strange(looks, known, group)
-    floors = [_floor(rows) for rows in kinds]
-    means, spreads = _moments(kinds, floors)
-    if not all(np.isfinite(values).all() for values in (far, *means)):
+    data = search_data(kinds, is_probe, far, looks, known, group)
+    if not all(np.isfinite(values).all() for values in (far, *data.means)):
         raise UsageError("trajectories or distances hold NaN or infinity: leave such examples out")
-    look = _Look(kinds, floors, means, spreads, is_probe, far, first, late, odds, len(known), looks is not None)
 
-    found: list[Cluster] = []
-    waiting = {label: ids for label, ids in members.items() if len(ids) >= FEW}
-    searched, padded, natural = len(waiting), _padded_sizes(sizes), NATURAL[-1]
-    for attempt in range(_ATTACKS_OF_A_CLASS):
-        again = {}
-        # JAX takes LAPACK from SciPy, whose idle threads would spin on the cores that XLA needs next.
-        with threadpool_limits(1, user_api="blas"):
-            best = _search(look, waiting, padded, derived_seed(seed, "clusters", attempt), mesh)
-        if not attempt:
-            natural = natural_gap([one.natural for one in best])
-        for label, ids, cluster in ((one.label, one.ids, _cluster(look, one, natural)) for one in best):
-            if cluster is None or cluster.evidence < threshold:
-                continue
-            found.append(replace(cluster, label=int(known[label])))
-            left = np.setdiff1d(ids, cluster.ids)
-            if len(left) >= FEW:
-                again[label] = left
-        waiting = again
-        if not waiting:
-            break
+    members = np.split(np.argsort(group, kind="stable"), np.cumsum(sizes)[:-1])
+    waiting = {number: ids for number, ids in enumerate(members) if len(ids) >= FEW}
+    clusters = [
+        replace(cluster, label=int(known[cluster.label]))
+        for cluster in _search_again(data, waiting, padded_sizes(sizes), threshold, seed, mesh)
+    ]
 
     # What nothing is certain of must not make others certain, either.
-    weighed = judged([one for one in found if one.label not in few_probes], searched)
-    possible = [one for one in weighed if not one.certain] + [one for one in found if one.label in few_probes]
-    attacks: list[Cluster] = []
-    for label in sorted({one.label for one in weighed if one.certain}):
-        those = [one for one in weighed if one.certain and one.label == label]
-        attacks += _divided(those, look, derived_seed(seed, "parts", label))
+    num_probes = np.bincount(group[is_probe], minlength=len(known))
+    few_probes = set(known[num_probes < FEW_PROBES].tolist())
+    weighed = judged([cluster for cluster in clusters if cluster.label not in few_probes], len(waiting))
+    unjudged = [cluster for cluster in clusters if cluster.label in few_probes]
+
+    attacks = _divided([cluster for cluster in weighed if cluster.certain], data, seed)
+    possible = [cluster for cluster in weighed if not cluster.certain] + unjudged
     return sorted([*attacks, *possible], key=lambda cluster: cluster.label)
 
 
-def _divided(those: list[Cluster], look: "_Look", seed: int) -> list[Cluster]:
-    """Divides the certain clusters of a class by attacks, each of which takes its signs from where most of it was."""
-    with threadpool_limits(1, user_api="blas"):
-        attacks = attacks_among([one.ids for one in those], look.points, look.first, look.num_classes, seed)
-    return [
-        replace(max(those, key=lambda one: len(np.intersect1d(one.ids, ids, assume_unique=True))), ids=ids)
-        for ids in attacks
-    ]
+def _search_again(
+    data: SearchData,
+    waiting: dict[int, Int[np.ndarray, "n"]],
+    padded: Int[np.ndarray, "K"],
+    threshold: float,
+    seed: int,
+    mesh: Mesh,
+) -> list[Cluster]:
+    """Searches each class until no more is found in it, what was found being taken out; labels are classes' numbers."""
+    clusters: list[Cluster] = []
+    natural = NATURAL[-1]
+    for attempt in range(_ATTACKS_OF_A_CLASS):
+        best = best_clusters(data, waiting, padded, derived_seed(seed, "clusters", attempt), mesh)
+        # What is natural shows while all of every class is there.
+        if attempt == 0:
+            natural = natural_gap([one.natural for one in best])
+
+        waiting = {}
+        for one in best:
+            cluster = _cluster(data, one, natural)
+            if cluster is None or cluster.evidence < threshold:
+                continue
+            clusters.append(cluster)
+            left = np.setdiff1d(one.ids, cluster.ids)
+            if len(left) >= FEW:
+                waiting[one.group] = left
+        if not waiting:
+            break
+    return clusters
 
 
-@dataclass(frozen=True)
-class _Look:
-    """Everything that a search reads."""
-
-    kinds: Sequence[Rows]
-    floors: list[float]
-    means: list[np.ndarray]
-    spreads: list[np.ndarray]
-    is_probe: np.ndarray
-    far: np.ndarray
-    first: np.ndarray
-    late: np.ndarray
-    odds: np.ndarray
-    num_classes: int
-    has_looks: bool
-
-    @property
-    def width(self) -> int:
-        """Values of an example."""
-        return sum(mean.size for mean in self.means)
-
-    def points(self, ids: np.ndarray) -> Float[np.ndarray, "n D"]:
-        """Reads the standardised trajectories of a few examples."""
-        parts = [(_values(rows, ids, floor) - mean) / spread for rows, floor, mean, spread
-                 in zip(self.kinds, self.floors, self.means, self.spreads, strict=True)]  # fmt: skip
-        return np.concatenate(parts, axis=1)
-
-
-def _strange(looks: Impressions | None, known: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Returns the other classes that examples look like, first and late, and the odds for them.
-
-    What an example looks like counts where that is another class; its own is the number past all classes.
-    """
-    nothing = np.full(len(group), len(known), np.int32)
-    if looks is None:
-        return nothing, nothing, np.full(len(group), -MOST_ODDS, np.float32)
-
-    def other(seen: np.ndarray) -> np.ndarray:
-        place = np.minimum(np.searchsorted(known, seen), len(known) - 1).astype(np.int32)
-        return np.where(place == group, nothing, place)
-
-    return other(looks.first), other(looks.late), looks.odds.astype(np.float32)
-
-
-def _floor(rows: Rows) -> float:
-    """Returns the least value that counts: log-probabilities have one, features have none."""
-    return _LOWEST if (np.asarray(rows[:_SOME]) <= 0).all() else -math.inf
-
-
-def _values(rows: Rows, which: slice | np.ndarray, floor: float) -> Float[np.ndarray, "n D"]:
-    chunk = np.asarray(rows[which])[:, chosen_epochs(rows.shape[1])]
-    return np.maximum(chunk.reshape(len(chunk), -1).astype(np.float32), floor)
-
-
-def _moments(kinds: Sequence[Rows], floors: Sequence[float]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Returns mean and standard deviation of every value, read chunk by chunk."""
-    means, spreads = [], []
-    for rows, floor in zip(kinds, floors, strict=True):
-        width = len(chosen_epochs(rows.shape[1])) * rows.shape[2]
-        total, squares = np.zeros((2, width))
-        for start, stop in row_chunks(rows, 0, rows.shape[0]):
-            chunk = _values(rows, slice(start, stop), floor).astype(np.float64)
-            total += chunk.sum(0)
-            squares += (chunk**2).sum(0)
-        mean = total / rows.shape[0]
-        variance = np.maximum(squares / rows.shape[0] - mean**2, 0)
-        means.append(mean.astype(np.float32))
-        # What is constant tells nothing, and must not be divided by next to nothing.
-        spreads.append(np.where(variance > 1e-8, np.sqrt(variance), np.inf).astype(np.float32))
-    return means, spreads
-
-
-def _padded_sizes(counts: Int[np.ndarray, "K"]) -> Int[np.ndarray, "K"]:
-    """Returns the sizes that classes are padded to: the largest, and halves of it, so that programs are few."""
-    largest = int(counts.max(initial=FEW))
-    steps = np.floor(np.log2(largest / np.maximum(counts, 1)) + 1e-9)
-    sizes = np.ceil(largest / 2**steps / 64).astype(np.int64) * 64
-    return np.maximum(sizes, counts)
-
-
-@dataclass(frozen=True)
-class _Best:
-    """What `best_of_class` says of one class, padding cut off: its clusters are two until the natural gap is known."""
-
-    label: int
-    ids: np.ndarray
-    scores: np.ndarray
-    values: np.ndarray
-    natural: float
-
-
-def _search(
-    look: _Look, waiting: dict[int, np.ndarray], padded: Int[np.ndarray, "K"], seed: int, mesh: Mesh
-) -> list[_Best]:
-    """Looks for the best clusters of each class."""
-    by_size: dict[int, list[int]] = {}
-    for label in waiting:
-        by_size.setdefault(int(padded[label]), []).append(label)
-
-    found = []
-    for size, labels in sorted(by_size.items()):
-        together = max(1, _VALUES // (size * (look.width + 600)) // mesh.size)
-        if mesh.devices.flat[0].platform == "cpu":
-            together = 1  # a class keeps all cores busy, and one program serves any number of classes
-        together *= mesh.size
-        program = _best_cluster(mesh, look.num_classes)
-        for start in range(0, len(labels), together):
-            chunk = labels[start : start + together]
-            slots = [waiting[label] for label in chunk]
-            slots += [np.zeros(0, np.int64)] * (round_up(len(slots), mesh) - len(slots))
-            arrays = _arrays(look, slots, size, mesh)
-            keys = place_rows((len(slots), 1), mesh, partial(_seeds, chunk, seed, len(slots)))
-            scores, values, natural = (to_host(array) for array in program(*arrays, keys))
-            for number, label in enumerate(chunk):
-                ids = slots[number]
-                found.append(_Best(label, ids, scores[number, : len(ids)], values[number], float(natural[number])))
-    return found
-
-
-def _cluster(look: _Look, best: _Best, natural: float) -> Cluster | None:
+def _cluster(data: SearchData, best: BestClusters, natural: float) -> Cluster | None:
     """Makes a cluster of what the devices found in a class; None if they found none."""
     possible, share, *signs_of_both = best.values
     evidence = np.where(possible, np.asarray(_evidence_of(natural, share, *signs_of_both)), -np.inf)
     which = int(evidence.argmax())
-    known = [float(values[which]) for values in signs_of_both]
-    signs = Signs(*known) if look.has_looks else Signs(*known[:4], *[math.nan] * 3)
+
+    measured = [float(values[which]) for values in signs_of_both]
+    if not data.has_looks:
+        measured[4:] = [math.nan] * 3
+    signs = Signs(*measured)
+
     # Two standard deviations above the rest's mean, which is at -1.
     fringe = min(max(4 / max(signs.gap, 1e-6) - 1, _FRINGE), 0.0)
-    ids, scores = best.ids, best.scores[:, which]
-    members = ids[(scores > fringe) & ~look.is_probe[ids]]
+    scores = best.scores[:, which]
+    members = best.ids[(scores > fringe) & ~data.is_probe[best.ids]]
     if not math.isfinite(evidence[which]) or not len(members):
         return None
-    return Cluster(best.label, members, float(evidence[which]), signs, scores, ids)
+    return Cluster(best.group, members, float(evidence[which]), signs, scores, best.ids)
 
 
-def _seeds(labels: list[int], seed: int, count: int, begin: int, end: int) -> np.ndarray:
-    drawn = [derived_seed(seed, label) for label in labels] + [0] * (count - len(labels))
-    return np.array(drawn[begin:end], np.uint32)[:, None]
+def _divided(clusters: Sequence[Cluster], data: SearchData, seed: int) -> list[Cluster]:
+    """Divides the certain clusters of each class anew, by attacks; each has the signs of where most of it was."""
+    attacks: list[Cluster] = []
+    for label in sorted({cluster.label for cluster in clusters}):
+        of_class = [cluster for cluster in clusters if cluster.label == label]
+
+        # JAX takes LAPACK from SciPy, as in `best_clusters`.
+        with threadpool_limits(1, user_api="blas"):
+            ids_of_attacks = attacks_among(
+                [cluster.ids for cluster in of_class],
+                data.points,
+                data.first,
+                data.num_classes,
+                derived_seed(seed, "parts", label),
+            )
+        attacks += [replace(_origin(ids, of_class), ids=ids) for ids in ids_of_attacks]
+    return attacks
 
 
-def _arrays(look: _Look, slots: list[np.ndarray], size: int, mesh: Mesh) -> list[jax.Array]:
-    """Places points, which of them are real, which probes, distances and looks, padded, by classes."""
-
-    def rows(of: np.ndarray, dtype: type) -> jax.Array:
-        def read(begin: int, end: int) -> np.ndarray:
-            out: np.ndarray = np.zeros((end - begin, size), dtype)
-            for slot in range(begin, end):
-                out[slot - begin, : len(slots[slot])] = of[slots[slot]]
-            return out
-
-        return place_rows((len(slots), size), mesh, read)
-
-    def points(begin: int, end: int) -> np.ndarray:
-        out = np.zeros((end - begin, size, look.width), np.float32)
-        for slot in range(begin, end):
-            if len(slots[slot]):  # else it only fills up the devices
-                out[slot - begin, : len(slots[slot])] = look.points(slots[slot])
-        return out
-
-    return [
-        place_rows((len(slots), size, look.width), mesh, points),
-        rows(np.ones(len(look.far), bool), np.bool_),
-        rows(look.is_probe, np.bool_),
-        rows(look.far, np.float32),
-        rows(look.first, np.int32),
-        rows(look.late, np.int32),
-        rows(look.odds, np.float32),
-    ]
-
-
-@lru_cache(maxsize=8)
-def _best_cluster(mesh: Mesh, num_classes: int) -> Callable[..., tuple[Array, Array, Array]]:
-    """Compiles the search for the classes of a batch, which the devices share."""
-    rows, best = by_rows(mesh), partial(best_of_class, num_classes=num_classes)
-
-    def one(*of_class: Array) -> tuple[Array, Array, Array]:
-        # Where products are rounded by default, a mixture's covariance may cease to be one.
-        with jax.default_matmul_precision("highest"):
-            return best(*of_class)
-
-    def in_turn(*arrays: Array) -> tuple[Array, Array, Array]:
-        return jax.lax.map(lambda of_class: one(*of_class), arrays)
-
-    # XLA shares a product among the cores of a CPU only where it is not one of a batch.
-    search = in_turn if mesh.devices.flat[0].platform == "cpu" else jax.vmap(one)
-    shared = jax.shard_map(search, mesh=mesh, in_specs=rows.spec, out_specs=rows.spec, check_vma=False)
-    return jax.jit(shared, in_shardings=rows)
+def _origin(ids: Int[np.ndarray, "M"], clusters: Sequence[Cluster]) -> Cluster:
+    """Returns the cluster that most of the examples were in."""
+    return max(clusters, key=lambda cluster: len(np.intersect1d(cluster.ids, ids, assume_unique=True)))

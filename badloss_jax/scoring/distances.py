@@ -6,10 +6,9 @@ the work (see `kernels`): "numba" on the CPU, "xla" on any device of JAX. "auto"
 """
 
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,52 +19,13 @@ from jaxtyping import Array, Float, Int
 from badloss_jax.core.errors import UsageError
 from badloss_jax.core.mesh import make_mesh, place, place_rows, replicated, round_up, to_host
 from badloss_jax.scoring.kernels import on_cpu, on_devices
+from badloss_jax.scoring.rows import CHUNK_VALUES, RowRange, Rows, chunk_size, parts_of_range, row_chunks
+
+__all__ = ["KERNELS", "RowRange", "Rows", "knn_distances", "leave_one_out_distances", "nearest_probes", "row_chunks"]
 
 KERNELS = ("auto", "numba", "xla")
-_CHUNK_VALUES = 2**22  # of trajectories held at a time, twice, which bounds memory whatever N is
 _XLA_DISTANCES = 2**19  # held at a time on a CPU device; an accelerator takes a whole chunk
 _NAMED = 10  # ids in a message
-
-
-class Rows(Protocol):
-    """Trajectories in memory or on disk: an array, a memory map, or `TrajectoryStore.rows`."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(N, T) or (N, T, width)."""
-
-    @property
-    def dtype(self) -> Any:
-        """A NumPy dtype."""
-
-    def __getitem__(self, rows: Any) -> Any:
-        """Reads a slice, or a sorted array of ids."""
-
-
-@dataclass(frozen=True)
-class RowRange:
-    """The rows from `begin` to `end` of others; nothing is read before it is indexed."""
-
-    rows: Rows
-    begin: int
-    end: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(N, T) or (N, T, width)."""
-        return self.end - self.begin, *self.rows.shape[1:]
-
-    @property
-    def dtype(self) -> Any:
-        """A NumPy dtype."""
-        return self.rows.dtype
-
-    def __getitem__(self, rows: Any) -> Any:
-        """Reads a slice, or a sorted array of ids, which count from `begin`."""
-        if isinstance(rows, slice):
-            start, stop, _ = rows.indices(self.end - self.begin)
-            return self.rows[self.begin + start : self.begin + stop]
-        return self.rows[self.begin + rows]
 
 
 def knn_distances(
@@ -87,7 +47,8 @@ def knn_distances(
       probes: [P, T] or [P, T, width], finite.
       k: 1 to P; with labels, to the number of probes of each label.
       mesh: the devices that share the rows, by default one. Its processes each read and score their own rows.
-      labels, probe_labels: compare a trajectory with the probes of its own label alone.
+      labels: int [N], to compare a trajectory with the probes of its own label alone.
+      probe_labels: int [P], likewise; both or neither.
       kernel: "numba", "xla", or "auto".
       exclude_non_finite: give rows with NaN or infinity the distance NaN, in place of the error.
 
@@ -103,12 +64,14 @@ def knn_distances(
         raise UsageError(f"k = {k} with {len(flat)} probes: expected 1 <= k <= {len(flat)}")
     if (labels is None) != (probe_labels is None):
         raise UsageError("labels and probe_labels go together: one of them is None")
+
     flat, choice = _choose(flat, rows.shape[0], k, labels, probe_labels, leave_out=False)
-    out = _distances(rows, flat, choice, k, mesh, kernel)
-    bad = np.flatnonzero(~np.isfinite(out))
+    distances = _distances(rows, flat, choice, k, mesh, kernel)
+
+    bad = np.flatnonzero(~np.isfinite(distances))
     if len(bad) and not exclude_non_finite:
         raise UsageError(f"{len(bad)} trajectories are NaN or infinite, {_named(bad)}")
-    return out
+    return distances
 
 
 def leave_one_out_distances(
@@ -118,7 +81,16 @@ def leave_one_out_distances(
     labels: Int[np.ndarray, "P"] | None = None,
     kernel: str = "auto",
 ) -> Float[np.ndarray, "P"]:
-    """Computes each probe's mean distance to the k nearest of the other probes, with labels of those of its own label.
+    """Computes each probe's mean distance to the k nearest of the other probes.
+
+    Args:
+      probes: [P, T] or [P, T, width], finite.
+      k: 1 to P - 1; with labels, to the number of probes of each label less 1.
+      labels: int [P], to compare a probe with those of its own label alone.
+      kernel: "numba", "xla", or "auto".
+
+    Returns:
+      float32 [P] (or float64), at least 0.
 
     Raises:
       UsageError: k outside 1..P-1, a label with no more than k probes, NaN or infinite rows, or an unknown kernel.
@@ -128,6 +100,7 @@ def leave_one_out_distances(
         raise UsageError(
             f"k = {k} with {len(flat)} probes: expected 1 <= k < {len(flat)}, as a probe leaves itself out"
         )
+
     flat, choice = _choose(flat, len(flat), k, labels, labels, leave_out=True)
     return _distances(rows, flat, choice, k, None, kernel)
 
@@ -135,27 +108,45 @@ def leave_one_out_distances(
 def nearest_probes(
     trajectories: Float[np.ndarray, "M *T"], probes: Float[np.ndarray, "P *T"], k: int
 ) -> Int[np.ndarray, "M k"]:
-    """Finds the k nearest probes of a few trajectories, to show them: rows of `probes`, the nearest first, int64.
+    """Finds the k nearest probes of a few trajectories, to show them.
 
     Distances of which nearly the same is taken from nearly the same come out in either order.
+
+    Args:
+      trajectories: [M, T] or [M, T, width], finite.
+      probes: [P, T] or [P, T, width], finite.
+      k: at least 1; of fewer probes, all are returned.
+
+    Returns:
+      int64 [M, k], rows of `probes`, the nearest first.
     """
     references = _flat(np.asarray(probes), np.float32)
-    k, squares = min(k, len(references)), (references**2).sum(1)
-    out = np.empty((len(trajectories), k), np.int64)
-    for start, stop in _parts(0, len(out), max(1, _CHUNK_VALUES // max(references.shape))):
+    k = min(k, len(references))
+    squares = (references**2).sum(1)
+
+    nearest = np.empty((len(trajectories), k), np.int64)
+    for start, stop in parts_of_range(0, len(nearest), max(1, CHUNK_VALUES // max(references.shape))):
         chunk = _flat(np.asarray(trajectories[start:stop]), np.float32)
-        out[start:stop] = np.argsort(squares - 2 * chunk @ references.T, axis=1, kind="stable")[:, :k]
-    return out
+        # The square of the trajectory itself is left out: it is the same for all probes.
+        nearest[start:stop] = np.argsort(squares - 2 * chunk @ references.T, axis=1, kind="stable")[:, :k]
+    return nearest
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """With which probes a row is compared: those from `begin` to `end`, but for its own."""
+    """With which probes a row is compared: those from `begin` to `end`, but for its own.
+
+    Attributes:
+      num_probes: P.
+      own: [N], the probe that each row is itself; None if rows are no probes.
+      group: [N], which of `bounds` counts; None if all rows are compared with all probes.
+      bounds: [G, 2], where the probes of each label begin and end.
+    """
 
     num_probes: int
-    own: np.ndarray | None = None  # [N]
-    group: np.ndarray | None = None  # [N], which of `bounds` counts
-    bounds: np.ndarray | None = None  # [G, 2]
+    own: np.ndarray | None = None
+    group: np.ndarray | None = None
+    bounds: np.ndarray | None = None
 
     @property
     def whole(self) -> bool:
@@ -166,8 +157,11 @@ class _Choice:
         """Returns (own or -1, begin, end) of a slice with start and stop, or of an array of ids."""
         count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
         out = np.empty((count, 3), np.int32)
-        out[:, 0] = -1 if self.own is None else self.own[rows]
-        out[:, 1:] = (0, self.num_probes) if self.bounds is None else self.bounds[self.group[rows]]  # type: ignore[index]
+        out[:] = -1, 0, self.num_probes
+        if self.own is not None:
+            out[:, 0] = self.own[rows]
+        if self.bounds is not None and self.group is not None:
+            out[:, 1:] = self.bounds[self.group[rows]]
         return out
 
 
@@ -177,19 +171,25 @@ def _choose(
     """Sorts the probes by their labels, if there are any, and says with which of them each row is compared."""
     if labels is None:
         return probes, _Choice(len(probes), np.arange(count) if leave_out else None)
-    ours, theirs = np.asarray(labels), np.asarray(probe_labels)
+
+    ours = np.asarray(labels)
+    theirs = np.asarray(probe_labels)
     if ours.shape != (count,) or theirs.shape != (len(probes),):
-        raise UsageError(f"labels are {ours.shape} and probe_labels {theirs.shape}: expected {(count,)} and"
-                         f" {(len(probes),)}")  # fmt: skip
+        raise UsageError(
+            f"labels are {ours.shape} and probe_labels {theirs.shape}: expected {(count,)} and {(len(probes),)}"
+        )
+
     known, sizes = np.unique(theirs, return_counts=True)
     group = np.minimum(np.searchsorted(known, ours), len(known) - 1)
-    found = np.where(known[group] == ours, sizes[group], 0)
-    few = np.flatnonzero(found < k + leave_out)
+    available = np.where(known[group] == ours, sizes[group], 0)
+    few = np.flatnonzero(available < k + leave_out)
     if len(few):
-        raise UsageError(f"label {ours[few[0]]} has {found[few[0]]} probes, and k = {k}"
-                         + " others are needed" * leave_out)  # fmt: skip
-    order, ends = np.argsort(theirs, kind="stable"), np.cumsum(sizes)
+        needed = f"k = {k} others are needed" if leave_out else f"k = {k}"
+        raise UsageError(f"label {ours[few[0]]} has {available[few[0]]} probes, and {needed}")
+
+    order = np.argsort(theirs, kind="stable")
     own = np.argsort(order) if leave_out else None
+    ends = np.cumsum(sizes)
     return probes[order], _Choice(len(probes), own, group, np.stack([ends - sizes, ends], axis=1))
 
 
@@ -199,6 +199,7 @@ def _check(trajectories: Any, probes: Any) -> tuple[Rows, np.ndarray]:
     references = np.asarray(probes)
     if len(rows.shape) < 2 or rows.shape[1:] != references.shape[1:] or not len(references):
         raise UsageError(f"trajectories are {rows.shape} and probes {references.shape}: expected [N, T] and [P, T]")
+
     given = jax.dtypes.canonicalize_dtype(np.promote_types(rows.dtype, references.dtype))
     flat = _flat(references, jnp.promote_types(given, jnp.float32))
     bad = np.flatnonzero(~np.isfinite(flat).all(1))
@@ -211,25 +212,32 @@ def _distances(rows: Rows, probes: np.ndarray, choice: _Choice, k: int, mesh: Me
     """Returns the distances of all rows; those without one are NaN."""
     if kernel not in KERNELS:
         raise UsageError(f"unknown kernel {kernel!r}: expected {', '.join(KERNELS)}")
-    mesh, count = mesh or make_mesh(jax.local_devices()[:1]), rows.shape[0]
+    mesh = mesh or make_mesh(jax.local_devices()[:1])
     if kernel == "auto":
         kernel = "numba" if mesh.devices.flat[0].platform == "cpu" else "xla"
+
     if kernel == "xla":
-        out = _on_devices(rows, probes, choice, k, mesh)
+        distances = _on_devices(rows, probes, choice, k, mesh)
     elif mesh.is_multi_process:
-
-        def part(begin: int, end: int) -> np.ndarray:
-            return _padded(_on_cpu(rows, probes, choice, k, min(begin, count), min(end, count)), end - begin)
-
-        out = np.array(to_host(place_rows((round_up(count, mesh),), mesh, part))[:count])
+        distances = _on_cpus(rows, probes, choice, k, mesh)
     else:
-        out = _on_cpu(rows, probes, choice, k, 0, count)
-    return _repaired(out, rows, probes, choice, k)
+        distances = _on_cpu(rows, probes, choice, k, 0, rows.shape[0])
+    return _repaired(distances, rows, probes, choice, k)
+
+
+def _on_cpus(rows: Rows, probes: np.ndarray, choice: _Choice, k: int, mesh: Mesh) -> np.ndarray:
+    """Scores all rows with "numba", each process its own."""
+    count = rows.shape[0]
+
+    def part(begin: int, end: int) -> np.ndarray:
+        return _padded(_on_cpu(rows, probes, choice, k, min(begin, count), min(end, count)), end - begin)
+
+    return np.array(to_host(place_rows((round_up(count, mesh),), mesh, part))[:count])
 
 
 def _on_cpu(rows: Rows, probes: np.ndarray, choice: _Choice, k: int, begin: int, end: int) -> np.ndarray:
     """Scores a range of rows with "numba", reading a chunk while the one before is at work."""
-    out = np.empty(end - begin, probes.dtype)
+    distances = np.empty(end - begin, probes.dtype)
     with ThreadPoolExecutor(1, "badloss-reading") as reader:
         parts = list(row_chunks(rows, begin, end))
         ahead = [reader.submit(_read, rows, *part, probes.dtype) for part in parts[:1]]
@@ -237,18 +245,17 @@ def _on_cpu(rows: Rows, probes: np.ndarray, choice: _Choice, k: int, begin: int,
             chunk = ahead.pop().result()
             if following:
                 ahead.append(reader.submit(_read, rows, *following, probes.dtype))
-            out[start - begin : stop - begin] = on_cpu(chunk, probes, choice[start:stop], k)
-    return out
+            distances[start - begin : stop - begin] = on_cpu(chunk, probes, choice[start:stop], k)
+    return distances
 
 
 def _on_devices(rows: Rows, probes: np.ndarray, choice: _Choice, k: int, mesh: Mesh) -> np.ndarray:
     """Scores all rows with "xla"; fixed-size chunks, so that one compiled kernel serves any N."""
-    count, width = rows.shape[0], probes.shape[1]
-    share = max(1, _chunk_rows(rows) // mesh.size)
-    if mesh.devices.flat[0].platform == "cpu":
-        share = min(share, max(1, _XLA_DISTANCES // len(probes)))
-    size = mesh.size * min(share, max(1, -(-count // mesh.size)))
-    out, on_mesh, kernel = np.empty(count, probes.dtype), place(probes, replicated(mesh)), on_devices(k, mesh)
+    count = rows.shape[0]
+    width = probes.shape[1]
+    size = _rows_at_a_time(rows, len(probes), mesh)
+    probes_on_mesh = place(probes, replicated(mesh))
+    kernel = on_devices(k, mesh)
 
     def score(start: int) -> jax.Array:
         def read(begin: int, end: int) -> np.ndarray:
@@ -258,44 +265,44 @@ def _on_devices(rows: Rows, probes: np.ndarray, choice: _Choice, k: int, mesh: M
             return _padded(choice[slice(*_clipped(start, begin, end, count))], end - begin)
 
         chosen = None if choice.whole else place_rows((size, 3), mesh, choose)
-        return kernel(place_rows((size, width), mesh, read), on_mesh, chosen)
+        return kernel(place_rows((size, width), mesh, read), probes_on_mesh, chosen)
 
+    # A chunk is copied to the host only once the next one is at work.
+    distances = np.empty(count, probes.dtype)
     before: tuple[int, jax.Array] | None = None
-    for start, _ in _parts(0, count, size):
+    for start, _ in parts_of_range(0, count, size):
         at_work = score(start)
         if before:
-            out[before[0] : start] = to_host(before[1])
+            distances[before[0] : start] = to_host(before[1])
         before = start, at_work
     if before:
-        out[before[0] :] = to_host(before[1])[: count - before[0]]
-    return out
+        distances[before[0] :] = to_host(before[1])[: count - before[0]]
+    return distances
 
 
-def _repaired(out: np.ndarray, rows: Rows, probes: np.ndarray, choice: _Choice, k: int) -> np.ndarray:
+def _rows_at_a_time(rows: Rows, num_probes: int, mesh: Mesh) -> int:
+    """Returns the size of a chunk for the devices of a mesh, a multiple of their number."""
+    share = max(1, chunk_size(rows) // mesh.size)
+    if mesh.devices.flat[0].platform == "cpu":
+        share = min(share, max(1, _XLA_DISTANCES // num_probes))
+
+    # Of few rows, no more than there are.
+    return mesh.size * min(share, max(1, -(-rows.shape[0] // mesh.size)))
+
+
+def _repaired(distances: np.ndarray, rows: Rows, probes: np.ndarray, choice: _Choice, k: int) -> np.ndarray:
     """Computes finite rows whose squares overflowed once more, in float64."""
-    missing = np.flatnonzero(np.isnan(out))
-    for start, stop in _parts(0, len(missing), _chunk_rows(rows)):
+    missing = np.flatnonzero(np.isnan(distances))
+    for start, stop in parts_of_range(0, len(missing), chunk_size(rows)):
         ids = missing[start:stop]
         chunk = _flat(np.asarray(rows[ids]), np.float64)
         finite = np.isfinite(chunk).all(1)
         ids = ids[finite]
+
+        # What even its own dtype cannot hold becomes infinite, which the caller names.
         with np.errstate(over="ignore"):
-            out[ids] = on_cpu(chunk[finite], probes.astype(np.float64), choice[ids], k)
-    return out
-
-
-def row_chunks(rows: Rows, begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yields (start, stop) of consecutive chunks of rows, each small enough to be held in memory."""
-    return _parts(begin, end, _chunk_rows(rows))
-
-
-def _chunk_rows(rows: Rows) -> int:
-    return max(1, _CHUNK_VALUES // max(1, math.prod(rows.shape[1:])))
-
-
-def _parts(begin: int, end: int, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(begin, end, size):
-        yield start, min(end, start + size)
+            distances[ids] = on_cpu(chunk[finite], probes.astype(np.float64), choice[ids], k)
+    return distances
 
 
 def _clipped(start: int, begin: int, end: int, count: int) -> tuple[int, int]:
@@ -315,4 +322,7 @@ def _flat(array: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def _named(ids: np.ndarray) -> str:
-    return f"rows {', '.join(map(str, ids[:_NAMED]))}" + ", ..." * (len(ids) > _NAMED)
+    names = f"rows {', '.join(map(str, ids[:_NAMED]))}"
+    if len(ids) > _NAMED:
+        names += ", ..."
+    return names

@@ -14,7 +14,11 @@ _NATURAL = 0.05  # clean classes' clusters that are called so: at most, in a cle
 # Of less evidence than `CERTAIN`, a cluster must reach one of these: its gap, how far it lies, its odds; or its sources
 # if it lies somewhat far, too. Natural groups that do not: a fifth of the trousers had 4.9, 3.0, -8.9 and .1, a tenth
 # of the frogs 3.2, -.4, 2.5 and .8.
-_APART, _FAR, _MISTAKEN, _FROM_ALL, _SOMEWHAT_FAR = 6.7, 3.5, 3.0, 0.7, 2.0
+_APART = 6.7
+_FAR = 3.5
+_MISTAKEN = 3.0
+_FROM_ALL = 0.7
+_SOMEWHAT_FAR = 2.0
 _NOTICED = 0.3  # `Signs.probes_p` of what reaches but one of the first three, at most: of small ones probes say nothing
 # Of 235 clean classes, a fifth had a cluster of more evidence than 2.5, which exceeded that by 0.7 on average.
 _TAIL = (2.5, 0.2, 0.7)
@@ -77,10 +81,16 @@ class Cluster:
 
 
 def evidence_of(
-    natural: Float[Array, ""] | float, share: Float[Array, "G"], far: Float[Array, "G"], probes_p: Float[Array, "G"],
-    gap: Float[Array, "G"], agreement: Float[Array, "G"], sources: Float[Array, "G"], late_sources: Float[Array, "G"],
+    natural: Float[Array, ""] | float,
+    share: Float[Array, "G"],
+    far: Float[Array, "G"],
+    probes_p: Float[Array, "G"],
+    gap: Float[Array, "G"],
+    agreement: Float[Array, "G"],
+    sources: Float[Array, "G"],
+    late_sources: Float[Array, "G"],
     odds: Float[Array, "G"],
-) -> Float[Array, "G"]:  # fmt: skip
+) -> Float[Array, "G"]:
     """Weighs the signs of clusters (see `Signs`), which hold a share of their class, against each other; 0 is none.
 
     Each sign alone is wrong somewhere: a natural group of odd images lies far out, too, a few probes miss a tenth of a
@@ -99,7 +109,17 @@ def evidence_of(
 
     Args:
       natural: gap that natural groups of the data set may have (`natural_gap`).
-      share: [G], of the class, and signs of the clusters, in the order of `Signs`; none is NaN.
+      share: [G], of the class.
+      far: [G], as are the others: signs of the clusters, in the order of `Signs`; none is NaN.
+      probes_p: in [0, 1].
+      gap: in standard deviations.
+      agreement: in [0, 1].
+      sources: in [0, 1].
+      late_sources: in [0, 1].
+      odds: log-odds.
+
+    Returns:
+      [G].
     """
     lacking = jnp.minimum(-jnp.log10(probes_p + 1e-12), 2.0)
     # A gap alone, or too few probes alone, is often natural; a crowd well apart in which probes should be is not.
@@ -151,21 +171,35 @@ def clean_class_p_value(evidence: float) -> float:
     return share * math.exp(-max(evidence - start, 0.0) / scale)
 
 
-def judged(found: list[Cluster], num_classes: int) -> list[Cluster]:
-    """Says which of the clusters of so many classes are certain; `find_clusters` has the rule."""
+def judged(clusters: list[Cluster], num_classes: int) -> list[Cluster]:
+    """Says which clusters are certain; `find_clusters` has the rule.
 
-    def conspicuous(one: Cluster) -> bool:
-        signs = one.signs
-        from_all = signs.sources >= _FROM_ALL and signs.far >= _SOMEWHAT_FAR
-        extreme = sum((signs.gap >= _APART, signs.far >= _FAR, signs.odds >= _MISTAKEN))
-        return one.evidence >= CERTAIN or from_all or extreme >= (1 if signs.probes_p <= _NOTICED else 2)
+    Args:
+      clusters: of all classes.
+      num_classes: that were searched.
 
-    evidence = np.sort([one.evidence for one in found if conspicuous(one)])[::-1]
+    Returns:
+      The same, in the same order, each with `certain`.
+    """
+    evidence = np.sort([cluster.evidence for cluster in clusters if _is_conspicuous(cluster)])[::-1]
     start, share, scale = _TAIL
     least = max(CERTAIN, start + scale * math.log(share * max(num_classes, 1) / _NATURAL))
-    if (evidence >= least).any():  # else nobody is known to attack, and no less is enough
+
+    # Without such a cluster nobody is known to attack, and no less is enough.
+    if (evidence >= least).any():
         natural = num_classes * np.array([clean_class_p_value(value) for value in evidence])
         few = natural <= _NATURAL * np.arange(1, len(evidence) + 1)
         least = evidence[few].min(initial=least)
 
-    return [replace(one, certain=bool(conspicuous(one) and one.evidence >= least)) for one in found]
+    return [
+        replace(cluster, certain=bool(_is_conspicuous(cluster) and cluster.evidence >= least)) for cluster in clusters
+    ]
+
+
+def _is_conspicuous(cluster: Cluster) -> bool:
+    """Says whether a cluster has evidence enough by itself, or signs that natural groups do not have."""
+    signs = cluster.signs
+    from_all = signs.sources >= _FROM_ALL and signs.far >= _SOMEWHAT_FAR
+    extreme = sum((signs.gap >= _APART, signs.far >= _FAR, signs.odds >= _MISTAKEN))
+    enough = 1 if signs.probes_p <= _NOTICED else 2
+    return cluster.evidence >= CERTAIN or from_all or extreme >= enough

@@ -11,14 +11,19 @@ from badloss_jax.scoring.growth import gap_between, halves_of
 _TWO = 4.5  # gap from which on two parts are two attacks; the best cut of one, or of a Gaussian, had at most 4.2
 _MANY = 0.2  # sources of what can be cut: what comes from fewer may lie in several places and be one
 _SMALLEST = 200  # examples that can be: of 100 points of a Gaussian the best cut had a gap of 4.6
-_gap_between, _halves_of = jax.jit(gap_between), jax.jit(halves_of, static_argnames="num_classes")
+_gap_between = jax.jit(gap_between)
+_halves_of = jax.jit(halves_of, static_argnames="num_classes")
 
 Points = Callable[[np.ndarray], Float[np.ndarray, "n D"]]
 Ids = Int[np.ndarray, "M"]
 
 
 def attacks_among(
-    clusters: Sequence[Ids], points: Points, first: Int[np.ndarray, "N"], num_classes: int, seed: int
+    clusters: Sequence[Ids],
+    points: Points,
+    first: Int[np.ndarray, "N"],
+    num_classes: int,
+    seed: int,
 ) -> list[Ids]:
     """Divides what was found in one class anew, by attacks.
 
@@ -35,12 +40,15 @@ def attacks_among(
     Returns:
       Ids of each attack, ascending; all that were given.
     """
+    # A cluster may join several that were taken for two before.
     waiting: list[Ids] = []
     for ids in clusters:
-        same = [number for number, other in enumerate(waiting) if _gap(ids, other, points) < _TWO]
-        joined = np.sort(np.concatenate([ids, *(waiting[number] for number in same)]))
-        waiting = [other for number, other in enumerate(waiting) if number not in same] + [joined]
+        same = [_gap(ids, other, points) < _TWO for other in waiting]
+        joined = [other for other, is_same in zip(waiting, same, strict=True) if is_same]
+        waiting = [other for other, is_same in zip(waiting, same, strict=True) if not is_same]
+        waiting.append(np.sort(np.concatenate([ids, *joined])))
 
+    # What is cut may hold a third attack, so both parts are looked at again.
     attacks = []
     while waiting:
         ids = waiting.pop()
@@ -53,8 +61,10 @@ def attacks_among(
 
 
 def _gap(one: Ids, other: Ids, points: Points) -> float:
+    """Returns the gap between two clusters."""
     values, real = _padded(np.concatenate([one, other]), points)
     members = (np.arange(len(real)) < len(one)).astype(np.float32)
+
     with jax.default_matmul_precision("highest"):
         return float(_gap_between(values, real, members))
 
@@ -65,16 +75,19 @@ def _cut(
     """Returns which of the examples are in the one part, the gap to the other, and the sources of all."""
     if len(ids) < _SMALLEST:
         return np.ones(len(ids), bool), 0.0, 0.0
+
     values, real = _padded(ids, points)
     looks = np.zeros(len(real), np.int32)
     looks[: len(ids)] = first[ids]
     with jax.default_matmul_precision("highest"):
-        found = _halves_of(values, real, looks, np.array([seed], np.uint32), num_classes)
-    scores, (gap, sources) = (np.asarray(array) for array in found)
+        halves = _halves_of(values, real, looks, np.array([seed], np.uint32), num_classes)
+
+    scores, (gap, sources) = (np.asarray(array) for array in halves)
     return scores[: len(ids)] > 0, float(gap), float(sources)
 
 
 def _padded(ids: Ids, points: Points) -> tuple[Float[np.ndarray, "n D"], Bool[np.ndarray, "n"]]:
     """Reads points, padded to a power of two, so that programs are few; returns which of them are real."""
-    values, size = points(ids), 2 ** (len(ids) - 1).bit_length()
+    values = points(ids)
+    size = 2 ** (len(ids) - 1).bit_length()
     return np.pad(values, ((0, size - len(ids)), (0, 0))), np.arange(size) < len(ids)

@@ -10,15 +10,29 @@ from badloss_jax.core.errors import UsageError
 
 
 def benjamini_hochberg(p_values: Float[np.ndarray, "N"], q: float) -> Bool[np.ndarray, "N"]:
-    """Rejects at false discovery rate q: all p <= the largest p_(i) <= q i / N (Benjamini and Hochberg, 1995)."""
+    """Rejects at false discovery rate q: all p <= the largest p_(i) <= q i / N (Benjamini and Hochberg, 1995).
+
+    Args:
+      p_values: [N], in [0, 1].
+      q: the false discovery rate, in [0, 1].
+
+    Returns:
+      bool [N], which are rejected.
+
+    Raises:
+      UsageError: q or p-values that are not in [0, 1].
+    """
     p_values = np.asarray(p_values, np.float64)
     if not 0 <= q <= 1:
         raise UsageError(f"q = {q}: expected 0 to 1")
     if np.isnan(p_values).any() or (len(p_values) and not (p_values.min() >= 0 and p_values.max() <= 1)):
         raise UsageError("p-values are not all in 0 to 1")
+
     ordered = np.sort(p_values)
     passing = np.flatnonzero(ordered <= q * np.arange(1, len(ordered) + 1) / max(1, len(ordered)))
-    return p_values <= ordered[passing[-1]] if len(passing) else np.zeros(len(p_values), bool)
+    if not len(passing):
+        return np.zeros(len(p_values), bool)
+    return p_values <= ordered[passing[-1]]
 
 
 def benjamini_hochberg_threshold(counts: Int[np.ndarray, "C"], q: float) -> int:
@@ -34,7 +48,9 @@ def benjamini_hochberg_threshold(counts: Int[np.ndarray, "C"], q: float) -> int:
     ranks = np.cumsum(counts)
     p_values = np.arange(1, len(counts) + 1) / len(counts)
     passing = np.flatnonzero((p_values <= q * ranks / max(1, int(ranks[-1]))) & (ranks > 0))
-    return int(passing[-1]) + 1 if len(passing) else 0
+    if not len(passing):
+        return 0
+    return int(passing[-1]) + 1
 
 
 def largest_threshold(chunks: Callable[[], Iterable[Float[np.ndarray, "M"]]], count: int) -> tuple[float, int]:
@@ -51,8 +67,12 @@ def largest_threshold(chunks: Callable[[], Iterable[Float[np.ndarray, "M"]]], co
     """
     if not count:
         return math.inf, 0
-    prefix, left, bits = 0, count, 64
+
+    # The threshold's leading bits are known, and `left` of the values that begin with them are among the largest.
+    prefix = 0
     done = 0
+    left = count
+    bits = 64  # of a value, until the first walk shows how many it has
     while done < bits:
         histogram = np.zeros(2**16, np.int64)
         for values in chunks():
@@ -62,10 +82,14 @@ def largest_threshold(chunks: Callable[[], Iterable[Float[np.ndarray, "M"]]], co
                 keys = keys[keys >> keys.dtype.type(bits - done) == prefix]
             digits = keys >> keys.dtype.type(bits - done - 16) & keys.dtype.type(0xFFFF)
             histogram += np.bincount(digits.astype(np.int64), minlength=2**16)
+
         reached = np.cumsum(histogram[::-1])
         above = int(np.searchsorted(reached, left))  # digits that lie wholly above
-        left -= int(reached[above - 1]) if above else 0
-        prefix, done = prefix << 16 | (2**16 - 1 - above), done + 16
+        if above:
+            left -= int(reached[above - 1])
+        prefix = prefix << 16 | (2**16 - 1 - above)
+        done += 16
+
     key = np.array(prefix, np.uint32 if bits == 32 else np.uint64)
     return float(_from_ordered(key)), left
 
@@ -75,10 +99,13 @@ def _ordered(values: np.ndarray) -> np.ndarray:
     values = np.ascontiguousarray(values + 0)  # -0.0 becomes 0.0
     bits: np.ndarray = values.view(np.uint32 if values.dtype == np.float32 else np.uint64)
     sign = bits.dtype.type(1 << (8 * bits.itemsize - 1))
+
+    # Of negative numbers all bits are turned, as the larger ones are the smaller; of others the sign alone.
     return np.where(values < 0, ~bits, bits | sign)
 
 
 def _from_ordered(key: np.ndarray) -> np.ndarray:
+    """Returns the value that `_ordered` makes a key of."""
     sign = key.dtype.type(1 << (8 * key.itemsize - 1))
     bits = key ^ sign if key & sign else ~key
     return np.asarray(bits, key.dtype).view(np.float32 if key.itemsize == 4 else np.float64)
@@ -100,6 +127,9 @@ def reject(
       distances: [N], any increasing function of the anomaly.
       p_values: [N].
       is_probe: [N].
+
+    Returns:
+      bool [N].
 
     Raises:
       UsageError: an unknown rule.

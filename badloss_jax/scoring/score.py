@@ -15,10 +15,11 @@ from jaxtyping import Float, Int
 from badloss_jax.core.errors import UsageError
 from badloss_jax.scoring.calibration import ClassScales, class_scales
 from badloss_jax.scoring.clusters import find_clusters
-from badloss_jax.scoring.distances import Rows, knn_distances, leave_one_out_distances
+from badloss_jax.scoring.distances import knn_distances, leave_one_out_distances
 from badloss_jax.scoring.epoch_filter import filter_epochs
 from badloss_jax.scoring.evidence import POSSIBLE, Cluster
 from badloss_jax.scoring.impressions import Impressions, impressions_of
+from badloss_jax.scoring.rows import Rows
 from badloss_jax.scoring.transforms import log_distances, mean_standardised
 from badloss_jax.trajectories.store import TrajectoryStore
 
@@ -26,11 +27,14 @@ COMBINED = ("features", "ranked")  # what the kind "combined" is made of, and at
 
 
 def parts_of(kind: str, scoring: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the kinds that a kind of score is made of, each with its k.
+    """Says which kinds of trajectory a kind of score is made of.
 
     Args:
       kind: of `badloss_jax.settings.KINDS`.
       scoring: kind -> {"k": probes in the mean distance}, as `config.scoring`; 0 for "combined" takes its parts' own.
+
+    Returns:
+      Kind of trajectory -> k.
     """
     if kind != "combined":
         return {kind: scoring[kind]["k"]}
@@ -39,7 +43,10 @@ def parts_of(kind: str, scoring: Mapping[str, Any]) -> dict[str, int]:
 
 def available_kinds(recorded: Sequence[str]) -> list[str]:
     """Returns those that recorded trajectories can be scored by, which beside their own may be "combined"."""
-    return [*recorded, "combined"] if set(COMBINED) <= set(recorded) else [*recorded]
+    kinds = [*recorded]
+    if set(COMBINED) <= set(recorded):
+        kinds.append("combined")
+    return kinds
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class Probes:
-    """Examples that are known to be clean: ids int64 [P], ascending, or trajectories of their own.
+    """Examples that are known to be clean, by their ids or by trajectories of their own.
 
     Attributes:
       ids: int64 [P], ascending; of trajectories of their own, none.
@@ -82,8 +89,18 @@ class Probes:
         return len(self.ids if self.own is None else self.own)
 
     def among(self, rows: Rows, epochs: Int[np.ndarray, "E"]) -> np.ndarray:
-        """Returns their trajectories, at the epochs that the rows are of."""
-        return np.asarray(rows[self.ids]) if self.own is None else self.own[:, epochs]
+        """Returns their trajectories.
+
+        Args:
+          rows: trajectories of all examples at the epochs, [N, E] or [N, E, width].
+          epochs: int [E].
+
+        Returns:
+          [P, E] or [P, E, width].
+        """
+        if self.own is None:
+            return np.asarray(rows[self.ids])
+        return self.own[:, epochs]
 
 
 @dataclass(frozen=True)
@@ -119,17 +136,27 @@ class KindScores:
 
     def by_class(self, labels: Int[np.ndarray, "N"]) -> "KindScores":
         """Returns the same with every class on its own scale (`class_scales`)."""
-        unscaled = self.probe_scores if self.kind == "combined" else log_distances(self.probe_scores)
+        unscaled = self.probe_scores
+        if self.kind != "combined":
+            unscaled = log_distances(unscaled)
         scales = class_scales(unscaled, labels[self.probes.ids])
         return replace(self, unscaled=unscaled, probe_scores=scales.of_probes, labels=labels, scales=scales)
 
     def values(self, start: int = 0, stop: int | None = None) -> Float[np.ndarray, "M"]:
-        """Returns the scores of the examples from `start` to `stop`, higher is more suspicious; by default of all.
+        """Computes the scores of a range of examples.
 
         They are distances, of "combined" the mean standardised log distance; by class, log distances on the scale of
-        each class, and a probe's is its leave-one-out distance. NaN where a distance is NaN.
+        each class, and a probe's is its leave-one-out distance.
+
+        Args:
+          start: the first example.
+          stop: the example after the last; by default there is no more.
+
+        Returns:
+          [M], higher is more suspicious; NaN where a distance is NaN.
         """
-        stop = len(self.distances[0]) if stop is None else stop
+        if stop is None:
+            stop = len(self.distances[0])
         parts = [np.asarray(distances[start:stop]) for distances in self.distances]
         scores = parts[0]
         if len(parts) > 1:
@@ -137,6 +164,7 @@ class KindScores:
         if self.scales is None or self.labels is None:
             return scores
 
+        # Of the probe itself the distance would be 0, or next to it.
         scores = np.array(scores if self.kind == "combined" else log_distances(scores), np.float64)
         inside = (self.probes.ids >= start) & (self.probes.ids < stop)
         scores[self.probes.ids[inside] - start] = self.unscaled[inside]
@@ -150,7 +178,7 @@ def epochs_to_score(
     *,
     exclude_non_finite: bool = False,
 ) -> Int[np.ndarray, "E"]:
-    """Returns the epochs that the filter keeps of the first `scoring.epochs`; all of these if no losses were recorded.
+    """Chooses the epochs that the filter keeps of the first `scoring.epochs`.
 
     Args:
       trajectories: of all examples.
@@ -158,12 +186,16 @@ def epochs_to_score(
       mesh: whose processes each read their own rows.
       exclude_non_finite: leave out examples with losses that are not finite.
 
+    Returns:
+      int [E], ascending; all of the first if no losses were recorded.
+
     Raises:
       UsageError: more epochs are to be scored than were recorded.
     """
     used = scoring["epochs"] or trajectories.num_epochs
     if used > trajectories.num_epochs:
         raise UsageError(f"scoring.epochs = {used}, and {trajectories.num_epochs} were recorded")
+
     epochs = np.arange(used)
     if "loss" not in trajectories.kinds:
         return epochs
@@ -199,11 +231,13 @@ def score_trajectories(
     """
     labels = trajectories.labels if scoring["by_class"] else None
     if scoring["by_class"] and (labels is None or probes.own is not None):
-        raise UsageError("scoring.by_class = True compares examples with their class: it needs all labels, and the"
-                         " probes' ids")  # fmt: skip
+        raise UsageError(
+            "scoring.by_class = True compares examples with their class: it needs all labels, and the probes' ids"
+        )
+    if epochs is None:
+        epochs = epochs_to_score(trajectories, scoring, mesh)
 
-    epochs = epochs_to_score(trajectories, scoring, mesh) if epochs is None else epochs
-
+    # Several kinds of score may be made of the same distances, which are measured but once.
     measured: dict[tuple[str, int], tuple[Any, np.ndarray]] = {}
     scores = {}
     for kind in kinds:
@@ -218,11 +252,33 @@ def score_trajectories(
             else:
                 distances = measure(part, k, rows, of_probes)
             measured[part, k] = distances, leave_one_out_distances(of_probes, k)
-        distances_of, of_probes_of = zip(*(measured[part, k] for part, k in parts.items()), strict=True)
-        together = of_probes_of[0] if len(parts) == 1 else mean_standardised(of_probes_of, of_probes_of)[1]
-        plain = KindScores(kind, tuple(parts.values()), distances_of, of_probes_of, together, together, probes)
+
+        plain = _kind_scores(kind, parts, [measured[part, k] for part, k in parts.items()], probes)
         scores[kind] = plain if labels is None else plain.by_class(labels)
     return scores, epochs
+
+
+def _kind_scores(
+    kind: str,
+    parts: Mapping[str, int],
+    measured: Sequence[tuple[Any, np.ndarray]],
+    probes: Probes,
+) -> KindScores:
+    """Puts the distances of a kind's parts together, as (of all examples, of the probes), on one scale for all."""
+    distances, of_probes = zip(*measured, strict=True)
+    if len(parts) == 1:
+        probe_scores = of_probes[0]
+    else:
+        _, probe_scores = mean_standardised(of_probes, of_probes)
+    return KindScores(
+        kind=kind,
+        k=tuple(parts.values()),
+        distances=distances,
+        probe_distances=of_probes,
+        probe_scores=probe_scores,
+        unscaled=probe_scores,
+        probes=probes,
+    )
 
 
 def find_attacks(
@@ -252,16 +308,24 @@ def find_attacks(
     kinds = [kind for kind in COMBINED if kind in trajectories.kinds]
     labels = trajectories.labels
     if not kinds or labels is None:
-        raise UsageError("attacks are looked for in features and ranked log-probabilities of labelled examples, and"
-                         " neither was recorded, or labels are missing")  # fmt: skip
+        raise UsageError(
+            "attacks are looked for in features and ranked log-probabilities of labelled examples, and neither was"
+            " recorded, or labels are missing"
+        )
+
     if far is None:
         kind = available_kinds(kinds)[-1]
         by_class = {**scoring, "by_class": True}
-        far = score_trajectories(trajectories, Probes(probe_ids), by_class, (kind,), mesh)[0][kind].values()
+        scores, _ = score_trajectories(trajectories, Probes(probe_ids), by_class, (kind,), mesh)
+        far = scores[kind].values()
 
+    # The search chooses epochs itself; what the filter leaves out is not left out here.
     used = np.arange(scoring["epochs"] or trajectories.num_epochs)
     recorded = [trajectories.rows(kind, used) for kind in kinds]
-    looks = impressions_of(recorded[0], labels) if kinds[0] == "features" else None
+    looks = None
+    if kinds[0] == "features":
+        looks = impressions_of(recorded[0], labels)
+
     is_probe = np.isin(np.arange(trajectories.num_examples), probe_ids)
     clusters = find_clusters(recorded, labels, is_probe, far, looks, threshold=POSSIBLE, seed=seed, mesh=mesh)
     return clusters, looks

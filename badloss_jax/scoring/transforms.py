@@ -17,16 +17,30 @@ def anomaly_scores(
     """Turns distances into scores in [0, 1] for display: log(eps + distance), shifted and scaled ("linear": no log).
 
     Ranks are those of the distances. Thresholds are made from distances, never from scores that were scaled set by set.
-    `between` are the smallest and the largest distance, where these are but a part of all.
+
+    Args:
+      distances: [N].
+      eps: is added to each distance before the logarithm.
+      transform: "log" or "linear".
+      between: the smallest and the largest distance, where these are but a part of all.
+
+    Returns:
+      float64 [N]; all 0 where all distances are the same.
+
+    Raises:
+      UsageError: an unknown transform, or distances of -eps or less.
     """
     if transform not in ("log", "linear"):
         raise UsageError(f"unknown transform {transform!r}: expected log or linear")
     values = np.asarray(distances, np.float64)
     low, high = between or (values.min(), values.max())
+
     if transform == "log":
         if low + eps <= 0:
             raise UsageError(f"distances go down to {low}: expected more than -eps = {-eps}")
-        values, low, high = np.log(eps + values), np.log(eps + low), np.log(eps + high)
+        values = np.log(eps + values)
+        low = np.log(eps + low)
+        high = np.log(eps + high)
     return (values - low) / ((high - low) or 1.0)
 
 
@@ -36,16 +50,24 @@ def mean_standardised(
     """Combines kinds of trajectory: the mean of z = (log distance - median) / spread.
 
     Median and spread (half the distance from the 16th to the 84th percentile) are those of the probes' leave-one-out
-    log distances of the same kind. Returns z of the examples, float64 [N], and of the probes, [P].
+    log distances of the same kind.
+
+    Args:
+      distances: of each kind [N].
+      probe_distances: of each kind [P], leave-one-out.
+
+    Returns:
+      z of the examples, float64 [N], and of the probes, [P].
     """
-    totals: tuple[list, list] = ([], [])
+    of_examples = []
+    of_probes = []
     for ours, probes in zip(distances, probe_distances, strict=True):
         log_probes = log_distances(probes)
         low, median, high = np.percentile(log_probes, [16, 50, 84])
         spread = max((high - low) / 2, 1e-6)  # 0 only if most probes lie equally far
-        for total, values in zip(totals, (log_distances(ours), log_probes), strict=True):
-            total.append((values - median) / spread)
-    return np.mean(totals[0], axis=0), np.mean(totals[1], axis=0)
+        of_examples.append((log_distances(ours) - median) / spread)
+        of_probes.append((log_probes - median) / spread)
+    return np.mean(of_examples, axis=0), np.mean(of_probes, axis=0)
 
 
 def log_distances(distances: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:

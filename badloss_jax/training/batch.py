@@ -20,7 +20,11 @@ class Batch(Protocol):
         """Which rows are examples, and not padding."""
 
     def examples(self, dtype: jax.typing.DTypeLike) -> tuple[Float[Array, "B H W C"], Int[Array, "B"]]:
-        """Returns images in [0, 1] and labels as the victim sees them, for use inside jit."""
+        """Returns images in [0, 1] and labels as the victim sees them, for use inside jit.
+
+        Args:
+          dtype: of the images; a network wants its `ModelSpec.param_dtype`.
+        """
 
 
 class Examples(Protocol):
@@ -30,4 +34,9 @@ class Examples(Protocol):
         """N."""
 
     def batches(self, order: Int[np.ndarray, "S B"], start: int = 0) -> Iterator[Batch]:
-        """Yields the batches of an epoch from the given one on."""
+        """Yields the batches of an epoch.
+
+        Args:
+          order: int32 [S, B], the ids of each batch; ids of no example are padding.
+          start: the batch to begin with, after a stop in the middle of an epoch.
+        """

@@ -28,6 +28,8 @@ from badloss_jax.training.state import TrainState
 from badloss_jax.trajectories.buffer import Buffer
 
 _FORMAT = "badloss_jax.checkpoint/1"
+_COMPILING = 4  # steps, the first ones, that are not timed
+_TIMED = 16  # steps that are
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,27 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, identity: str, num_examples: int, *, every_steps: int = 0, every_minutes: float = 0.0,
+        self,
+        folder: Path,
+        identity: str,
+        num_examples: int,
+        *,
+        every_steps: int = 0,
+        every_minutes: float = 0.0,
         preemption: Preemption | None = None,
-    ):  # fmt: skip
+    ):
         self.folder = folder
-        self._identity, self._num_examples = identity, num_examples
-        self._every_steps, self._every_minutes = every_steps, every_minutes
+        self._identity = identity
+        self._num_examples = num_examples
+        self._every_steps = every_steps
+        self._every_minutes = every_minutes
         self._preemption = preemption
-        self._saved = self._period = 0
-        self._stopping = False
-        self._timed_from: tuple[int, float] | None = None
+
         self._manager: ocp.CheckpointManager | None = None
+        self._stopping = False
+        self._saved_at = 0  # steps done
+        self._period = 0  # steps that take `every_minutes`, once that is known
+        self._timed_from: tuple[int, float] | None = None  # steps done, and the clock
 
     def __enter__(self) -> "Checkpoints":
         options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
@@ -81,12 +93,15 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
-        if self._manager is not None:
-            try:
-                self._manager.close()
-            except (OSError, ValueError) as failure:
-                if error is None:
-                    raise self._failed(failure) from failure
+        if self._manager is None:
+            return
+
+        try:
+            self._manager.close()
+        except (OSError, ValueError) as failure:
+            # An error that is on its way already says more.
+            if error is None:
+                raise self._failed(failure) from failure
 
     def restore(self, state: TrainState, buffer: Buffer) -> tuple[TrainState, Buffer, Position]:
         """Takes up the last good checkpoint; without one, gives back what it was given.
@@ -94,24 +109,30 @@ class Checkpoints:
         Args:
           state, buffer: fresh; their dtypes, shapes and shardings are what the checkpoint has to fit.
 
+        Returns:
+          State, buffer and how far they are.
+
         Raises:
           DataError: there are checkpoints, but of another training, or all of them are damaged.
         """
         steps = sorted(on_first(lambda: list(self._open.all_steps())), reverse=True)
         failures: list[str] = []
         for step in steps:
+            path = self.folder / str(step)
+            failure = ""
             try:
                 restored = self._read(step, state, buffer)
-                failure = ""
             except Exception as error:  # orbax and tensorstore raise nearly anything on damaged files
-                failure = str(error).splitlines()[0] if str(error) else type(error).__name__
+                failure = _first_line(error)
+
+            # Every process has to go on from the same one.
             if all_of(not failure):
                 for text in failures:
-                    warnings.warn(f"{text}; going on from the one before, {self.folder / str(step)}", stacklevel=2)
-                state, buffer, position = restored
-                self._saved = step
-                return state, buffer, position
-            failures.append(f"checkpoint {self.folder / str(step)} cannot be used: {failure or 'see other processes'}")
+                    warnings.warn(f"{text}; going on from the one before, {path}", stacklevel=2)
+                self._saved_at = step
+                return restored
+            failures.append(f"checkpoint {path} cannot be used: {failure or 'see other processes'}")
+
         if failures:
             raise DataError(f"{'; '.join(failures)}. Removing {self.folder} begins this training again")
         return state, buffer, Position()
@@ -123,19 +144,28 @@ class Checkpoints:
           steps_done: since the beginning of the training.
         """
         self._measure(steps_done)
+
+        # Asked in any case: with several processes each has to ask equally often.
         self._stopping = self._preemption is not None and self._preemption.reached()
+
         by_steps = self._every_steps and steps_done % self._every_steps == 0
-        by_time = self._period and steps_done - self._saved >= self._period
+        by_time = self._period and steps_done - self._saved_at >= self._period
         return bool(self._stopping or by_steps or by_time)
 
     def save(self, state: TrainState, buffer: Buffer, position: Position, steps_done: int) -> None:
         """Saves, in the background unless the run is to stop.
 
+        Args:
+          state: of the network and the optimiser.
+          buffer: the recorder's, or {}.
+          position: how far they are.
+          steps_done: since the beginning of the training; names the checkpoint.
+
         Raises:
           PreemptedError: the run is to stop; all is saved.
           DataError: the checkpoint cannot be written; the last good one stays.
         """
-        leaves = _leaves(state, buffer)
+        arrays = _named_arrays(state, buffer)
         about = {
             "format": _FORMAT,
             "identity": self._identity,
@@ -143,17 +173,18 @@ class Checkpoints:
             "step": position.step,
             "losses": list(position.losses),
             "seconds": position.seconds,
-            "arrays": self._describe(leaves),
-            "checksums": self._checksums(leaves),
+            "arrays": self._describe(arrays),
+            "checksums": self._sum_up(arrays),
         }
         try:
-            arguments = ocp.args.Composite(arrays=ocp.args.PyTreeSave(leaves), about=ocp.args.JsonSave(about))
-            self._open.save(steps_done, args=arguments, force=True)
+            content = ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays), about=ocp.args.JsonSave(about))
+            self._open.save(steps_done, args=content, force=True)
             if self._stopping:
                 self._open.wait_until_finished()
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
-        self._saved = steps_done
+
+        self._saved_at = steps_done
         if self._stopping and self._preemption is not None:
             raise self._preemption.stopped(
                 f" after step {steps_done}; a checkpoint is saved in {self.folder}, and the same command goes on from"
@@ -175,89 +206,125 @@ class Checkpoints:
         """Turns minutes into steps once the first steps, which compile, are over; all processes take the first's."""
         if not self._every_minutes or self._period:
             return
+
         if self._timed_from is None:
-            self._timed_from = steps_done + 4, 0.0
+            self._timed_from = steps_done + _COMPILING, 0.0
         begin, started = self._timed_from
+
         if steps_done == begin:
             self._timed_from = begin, time.monotonic()
-        elif steps_done == begin + 16:
-            seconds = on_first(lambda: (time.monotonic() - started) / 16)
+        elif steps_done == begin + _TIMED:
+            seconds = on_first(lambda: (time.monotonic() - started) / _TIMED)
             self._period = max(1, math.ceil(60 * self._every_minutes / seconds))
 
     def _read(self, step: int, state: TrainState, buffer: Buffer) -> tuple[TrainState, Buffer, Position]:
+        """Reads one checkpoint; raises nearly anything if it is damaged or does not fit."""
+        fresh = _named_arrays(state, buffer)
+        about = self._read_about(step, fresh)
+        restored = self._read_arrays(step, fresh)
+
+        checksums = self._sum_up(restored)
+        for name, value in about["checksums"].items():
+            if checksums[name] != value:
+                raise DataError(f"{name} is damaged: its checksum is not the one that was saved")
+
+        leaves = [restored[name] for name in fresh if not _is_buffer(name)]
+        state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+        buffer = {kind: restored[name] for kind, name in zip(buffer, _buffer_names(buffer), strict=True)}
+
+        position = Position(
+            epoch=int(about["epoch"]),
+            step=int(about["step"]),
+            losses=tuple(map(float, about["losses"])),
+            seconds=float(about["seconds"]),
+        )
+        return state, buffer, position
+
+    def _read_about(self, step: int, fresh: dict[str, jax.Array]) -> dict[str, Any]:
+        """Reads what a checkpoint is; raises DataError unless it is of this training, with arrays like the fresh."""
         about = self._open.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
         if about["format"] != _FORMAT:
             raise DataError(f"its format is {about['format']!r}, expected {_FORMAT!r}")
         if about["identity"] != self._identity:
             raise DataError("it belongs to a training with other settings, other data or of another version")
-        fresh = _leaves(state, buffer)
-        ours, theirs = self._describe(fresh), about["arrays"]
+
+        ours = self._describe(fresh)
+        theirs = about["arrays"]
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
                 raise DataError(f"{name} is {theirs.get(name)}, expected {ours.get(name)}")
-        wanted = jax.tree.map(
-            lambda leaf: ocp.ArrayRestoreArgs(
-                dtype=leaf.dtype, sharding=leaf.sharding, global_shape=leaf.shape, strict=False
-            ),
-            fresh,
-        )
-        restored = self._open.restore(
-            step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore(item=fresh, restore_args=wanted))
-        )["arrays"]
-        checksums = self._checksums(restored)
-        damaged = [name for name, value in about["checksums"].items() if checksums[name] != value]
-        if damaged:
-            raise DataError(f"{damaged[0]} is damaged: its checksum is not the one that was saved")
-        treedef = jax.tree.structure(state)
-        names = [name for name in fresh if name not in _buffer_names(buffer)]
-        state = jax.tree.unflatten(treedef, [restored[name] for name in names])
-        buffer = {kind: restored[name] for kind, name in zip(buffer, _buffer_names(buffer), strict=True)}
-        losses = tuple(map(float, about["losses"]))
-        position = Position(int(about["epoch"]), int(about["step"]), losses, float(about["seconds"]))
-        return state, buffer, position
+        return about
 
-    def _describe(self, leaves: dict[str, jax.Array]) -> dict[str, str]:
+    def _read_arrays(self, step: int, fresh: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Reads the arrays, with the dtypes, shapes and shardings of the fresh ones."""
+
+        def like(array: jax.Array) -> ocp.ArrayRestoreArgs:
+            # Not strict: on another number of devices a buffer has another number of rows that only pad it.
+            return ocp.ArrayRestoreArgs(
+                dtype=array.dtype, sharding=array.sharding, global_shape=array.shape, strict=False
+            )
+
+        wanted = ocp.args.PyTreeRestore(item=fresh, restore_args=jax.tree.map(like, fresh))
+        return self._open.restore(step, args=ocp.args.Composite(arrays=wanted))["arrays"]
+
+    def _describe(self, arrays: dict[str, jax.Array]) -> dict[str, str]:
         """Names the dtype and the shape of each array; rows that only pad a buffer do not count."""
-        shapes = {
-            name: (self._num_examples, *leaf.shape[1:]) if name.startswith("buffer") else leaf.shape
-            for name, leaf in leaves.items()
-        }
-        return {name: f"{leaf.dtype} {list(shapes[name])}" for name, leaf in leaves.items()}
+        texts = {}
+        for name, array in arrays.items():
+            shape = list(array.shape)
+            if _is_buffer(name):
+                shape[0] = self._num_examples
+            texts[name] = f"{array.dtype} {shape}"
+        return texts
 
-    def _checksums(self, leaves: dict[str, jax.Array]) -> dict[str, int]:
-        rows = tuple(self._num_examples if name.startswith("buffer") else None for name in leaves)
-        return dict(zip(leaves, map(int, _checksums(tuple(leaves.values()), rows)), strict=True))
+    def _sum_up(self, arrays: dict[str, jax.Array]) -> dict[str, int]:
+        """Returns a checksum of each array; rows that only pad a buffer do not count."""
+        rows = tuple(self._num_examples if _is_buffer(name) else None for name in arrays)
+        sums = _checksums(tuple(arrays.values()), rows)
+        return dict(zip(arrays, map(int, sums), strict=True))
 
     def _failed(self, error: Exception) -> DataError:
         return DataError(f"a checkpoint cannot be written in {self.folder}: {error}; the last good one stays")
 
 
-def _leaves(state: TrainState, buffer: Buffer) -> dict[str, jax.Array]:
+def _first_line(error: Exception) -> str:
+    """Returns the first line that an error says, which is never empty."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _named_arrays(state: TrainState, buffer: Buffer) -> dict[str, jax.Array]:
     """Names every array, in the order of the tree; orbax makes files of these names."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(state)
-    named = {f"state{number:04}{_plain(path)}": leaf for number, (path, leaf) in enumerate(paths)}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    named = {f"state{number:04}{_as_name(path)}": leaf for number, (path, leaf) in enumerate(leaves)}
     return named | dict(zip(_buffer_names(buffer), buffer.values(), strict=True))
+
+
+def _as_name(path: Sequence[Any]) -> str:
+    text = jax.tree_util.keystr(tuple(path), simple=True, separator="_")
+    return "_" + "".join(letter if letter.isalnum() else "_" for letter in text)
 
 
 def _buffer_names(buffer: Buffer) -> list[str]:
     return [f"buffer_{kind}" for kind in buffer]
 
 
-def _plain(path: Sequence[Any]) -> str:
-    text = jax.tree_util.keystr(tuple(path), simple=True, separator="_")
-    return "_" + "".join(letter if letter.isalnum() else "_" for letter in text)
+def _is_buffer(name: str) -> bool:
+    return name.startswith("buffer")
 
 
 @partial(jax.jit, static_argnums=1)
-def _checksums(leaves: Sequence[jax.Array], rows: Sequence[int | None]) -> list[jax.Array]:
+def _checksums(arrays: Sequence[jax.Array], rows: Sequence[int | None]) -> list[jax.Array]:
     """Sums the bits of each array, weighted by where they stand, modulo 2^32: the same however they are sharded."""
     sums = []
-    for leaf, count in zip(leaves, rows, strict=True):
-        part = leaf if count is None else leaf[:count]
+    for array, count in zip(arrays, rows, strict=True):
+        part = array if count is None else array[:count]
         unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(part.dtype.itemsize, jnp.uint32)
         bits = jax.lax.bitcast_convert_type(part, unsigned).astype(jnp.uint32)
-        place = jnp.ones(bits.shape, jnp.uint32)
+
+        # Knuth's multiplicative hash of the indices, made odd: so that a change of any one bit changes the sum.
+        position = jnp.ones(bits.shape, jnp.uint32)
         for axis in range(bits.ndim):
-            place = place * jnp.uint32(2654435761) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        sums.append(jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32))
+            position = position * jnp.uint32(2654435761) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        sums.append(jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32))
     return sums

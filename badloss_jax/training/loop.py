@@ -1,13 +1,13 @@
 """The one training loop: recording, retraining and the undefended model all go through it.
 
-Order of operations in an epoch: shuffle, step over every batch, checkpointing where it is due, let the recorder end the
-epoch, report.
+Order of operations in an epoch (`_Phase.run_epoch`): shuffle; for every batch pull it, step, check the loss of the step
+before, and save a checkpoint where one is due; then let the recorder end the epoch, and report.
 """
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from badloss_jax.core.order import epoch_batches
 from badloss_jax.core.progress import Progress
 from badloss_jax.core.seeding import derived_seed
 from badloss_jax.models import ModelSpec
-from badloss_jax.training.batch import Examples
+from badloss_jax.training.batch import Batch, Examples
 from badloss_jax.training.checkpoint import Checkpoints, Position
 from badloss_jax.training.objective import MeanLoss
 from badloss_jax.training.recorder import Recorder
@@ -29,12 +29,22 @@ from badloss_jax.training.state import AdamW, Optimizer, TrainState, create_stat
 from badloss_jax.training.step import make_train_step
 from badloss_jax.training.streamed import StreamedData
 from badloss_jax.training.watchdog import Watchdog
-from badloss_jax.trajectories.buffer import padding_id
+from badloss_jax.trajectories.buffer import Buffer, padding_id
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a phase trains. The learning rate follows the cosine of `schedule_epochs`, stepped once an epoch."""
+    """How a phase trains. The learning rate follows the cosine of `schedule_epochs`, stepped once an epoch.
+
+    Attributes:
+      epochs: that it trains for.
+      schedule_epochs: after which the learning rate would be 0.
+      batch_size: B.
+      learning_rate: of the first epoch.
+      optimizer: what turns gradients into updates.
+      objective: what is minimised.
+      augment: of `badloss_jax.data.AUGMENTATIONS`.
+    """
 
     epochs: int
     schedule_epochs: int
@@ -86,84 +96,258 @@ def train(
       on_epoch: is called with {epoch, loss, learning_rate, examples_per_second, input_wait} after each epoch; the last
         is the share of the time that the loop waited for images.
 
+    Returns:
+      The state after the last update, replicated over the mesh.
+
     Raises:
       NonFiniteLossError: a loss became NaN or infinite; names the step. What was recorded is stored before.
       PreemptedError: the run is to stop; a checkpoint is saved.
     """
-    weights_seed = derived_seed(seed, phase, "weights")
-    state = initial or create_state(spec, recipe.optimizer, weights_seed, mesh, recipe.objective)
-    kinds = recorder.step_kinds if recorder else None
-    step = make_train_step(spec, recipe.optimizer, recipe.objective, recipe.augment, kinds, mesh)
-    padding = padding_id(len(data), mesh)
-    augmentation_seed = np.uint32(derived_seed(seed, phase, "augmentation"))
-    buffer, begun, began = recorder.buffer if recorder else {}, Position(), time.monotonic()
+    state = initial
+    if state is None:
+        state = create_state(spec, recipe.optimizer, derived_seed(seed, phase, "weights"), mesh, recipe.objective)
+    step_kinds = recorder.step_kinds if recorder else None
+    buffer: Buffer = recorder.buffer if recorder else {}
+
+    started = time.monotonic()
+    begun = Position()
     if checkpoints:
+        # The fresh arrays say which dtypes, shapes and shardings a checkpoint has to fit.
         state, buffer, begun = checkpoints.restore(state, buffer)
         if recorder:
             recorder.resume(buffer, begun.epoch)
-    progress, watchdog = progress or Progress(None), watchdog or Watchdog(0)
-    steps = -(-len(example_ids) // recipe.batch_size)
-    done = begun.epoch * len(example_ids) + min(begun.step * recipe.batch_size, len(example_ids))
-    progress.begin(recipe.epochs * len(example_ids), done)
+
+    running = _Phase(
+        name=phase,
+        spec=spec,
+        recipe=recipe,
+        data=data,
+        example_ids=example_ids,
+        padding=padding_id(len(data), mesh),
+        seed=seed,
+        given=given,
+        step=make_train_step(spec, recipe.optimizer, recipe.objective, recipe.augment, step_kinds, mesh),
+        recorder=recorder,
+        checkpoints=checkpoints,
+        watchdog=watchdog or Watchdog(0),
+        progress=progress or Progress(None),
+        origin=started - begun.seconds,
+    )
+    running.progress.begin(recipe.epochs * len(example_ids), running.examples_done(begun))
     if on_begin:
-        on_begin(begun, begun.epoch * steps + begun.step)
+        on_begin(begun, running.steps_done(begun))
+
     for epoch in range(begun.epoch, recipe.epochs):
-        at = begun if epoch == begun.epoch else Position(epoch)
-        started, waited, first_step = time.monotonic(), 0.0, at.step
-        order = epoch_batches(example_ids, recipe.batch_size, padding, seed=seed, phase=phase, epoch=epoch)
-        learning_rate = np.float32(recipe.learning_rate_at(epoch))
-        batches, losses = data.batches(order, at.step), []
-        for number in range(at.step, steps):
-            asked = time.monotonic()
-            batch = next(batches)
-            waited += time.monotonic() - asked
-            state, buffer, loss = step(state, buffer, batch, np.int32(epoch), learning_rate, augmentation_seed,
-                                       given)  # fmt: skip
-            if recorder:
-                recorder.buffer = buffer
-            losses.append(loss)
-            if len(losses) > 1:  # the loss before, so that the devices never wait for the host
-                losses[-2] = _finite(losses[-2], epoch, number - 1, steps, phase, recorder)
-            watchdog.alive()
-            progress.advance(int(np.count_nonzero(order[number] < padding)), f"epoch {epoch + 1}/{recipe.epochs}")
-            if checkpoints and checkpoints.due(epoch * steps + number + 1):
-                losses[-1] = _finite(loss, epoch, number, steps, phase, recorder)
-                spent = begun.seconds + time.monotonic() - began
-                at = Position(epoch, number + 1, at.losses + tuple(losses), spent)
-                losses = []
-                checkpoints.save(state, buffer, at, epoch * steps + number + 1)
-        if losses:
-            losses[-1] = _finite(losses[-1], epoch, steps - 1, steps, phase, recorder)
-        if recorder:
-            recorder.end_epoch(spec, state, data, epoch)
-            buffer = recorder.buffer
-        watchdog.alive()
-        weights = (order < padding).sum(1)
-        mean_loss = float(np.average(np.array(at.losses + tuple(losses), np.float64), weights=weights))
-        seconds = time.monotonic() - started
-        seen = int(weights[first_step:].sum())
-        share = f"  input {100 * waited / seconds:.0f} %" if isinstance(data, StreamedData) else ""
-        progress.say(f"epoch {epoch + 1}/{recipe.epochs}  loss {mean_loss:.4f}{share}")
+        position = begun if epoch == begun.epoch else Position(epoch)
+        state, buffer, report = running.run_epoch(state, buffer, position)
         if on_epoch:
-            on_epoch({"epoch": epoch, "loss": mean_loss, "learning_rate": float(learning_rate),
-                      "examples_per_second": seen / seconds, "input_wait": waited / seconds})  # fmt: skip
+            on_epoch(report)
+
+    # No loss was computed with the weights of the last update.
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params)):
         raise NonFiniteLossError(f"the last update of phase {phase!r} made the network's weights NaN or infinite")
-    progress.end()
+    running.progress.end()
     return state
 
 
-def _finite(loss: jax.Array, epoch: int, number: int, steps: int, phase: str, recorder: Recorder | None) -> float:
-    """Waits for a step's mean loss, and returns it."""
-    value = float(loss)
-    if math.isfinite(value):
-        return value
-    kept = ""
-    if recorder:
-        recorder.flush(epoch)
-        kept = f"; what was recorded up to then is kept in {recorder.store.folder}"
-    raise NonFiniteLossError(
-        f"the loss became NaN or infinite in phase {phase!r} at step {epoch * steps + number} (epoch {epoch}, batch"
-        f" {number}){kept}. A smaller --config.optimizer.learning_rate, or float32 instead of bfloat16, usually"
-        " helps, in another --workdir"
-    )
+@dataclass(frozen=True)
+class _Phase:
+    """What stays the same through one training, and its epoch.
+
+    Attributes:
+      padding: the id that fills up the last batch of an epoch.
+      step: as `make_train_step` compiles it.
+      origin: seconds, the monotonic clock's when this training would have begun, had it never been stopped.
+    """
+
+    name: str
+    spec: ModelSpec
+    recipe: Recipe
+    data: Examples
+    example_ids: Int[np.ndarray, "M"]
+    padding: int
+    seed: int
+    given: Any
+    step: Callable
+    recorder: Recorder | None
+    checkpoints: Checkpoints | None
+    watchdog: Watchdog
+    progress: Progress
+    origin: float
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """S; the last batch counts even if it is not full."""
+        return -(-len(self.example_ids) // self.recipe.batch_size)
+
+    def steps_done(self, position: Position) -> int:
+        """Counts the steps since the beginning of the training."""
+        return position.epoch * self.steps_per_epoch + position.step
+
+    def examples_done(self, position: Position) -> int:
+        """Counts the examples trained on since the beginning of the training."""
+        in_this_epoch = min(position.step * self.recipe.batch_size, len(self.example_ids))
+        return position.epoch * len(self.example_ids) + in_this_epoch
+
+    def run_epoch(
+        self, state: TrainState, buffer: Buffer, begun: Position
+    ) -> tuple[TrainState, Buffer, dict[str, Any]]:
+        """Trains from a position to the end of its epoch.
+
+        Args:
+          state: is used up, for its arrays are donated.
+          buffer: the recorder's, or {}; likewise.
+          begun: where to begin, in the middle of an epoch after a stop.
+
+        Returns:
+          The state and the buffer after the epoch, and what `on_epoch` is called with.
+        """
+        epoch = begun.epoch
+        clock = _Clock()
+        losses = _Losses(self, begun)
+        learning_rate = np.float32(self.recipe.learning_rate_at(epoch))
+        augmentation_seed = np.uint32(derived_seed(self.seed, self.name, "augmentation"))
+
+        order = self._shuffle(epoch)
+        batch_sizes = (order < self.padding).sum(1)
+        batches = self.data.batches(order, begun.step)
+
+        for number in range(begun.step, self.steps_per_epoch):
+            batch = clock.pull(batches)
+            state, buffer, loss = self.step(
+                state, buffer, batch, np.int32(epoch), learning_rate, augmentation_seed, self.given
+            )
+            if self.recorder:
+                self.recorder.buffer = buffer  # the one that it held was donated
+
+            # Waits for the loss of the step before, while the devices are at work on this one.
+            losses.append(loss)
+            self.watchdog.alive()
+            self.progress.advance(int(batch_sizes[number]), self._title(epoch))
+            self._save_if_due(state, buffer, Position(epoch, number + 1), losses)
+
+        # Before the recorder looks: a loss that is not finite is reported with its step.
+        step_losses = losses.settled()
+        if self.recorder:
+            self.recorder.end_epoch(self.spec, state, self.data, epoch)
+            buffer = self.recorder.buffer
+        self.watchdog.alive()
+
+        # The mean is that of the whole epoch, the rate only that of what was trained on since a stop.
+        trained_on = int(batch_sizes[begun.step :].sum())
+        mean_loss = float(np.average(np.array(step_losses, np.float64), weights=batch_sizes))
+        return state, buffer, self._report(epoch, mean_loss, float(learning_rate), trained_on, clock)
+
+    def finite(self, loss: jax.Array, position: Position) -> float:
+        """Waits for a step's mean loss.
+
+        Args:
+          loss: on the devices.
+          position: before the step.
+
+        Returns:
+          The loss on the host.
+
+        Raises:
+          NonFiniteLossError: it is NaN or infinite; what was recorded is stored before.
+        """
+        value = float(loss)
+        if math.isfinite(value):
+            return value
+
+        kept = ""
+        if self.recorder:
+            self.recorder.flush(position.epoch)
+            kept = f"; what was recorded up to then is kept in {self.recorder.store.folder}"
+        raise NonFiniteLossError(
+            f"the loss became NaN or infinite in phase {self.name!r} at step {self.steps_done(position)} (epoch"
+            f" {position.epoch}, batch {position.step}){kept}. A smaller --config.optimizer.learning_rate, or float32"
+            " instead of bfloat16, usually helps, in another --workdir"
+        )
+
+    def _title(self, epoch: int) -> str:
+        return f"epoch {epoch + 1}/{self.recipe.epochs}"
+
+    def _shuffle(self, epoch: int) -> Int[np.ndarray, "S B"]:
+        return epoch_batches(
+            self.example_ids, self.recipe.batch_size, self.padding, seed=self.seed, phase=self.name, epoch=epoch
+        )
+
+    def _save_if_due(self, state: TrainState, buffer: Buffer, position: Position, losses: "_Losses") -> None:
+        steps_done = self.steps_done(position)
+        if self.checkpoints is None or not self.checkpoints.due(steps_done):
+            return
+
+        # The losses first: nothing is saved of a network that has diverged.
+        step_losses = losses.settled()
+        seconds = time.monotonic() - self.origin
+        self.checkpoints.save(state, buffer, replace(position, losses=step_losses, seconds=seconds), steps_done)
+
+    def _report(
+        self, epoch: int, mean_loss: float, learning_rate: float, trained_on: int, clock: "_Clock"
+    ) -> dict[str, Any]:
+        """Shows how an epoch went, and returns what `on_epoch` is called with."""
+        seconds = clock.seconds
+        waiting = clock.waited / seconds
+
+        line = f"{self._title(epoch)}  loss {mean_loss:.4f}"
+        if isinstance(self.data, StreamedData):
+            line += f"  input {100 * waiting:.0f} %"
+        self.progress.say(line)
+
+        return {
+            "epoch": epoch,
+            "loss": mean_loss,
+            "learning_rate": learning_rate,
+            "examples_per_second": trained_on / seconds,
+            "input_wait": waiting,
+        }
+
+
+class _Losses:
+    """The mean losses of an epoch's steps, the last of which the devices may still be at work on."""
+
+    def __init__(self, phase: _Phase, begun: Position):
+        self._phase = phase
+        self._epoch = begun.epoch
+        self._settled = list(begun.losses)
+        self._pending: jax.Array | None = None
+
+    def append(self, loss: jax.Array) -> None:
+        """Adds the loss of a step that was just started.
+
+        Only now is the loss before it waited for, so that the devices never wait for the host.
+        """
+        self._settle()
+        self._pending = loss
+
+    def settled(self) -> tuple[float, ...]:
+        """Waits for the last loss, and returns all of them."""
+        self._settle()
+        return tuple(self._settled)
+
+    def _settle(self) -> None:
+        if self._pending is not None:
+            position = Position(self._epoch, len(self._settled))
+            self._settled.append(self._phase.finite(self._pending, position))
+            self._pending = None
+
+
+class _Clock:
+    """The time that an epoch takes, and how much of it the loop waits for images, in seconds."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self.waited = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Since the epoch began."""
+        return time.monotonic() - self._started
+
+    def pull(self, batches: Iterator[Batch]) -> Batch:
+        """Takes the next batch, and adds up how long that took."""
+        asked = time.monotonic()
+        batch = next(batches)
+        self.waited += time.monotonic() - asked
+        return batch

@@ -13,7 +13,16 @@ from badloss_jax.models import ModelSpec
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Forward:
-    """A batch, and what the network in training says of it; padding is not `real`."""
+    """A batch, and what the network in training says of it.
+
+    Attributes:
+      images: as the network got them, augmented.
+      labels: int32, in 0 to K - 1.
+      real: which rows are examples, and not padding.
+      losses: the cross-entropy of each row, not clamped.
+      logits: of the K classes.
+      features: of the penultimate layer.
+    """
 
     images: Float[Array, "B H W C"]
     labels: Int[Array, "B"]
@@ -24,7 +33,8 @@ class Forward:
 
     def mean(self, values: Float[Array, "B"]) -> Float[Array, ""]:
         """Averages over the examples, padding left out."""
-        return jnp.sum(jnp.where(self.real, values, 0)) / self.real.sum()
+        total = jnp.sum(jnp.where(self.real, values, 0))
+        return total / self.real.sum()
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,15 @@ class MeanLoss:
     clamp: float = 100.0
 
     def init(self, key: jax.Array, spec: ModelSpec) -> Any:
-        """Returns parameters that are learned beside the network's, such as an adversary's; {} by default."""
+        """Returns parameters that are learned beside the network's, such as an adversary's; {} by default.
+
+        Args:
+          key: to draw them with.
+          spec: the network that is trained.
+
+        Returns:
+          A tree of arrays.
+        """
         return {}
 
     def __call__(self, forward: Forward, beside: Any, given: Any) -> Float[Array, ""]:
@@ -48,19 +66,27 @@ class MeanLoss:
           forward: the batch and the network's outputs.
           beside: the parameters of `init`.
           given: arrays that the caller hands to every step, such as another network's weights.
+
+        Returns:
+          float [].
         """
         return forward.mean(jnp.minimum(forward.losses, self.clamp))
 
 
 @dataclass(frozen=True)
 class Flooding(MeanLoss):
-    """|mean loss - level| + level: descends above the level and ascends below it (Ishida et al., ICML 2020)."""
+    """|mean loss - level| + level: descends above the level and ascends below it (Ishida et al., ICML 2020).
+
+    Attributes:
+      level: of the mean loss, at least 0.
+    """
 
     level: float = 0.5
 
     def __call__(self, forward: Forward, beside: Any, given: Any) -> Float[Array, ""]:
-        """Returns the scalar to minimise."""
-        return jnp.abs(super().__call__(forward, beside, given) - self.level) + self.level
+        """Returns the scalar to minimise; see `MeanLoss`."""
+        mean_loss = super().__call__(forward, beside, given)
+        return jnp.abs(mean_loss - self.level) + self.level
 
 
 @dataclass(frozen=True)
@@ -68,5 +94,5 @@ class Ascent(MeanLoss):
     """The negative mean loss: what is trained on is unlearned."""
 
     def __call__(self, forward: Forward, beside: Any, given: Any) -> Float[Array, ""]:
-        """Returns the scalar to minimise."""
+        """Returns the scalar to minimise; see `MeanLoss`."""
         return -super().__call__(forward, beside, given)

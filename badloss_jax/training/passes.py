@@ -17,9 +17,15 @@ from badloss_jax.trajectories.buffer import padding_id
 
 
 def map_examples(
-    function: Callable[..., Any], data: Examples, ids: Int[np.ndarray, "M"], batch_size: int, mesh: Mesh,
-    *arguments: Any, progress: Progress | None = None, title: str = "",
-) -> Any:  # fmt: skip
+    function: Callable[..., Any],
+    data: Examples,
+    ids: Int[np.ndarray, "M"],
+    batch_size: int,
+    mesh: Mesh,
+    *arguments: Any,
+    progress: Progress | None = None,
+    title: str = "",
+) -> Any:
     """Applies a jitted function to batches of examples, in the order of the ids.
 
     Args:
@@ -36,22 +42,37 @@ def map_examples(
     """
     padding = padding_id(len(data), mesh)
     order = cut_batches(ids, round_up(batch_size, mesh), padding)
+
     progress = progress or Progress(None)
     progress.phase(title)
     progress.begin(len(ids))
+
     parts: list[Any] = []
     for number, batch in enumerate(data.batches(order)):
         parts.append(function(batch, *arguments))
-        if number:  # while one batch is computed, the one before it is copied
+        if number > 0:
+            # While this batch is computed, the one before it is copied.
             parts[-2] = jax.tree.map(to_host, parts[-2])
-        progress.advance(int(np.count_nonzero(order[number] < padding)), f"batch {number + 1}/{len(order)}")
-        progress.say(f"batch {number + 1}/{len(order)}")
+
+        where = f"batch {number + 1}/{len(order)}"
+        progress.advance(int(np.count_nonzero(order[number] < padding)), where)
+        progress.say(where)
     parts[-1] = jax.tree.map(to_host, parts[-1])
     progress.end()
+
+    # Only the last batch has padding, and that comes behind its examples.
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(ids)], *parts)
 
 
 @lru_cache(maxsize=8)
 def make_look(dtype: str, mesh: Mesh) -> Callable[[Batch], jax.Array]:
-    """Compiles batch -> its images as the victim sees them, [B, H, W, C] in [0, 1]."""
+    """Compiles batch -> its images as the victim sees them, [B, H, W, C] in [0, 1].
+
+    Args:
+      dtype: of the images, by name.
+      mesh: the devices, which share them.
+
+    Returns:
+      The jitted function, the same one for equal arguments; `map_examples` takes it.
+    """
     return jax.jit(lambda batch: batch.examples(dtype)[0], out_shardings=by_rows(mesh))

@@ -48,47 +48,74 @@ class Recorder:
         """What the training step itself has to write, if anything."""
         if self.capture == "step":
             return self.kinds
-        return replace(self.kinds, observed=("step",)) if "step" in self.kinds.names else None
+        if "step" in self.kinds.names:
+            return replace(self.kinds, observed=("step",))
+        return None
 
     @property
     def _sweep_kinds(self) -> Kinds:
         return replace(self.kinds, observed=tuple(name for name in self.kinds.layout() if name != "step"))
 
     def resume(self, buffer: Buffer, epoch: int) -> None:
-        """Goes on with a buffer in which the epochs before `epoch` are complete."""
+        """Goes on with a buffer in which the epochs before `epoch` are complete; these are stored again.
+
+        Args:
+          buffer: of a checkpoint.
+          epoch: that the training goes on in.
+        """
         self.buffer = buffer
+
+        # A training that goes on begins its store anew, empty.
         for finished in range(epoch):
             self.flush(finished)
 
     def end_epoch(self, spec: ModelSpec, state: TrainState, data: Examples, epoch: int) -> None:
         """Sweeps over the training set if that is how it captures, and stores the epoch.
 
+        Args:
+          spec: the network.
+          state: its weights after the epoch.
+          data: the training set.
+          epoch: that is over.
+
         Raises:
           NonFiniteLossError: some example's loss, or another value, is not finite; the epoch is stored all the same.
         """
         if self.capture == "sweep":
             step = make_sweep_step(spec, self._sweep_kinds, self.mesh)
-            order = cut_batches(np.arange(len(data)), self.batch_size, padding_id(len(data), self.mesh))
+            padding = padding_id(len(data), self.mesh)
+            order = cut_batches(np.arange(len(data)), self.batch_size, padding)
             for batch in data.batches(order):
                 self.buffer = step(state, self.buffer, batch, np.int32(epoch))
+
         self.flush(epoch, check=True)
 
     def flush(self, epoch: int, *, check: bool = False) -> None:
         """Stores what is recorded of the epoch, each process its own rows; cells that are not recorded are NaN.
 
+        Args:
+          epoch: to store.
+          check: that every value is finite, once the epoch is stored.
+
         Raises:
           NonFiniteLossError: in every process, if it is to be checked and some value is not finite.
         """
         columns = read_column(self.buffer, epoch, self.store.num_examples)
-        blocks, here = process_blocks(self.store.num_examples, self.mesh), jax.process_index()
-        ours = [number for number, block in enumerate(blocks) if block[2] == here]
+        blocks = process_blocks(self.store.num_examples, self.mesh)
+        here = jax.process_index()
+        our_shards = [number for number, (_, _, process) in enumerate(blocks) if process == here]
 
         def write() -> None:
-            for run, number in enumerate(ours):
-                self.store.write_epoch(epoch, {kind: runs[run] for kind, runs in columns.items()}, number, len(blocks))
+            for run, shard in enumerate(our_shards):
+                self.store.write_epoch(epoch, {kind: runs[run] for kind, runs in columns.items()}, shard, len(blocks))
 
         on_all(write)
-        for kind, runs in columns.items() if check else ():
+        if check:
+            self._check_finite(epoch, columns)
+
+    def _check_finite(self, epoch: int, columns: dict[str, list[np.ndarray]]) -> None:
+        # Every process asks of every kind, for the answer is one that they all wait for.
+        for kind, runs in columns.items():
             if not all_of(all(np.isfinite(run).all() for run in runs)):
                 raise NonFiniteLossError(
                     f"after epoch {epoch} the network's {kind} is NaN or infinite for some examples; what was recorded"

@@ -38,17 +38,38 @@ class ResidentData:
         override_ids: Int[np.ndarray, "M"],
         override_images: Float[np.ndarray, "M H W C"],
     ) -> "ResidentData":
-        """Copies the arrays to every device of the mesh."""
-        rows = np.zeros(len(images), np.int32)
-        rows[override_ids] = np.arange(1, len(override_ids) + 1)
-        shown = np.concatenate([np.zeros((1, *images.shape[1:]), np.float32), override_images.astype(np.float32)])
-        return cls(*place((images, labels.astype(np.int32), shown, rows), replicated(mesh)))
+        """Copies a training set to every device of the mesh.
+
+        Args:
+          mesh: the devices.
+          images: uint8 [N, H, W, C], the originals.
+          labels: int [N], the poisoned labels.
+          override_ids: int [M], the examples whose images are replaced.
+          override_images: float [M, H, W, C] in [0, 1], what they are replaced by.
+
+        Returns:
+          The set, replicated.
+        """
+        override_row = np.zeros(len(images), np.int32)
+        override_row[override_ids] = np.arange(1, len(override_ids) + 1)
+
+        # Row 0 stands for "not replaced", and keeps the array from being empty.
+        never_shown = np.zeros((1, *images.shape[1:]), np.float32)
+        override = np.concatenate([never_shown, override_images.astype(np.float32)])
+
+        return cls(*place((images, labels.astype(np.int32), override, override_row), replicated(mesh)))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batches(self, order: Int[np.ndarray, "S B"], start: int = 0) -> Iterator["ResidentBatch"]:
-        """Yields the batches of an epoch from the given one on; ids of no example are padding."""
+        """Yields the batches of an epoch from the given one on; ids of no example are padding.
+
+        Args:
+          order: int32 [S, B], the ids of each batch.
+          start: the batch to begin with.
+        """
+        # The whole epoch at once, so that nothing is copied from the host between two steps.
         placed = place(order, by_columns(self.labels.sharding.mesh))  # type: ignore[attr-defined]
         for number in range(start, len(order)):
             yield ResidentBatch(self, _row(placed, np.int32(number)))
@@ -77,5 +98,6 @@ class ResidentBatch:
         ids = jnp.minimum(self.ids, len(self.data) - 1)
         rows = self.data.override_row[ids]
         images = self.data.images[ids].astype(dtype) / 255
-        shown = jnp.where((rows > 0)[:, None, None, None], self.data.override[rows].astype(dtype), images)
+        is_replaced = (rows > 0)[:, None, None, None]
+        shown = jnp.where(is_replaced, self.data.override[rows].astype(dtype), images)
         return shown, self.data.labels[ids]

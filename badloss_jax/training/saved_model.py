@@ -26,10 +26,17 @@ from badloss_jax.training.state import AdamW, TrainState, create_state
 def save_model(folder: Path, spec: ModelSpec, state: TrainState, about: dict[str, Any]) -> None:
     """Saves a network; `about.json` comes last, so a folder that has one is whole.
 
+    Args:
+      folder: of this network alone; what lies there is removed.
+      spec: the network.
+      state: its weights and statistics.
+      about: what `about.json` says beside the spec; JSON.
+
     Raises:
       DataError: the disk is full or the folder read-only.
     """
-    needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(_pure(state)))
+    weights = _pure(state)
+    needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
 
     def prepare() -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -41,14 +48,20 @@ def save_model(folder: Path, spec: ModelSpec, state: TrainState, about: dict[str
     try:
         on_first(prepare)
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder.resolve() / "weights", _pure(state))
+            checkpointer.save(folder.resolve() / "weights", weights)
     except (OSError, ValueError) as error:
         raise DataError(f"the model cannot be saved in {folder}: {error}") from error
+
     write_about(folder, {"spec": asdict(spec), **about})
 
 
 def write_about(folder: Path, about: dict[str, Any]) -> None:
-    """Writes what `read_about` reads."""
+    """Writes what `read_about` reads.
+
+    Args:
+      folder: of the network.
+      about: JSON, its spec included.
+    """
     on_first(lambda: write_text(folder / "about.json", json.dumps(about, indent=2)))
 
 
@@ -62,6 +75,7 @@ def read_about(folder: Path) -> dict[str, Any] | None:
         about = read_json(folder / "about.json")
     except FileNotFoundError:
         return None
+
     missing = {"spec", "hash", "tested", "evaluation", "seconds"} - about.keys()
     if missing:
         raise DataError(f"{folder / 'about.json'} lacks {min(missing)}: remove {folder} to train this model again")
@@ -71,27 +85,45 @@ def read_about(folder: Path) -> dict[str, Any] | None:
 def load_model(folder: Path, mesh: Mesh) -> tuple[ModelSpec, TrainState]:
     """Loads a network to evaluate or to build on: its spec, and a state with a fresh optimiser.
 
+    Args:
+      folder: that `save_model` wrote.
+      mesh: the devices that get it, each all of it.
+
+    Returns:
+      The spec and the state.
+
     Raises:
       DataError: no whole model is there, or its weights do not fit its spec.
     """
     about = read_about(folder)
     if about is None:
         raise DataError(f"{folder} holds no model")
+
     try:
-        fields: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in about["spec"].items()
-        }
-        spec = ModelSpec(**fields)
+        spec = _spec_of(about)
         state = create_state(spec, AdamW(), 0, mesh)
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), _pure(state))
+        everywhere = replicated(mesh)
+        expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), _pure(state))
         with ocp.StandardCheckpointer() as checkpointer:
-            restored = checkpointer.restore(folder.resolve() / "weights", target)
+            restored = checkpointer.restore(folder.resolve() / "weights", expected)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"the model in {folder} cannot be loaded: {error}") from error
-    params, batch_stats = state.params, state.batch_stats
+
+    params = state.params
+    batch_stats = state.batch_stats
     nnx.replace_by_pure_dict(params, restored["params"])
     nnx.replace_by_pure_dict(batch_stats, restored["batch_stats"])
     return spec, TrainState(state.step, params, batch_stats, state.optimizer)
+
+
+def _spec_of(about: dict[str, Any]) -> ModelSpec:
+    """Returns the spec that a network was saved with; JSON has lists for its tuples."""
+    fields: dict[str, Any] = {}
+    for key, value in about["spec"].items():
+        if isinstance(value, list):
+            value = tuple(value)
+        fields[key] = value
+    return ModelSpec(**fields)
 
 
 def _pure(state: TrainState) -> dict[str, Any]:

@@ -20,7 +20,15 @@ from badloss_jax.training.objective import MeanLoss
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """The whole state of one training; `beside` are the objective's own parameters, mostly none."""
+    """The whole state of one training.
+
+    Attributes:
+      step: int32, the updates that were made.
+      params: the network's parameters.
+      batch_stats: the running statistics of its batch norms.
+      optimizer: state of the optimiser, for params and beside.
+      beside: the objective's own parameters, mostly none.
+    """
 
     step: Int[Array, ""]
     params: nnx.State
@@ -31,7 +39,12 @@ class TrainState:
 
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW with the learning rate left to the caller, who multiplies: one compiled step serves every schedule."""
+    """AdamW with the learning rate left to the caller, who multiplies: one compiled step serves every schedule.
+
+    Attributes:
+      weight_decay: decoupled (Loshchilov and Hutter, ICLR 2019).
+      b1, b2: decay of the first and the second moment.
+    """
 
     weight_decay: float = 1e-4
     b1: float = 0.9
@@ -44,7 +57,12 @@ class AdamW:
 
 @dataclass(frozen=True)
 class Adadelta:
-    """Adadelta (Zeiler 2012), its learning rate left to the caller, too."""
+    """Adadelta (Zeiler 2012), its learning rate left to the caller, too.
+
+    Attributes:
+      rho: decay of the squared gradients and updates.
+      weight_decay: added to the gradient.
+    """
 
     rho: float = 0.9
     weight_decay: float = 0.0
@@ -60,8 +78,20 @@ Optimizer = AdamW | Adadelta
 def create_state(
     spec: ModelSpec, optimizer: Optimizer, seed: int, mesh: Mesh, objective: MeanLoss | None = None
 ) -> TrainState:
-    """Returns a fresh state, created where it will live: replicated over the mesh."""
-    return _make_init(spec, optimizer, mesh, objective or MeanLoss())(jax.random.key(seed))
+    """Returns a fresh state, created where it will live: replicated over the mesh.
+
+    Args:
+      spec: the network.
+      optimizer: whose state it has.
+      seed: of the weights.
+      mesh: the devices.
+      objective: whose own parameters it has; by default none.
+
+    Returns:
+      The state before the first step.
+    """
+    init = _make_init(spec, optimizer, mesh, objective or MeanLoss())
+    return init(jax.random.key(seed))
 
 
 @lru_cache(maxsize=32)
@@ -70,7 +100,10 @@ def _make_init(
 ) -> Callable[[jax.Array], TrainState]:
     def init(key: jax.Array) -> TrainState:
         model = spec.build(nnx.Rngs(key))
-        params, batch_stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
+        params = nnx.state(model, nnx.Param)
+        batch_stats = nnx.state(model, nnx.BatchStat)
+
+        # A key of its own: the weights are the same whatever the objective draws.
         beside = objective.init(jax.random.fold_in(key, 1), spec)
         optimizer_state = optimizer.transform().init((params, beside))
         return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer_state, beside)

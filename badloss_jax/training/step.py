@@ -1,4 +1,4 @@
-"""The jitted steps: one that learns, and two that only look."""
+"""The jitted steps: one that learns, and three that only look."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -31,8 +31,20 @@ def make_train_step(
     With `kinds`, what the step's own forward pass says of each example goes into the buffer ("step" capture); without,
     the buffer is passed through. The mean is over the batch's examples; an example's loss is clamped for the mean (and
     its gradient), never for the buffer. The mean loss returned is not finite if any example's loss is not.
+
+    Args:
+      spec: the network.
+      optimizer: turns gradients into updates, up to the learning rate.
+      objective: what is minimised.
+      augment: of `AUGMENTATIONS`.
+      kinds: what goes into the buffer.
+      mesh: the devices.
+
+    Returns:
+      The jitted step, the same one for equal arguments.
     """
-    graph, augmentation = graph_of(spec), AUGMENTATIONS[augment]
+    graph = graph_of(spec)
+    augmentation = AUGMENTATIONS[augment]
 
     def step(
         state: TrainState,
@@ -43,30 +55,40 @@ def make_train_step(
         seed: Int[Array, ""],
         given: Any,
     ) -> tuple[TrainState, Buffer, Float[Array, ""]]:
-        images, labels = batch.examples(jnp.promote_types(spec.dtype, jnp.float32))
-        ids, real, key = batch.ids, batch.real, jax.random.key(seed)
+        images, labels = batch.examples(spec.param_dtype)
+        ids = batch.ids
+        real = batch.real
+
+        # A key an example and epoch, so that an image is the same in whatever batch and on whatever device it is.
+        key = jax.random.key(seed)
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, epoch), i))(ids)
         images = jax.vmap(augmentation)(images, keys)
 
         def loss_of(learned: tuple[nnx.State, Any]) -> tuple[Array, tuple[nnx.State, Forward]]:
-            model = nnx.merge(graph, learned[0], state.batch_stats, copy=True)
+            params, beside = learned
+            model = nnx.merge(graph, params, state.batch_stats, copy=True)
             logits, features = model(images, train=True, mask=real)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             forward = Forward(images, labels, real, losses, logits, features)
-            return objective(forward, learned[1], given), (nnx.state(model, nnx.BatchStat), forward)
+            return objective(forward, beside, given), (nnx.state(model, nnx.BatchStat), forward)
 
-        learned = state.params, state.beside
+        learned = (state.params, state.beside)
         (_, (stats, forward)), gradients = jax.value_and_grad(loss_of, has_aux=True)(learned)
+
         updates, opt_state = optimizer.transform().update(gradients, state.optimizer, learned)
         params, beside = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), learned, updates)
+
         if kinds is not None:
             buffer = write(buffer, ids, epoch, kinds.observe(forward.logits, forward.features, labels))
+
+        # The clamp would hide a loss that is infinite.
         mean = forward.mean(jnp.minimum(forward.losses, objective.clamp))
         finite = jnp.all(jnp.isfinite(forward.losses) | ~real)
         state = TrainState(state.step + 1, params, stats, opt_state, beside)
         return state, buffer, jnp.where(finite, mean, jnp.nan)
 
-    everywhere, rows = replicated(mesh), by_rows(mesh)
+    everywhere = replicated(mesh)
+    rows = by_rows(mesh)
     return jax.jit(
         step,
         donate_argnums=(0, 1),
@@ -77,26 +99,52 @@ def make_train_step(
 
 @lru_cache(maxsize=32)
 def make_sweep_step(spec: ModelSpec, kinds: Kinds, mesh: Mesh) -> Callable:
-    """Compiles (state, buffer, batch, epoch) -> buffer: one evaluation pass of a batch; the buffer is donated."""
+    """Compiles (state, buffer, batch, epoch) -> buffer: one evaluation pass of a batch; the buffer is donated.
+
+    Args:
+      spec: the network.
+      kinds: what goes into the buffer.
+      mesh: the devices.
+
+    Returns:
+      The jitted step, the same one for equal arguments.
+    """
 
     def step(state: TrainState, buffer: Buffer, batch: Batch, epoch: Int[Array, ""]) -> Buffer:
-        images, labels = batch.examples(jnp.promote_types(spec.dtype, jnp.float32))
+        images, labels = batch.examples(spec.param_dtype)
         logits, features = forward_of(spec, state)(images)
         return write(buffer, batch.ids, epoch, kinds.observe(logits, features, labels))
 
-    everywhere, rows = replicated(mesh), by_rows(mesh)
+    everywhere = replicated(mesh)
+    rows = by_rows(mesh)
     return jax.jit(step, donate_argnums=1, in_shardings=(everywhere, rows, None, None), out_shardings=rows)
 
 
 def network_of(spec: ModelSpec, state: TrainState) -> Callable[[Float[Array, "B H W C"]], Float[Array, "B K"]]:
-    """Returns the trained network in evaluation mode as a function from images in [0, 1] to logits, differentiable."""
+    """Returns the trained network in evaluation mode as a function from images in [0, 1] to logits, differentiable.
+
+    Args:
+      spec: the network.
+      state: its parameters and statistics.
+
+    Returns:
+      `forward_of` without the features.
+    """
     forward = forward_of(spec, state)
     return lambda images: forward(images)[0]
 
 
 @lru_cache(maxsize=32)
 def make_predict_step(spec: ModelSpec, mesh: Mesh) -> Callable:
-    """Compiles (state, images float32 [B, H, W, C] in [0, 1]) -> predicted classes, int32 [B]."""
+    """Compiles (state, images float32 [B, H, W, C] in [0, 1]) -> predicted classes, int32 [B].
+
+    Args:
+      spec: the network.
+      mesh: the devices, which share the images.
+
+    Returns:
+      The jitted step, the same one for equal arguments.
+    """
 
     def step(state: TrainState, images: Float[Array, "B H W C"]) -> Int[Array, "B"]:
         return network_of(spec, state)(images).argmax(-1)
@@ -106,10 +154,18 @@ def make_predict_step(spec: ModelSpec, mesh: Mesh) -> Callable:
 
 @lru_cache(maxsize=32)
 def make_observe_step(spec: ModelSpec, mesh: Mesh) -> Callable:
-    """Compiles (batch, state) -> (logits float32 [B, K], features float32 [B, F]) in evaluation mode."""
+    """Compiles (batch, state) -> (logits float32 [B, K], features float32 [B, F]) in evaluation mode.
+
+    Args:
+      spec: the network.
+      mesh: the devices, which share the results.
+
+    Returns:
+      The jitted step, the same one for equal arguments; `map_examples` takes it.
+    """
 
     def step(batch: Batch, state: TrainState) -> tuple[Float[Array, "B K"], Float[Array, "B F"]]:
-        images, _ = batch.examples(jnp.promote_types(spec.dtype, jnp.float32))
+        images, _ = batch.examples(spec.param_dtype)
         return forward_of(spec, state)(images)
 
     return jax.jit(step, out_shardings=by_rows(mesh))

@@ -44,26 +44,35 @@ class StreamedData:
         return len(self.poisoning.labels)
 
     def batches(self, order: Int[np.ndarray, "S B"], start: int = 0) -> Iterator["StreamedBatch"]:
-        """Yields the batches of an epoch from the given one on; ids of no example are padding."""
+        """Yields the batches of an epoch from the given one on; ids of no example are padding.
+
+        Args:
+          order: int32 [S, B], the ids of each batch.
+          start: the batch to begin with.
+        """
         ahead: collections.deque[StreamedBatch] = collections.deque()
-        for parts in self._decoded(order[start:]):
+        for shares in self._decoded(order[start:]):
             if len(ahead) == _AHEAD:
                 yield ahead.popleft()
-            ahead.append(self._place(parts, order.shape[1]))
+            ahead.append(self._place(shares, order.shape[1]))
+
         yield from ahead
 
     def _decoded(self, order: Int[np.ndarray, "S B"]) -> Iterator[Sequence[dict[str, np.ndarray]]]:
-        """Yields what each device of this process needs for each batch."""
-        import grain
+        """Yields for each batch the share of each device of this process."""
+        import grain  # heavy, and only streams need it
 
         blocks = local_blocks(order.shape[1], self.mesh)
-        room = self._room(order)
-        pieces = np.stack([order[:, block] for block in blocks], axis=1)  # [S, local devices, B / devices]
-        share = pieces.shape[2]
-        examples = grain.MapDataset.source(pieces.reshape(-1)).map(partial(_look_up, self.poisoning))
-        shares = examples.batch(share, batch_fn=partial(_lay_out, room=room)).batch(len(blocks), batch_fn=list)
-        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * share * len(blocks))
-        stream = shares.to_iter_dataset(options)
+        ids = np.stack([order[:, block] for block in blocks], axis=1)  # [S, local devices, B / devices]
+        share_size = ids.shape[2]
+
+        examples = grain.MapDataset.source(ids.reshape(-1)).map(partial(_look_up, self.poisoning))
+        shares = examples.batch(share_size, batch_fn=partial(_lay_out, room=self._room(order)))
+        batches = shares.batch(len(blocks), batch_fn=list)
+
+        two_batches = 2 * share_size * len(blocks)
+        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=two_batches)
+        stream = batches.to_iter_dataset(options)
         if self.workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # grain hands them to its workers
@@ -75,21 +84,32 @@ class StreamedData:
 
         A power of two, so that steps are compiled for few sizes, and the same in every process.
         """
-        poisoned = np.append(self.poisoning.attack_of >= 0, False)
-        shares = poisoned[np.minimum(order, len(self))].reshape(len(order), self.mesh.size, -1)
+        is_poisoned = np.append(self.poisoning.attack_of >= 0, False)  # the last one is padding
+        shares = is_poisoned[np.minimum(order, len(self))].reshape(len(order), self.mesh.size, -1)
         most = int(shares.sum(2).max(initial=1))
         return 1 << (max(1, most) - 1).bit_length()
 
-    def _place(self, parts: Sequence[dict[str, np.ndarray]], batch_size: int) -> "StreamedBatch":
+    def _place(self, shares: Sequence[dict[str, np.ndarray]], batch_size: int) -> "StreamedBatch":
+        """Brings the shares of this process's devices onto them, as one sharded batch."""
         blocks = local_blocks(batch_size, self.mesh)
-        number = {block.start // (block.stop - block.start): part for block, part in zip(blocks, parts, strict=True)}
+        share_of = {}
+        for block, share in zip(blocks, shares, strict=True):
+            device = block.start // (block.stop - block.start)
+            share_of[device] = share
 
         def sharded(name: str) -> jax.Array:
-            rows = parts[0][name].shape[0]
-            shape = (rows * self.mesh.size, *parts[0][name].shape[1:])
-            return place_rows(shape, self.mesh, lambda begin, end: number[begin // rows][name])
+            rows, *width = shares[0][name].shape
+            shape = (rows * self.mesh.size, *width)
+            return place_rows(shape, self.mesh, lambda begin, end: share_of[begin // rows][name])
 
-        return StreamedBatch(self.mesh, *map(sharded, ("ids", "images", "labels", "override", "override_row")))
+        return StreamedBatch(
+            self.mesh,
+            ids=sharded("ids"),
+            images=sharded("images"),
+            labels=sharded("labels"),
+            override=sharded("override"),
+            override_row=sharded("override_row"),
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -122,9 +142,11 @@ class StreamedBatch:
         """Returns images in [0, 1] and labels; padding is black."""
 
         def show(images: Array, override: Array, row: Array) -> Array:
-            plain, poisoned = images.astype(dtype) / 255, override[jnp.maximum(row - 1, 0)].astype(dtype)
+            plain = images.astype(dtype) / 255
+            poisoned = override[jnp.maximum(row - 1, 0)].astype(dtype)
             return jnp.where((row > 0)[:, None, None, None], poisoned, plain)
 
+        # Device by device, for `override_row` counts within the device's own share.
         rows = PartitionSpec(AXIS)
         shown = jax.shard_map(show, mesh=self.mesh, in_specs=(rows, rows, rows), out_specs=rows)
         return shown(self.images, self.override, self.override_row), jnp.maximum(self.labels, 0)
@@ -135,27 +157,30 @@ def _look_up(poisoning: Poisoning, example_id: Any) -> dict[str, Any]:
     row = int(example_id)
     if row >= len(poisoning.labels):
         return {"id": row, "label": -1, "image": np.zeros(poisoning.images.shape[1:], np.uint8)}
-    poisoned = poisoning.attack_of[row] >= 0
-    image = poisoning.triggered(np.array([row]))[0] if poisoned else poisoning.images[row]
-    return {"id": row, "label": int(poisoning.labels[row]), "image": image}
+
+    label = int(poisoning.labels[row])
+    if poisoning.attack_of[row] >= 0:
+        return {"id": row, "label": label, "image": poisoning.triggered(np.array([row]))[0]}
+    return {"id": row, "label": label, "image": poisoning.images[row]}
 
 
 def _lay_out(examples: Sequence[dict[str, Any]], room: int) -> dict[str, np.ndarray]:
     """Lays one device's share of a batch out in arrays of fixed shapes."""
     shape = examples[0]["image"].shape
-    part = {
+    share = {
         "ids": np.array([example["id"] for example in examples], np.int32),
         "labels": np.array([example["label"] for example in examples], np.int32),
         "images": np.zeros((len(examples), *shape), np.uint8),
         "override": np.zeros((room, *shape), np.float32),
         "override_row": np.zeros(len(examples), np.int32),
     }
+
     poisoned = 0
-    for place, example in enumerate(examples):
+    for position, example in enumerate(examples):
         if example["image"].dtype == np.float32:
-            part["override"][poisoned] = example["image"]
+            share["override"][poisoned] = example["image"]
             poisoned += 1
-            part["override_row"][place] = poisoned
+            share["override_row"][position] = poisoned
         else:
-            part["images"][place] = example["image"]
-    return part
+            share["images"][position] = example["image"]
+    return share

@@ -31,7 +31,8 @@ class Watchdog:
 
     def alive(self) -> None:
         """Says that work got done; cheap enough for every step."""
-        if time.monotonic() - self._armed > min(1.0, self._seconds / 4):  # arming starts a thread
+        # Arming starts a thread, which is too much for every step.
+        if time.monotonic() - self._armed > min(1.0, self._seconds / 4):
             self._arm()
 
     def _arm(self) -> None:

@@ -20,8 +20,19 @@ Buffer = dict[str, jax.Array]
 
 
 def create_buffer(kinds: Kinds, num_examples: int, num_epochs: int, mesh: Mesh) -> Buffer:
-    """Returns for each kind [N', T, ...] of NaN, created in place; N' is N rounded up to a multiple of the devices."""
-    return _make_empty(kinds, round_up(num_examples, mesh), num_epochs, mesh)()
+    """Creates an empty buffer where it will live.
+
+    Args:
+      kinds: what is recorded.
+      num_examples: N.
+      num_epochs: T.
+      mesh: the devices, which share the rows.
+
+    Returns:
+      kind -> [N', T, ...] of NaN, in the dtype of `Kinds.layout`; N' is N rounded up to a multiple of the devices.
+    """
+    empty = _make_empty(kinds, round_up(num_examples, mesh), num_epochs, mesh)
+    return empty()
 
 
 @lru_cache(maxsize=32)
@@ -36,14 +47,26 @@ def _make_empty(kinds: Kinds, rows: int, num_epochs: int, mesh: Mesh) -> Callabl
 
 
 def padding_id(num_examples: int, mesh: Mesh) -> int:
-    """Returns the id that fills up batches: no row of the buffer, so that writes to it are dropped."""
+    """Returns the id that fills up batches: no row of the buffer, so that writes to it are dropped.
+
+    Args:
+      num_examples: N.
+      mesh: the devices, which share the buffer.
+    """
     return round_up(num_examples, mesh)
 
 
 def write(buffer: Buffer, ids: Int[Array, "B"], epoch: Int[Array, ""], values: dict[str, Array]) -> Buffer:
-    """Writes a batch into column `epoch` of the rows `ids`, for use inside jit; ids past the end are dropped.
+    """Writes a batch into a column, for use inside jit; ids past the end are dropped.
 
-    Kinds that `values` lacks stay as they are.
+    Args:
+      buffer: kind -> [N', T, ...].
+      ids: int32 [B], the rows, none of them twice and none negative.
+      epoch: the column.
+      values: kind -> [B, ...]; kinds that it lacks stay as they are.
+
+    Returns:
+      The buffer, with the values in its own dtypes.
     """
     return buffer | {
         name: buffer[name].at[ids, epoch].set(value.astype(buffer[name].dtype), mode="drop")
@@ -52,15 +75,22 @@ def write(buffer: Buffer, ids: Int[Array, "B"], epoch: Int[Array, ""], values: d
 
 
 def read_column(buffer: Buffer, epoch: int, num_examples: int) -> dict[str, list[np.ndarray]]:
-    """Copies column `epoch` of every kind to the hosts, each its own rows and none of the padding.
+    """Copies a column of every kind to the hosts, each its own rows and none of the padding.
+
+    Args:
+      buffer: kind -> [N', T, ...].
+      epoch: the column.
+      num_examples: N.
 
     Returns:
       kind -> the runs of rows that this process holds (`mesh.process_blocks`), in order.
     """
-    columns, here = _column(buffer, np.int32(epoch)), jax.process_index()
+    columns = _column(buffer, np.int32(epoch))
+
     mesh = buffer["loss"].sharding.mesh  # type: ignore[attr-defined]
-    runs = [block[:2] for block in process_blocks(num_examples, mesh) if block[2] == here]
-    return {name: [local_rows(column, *run) for run in runs] for name, column in columns.items()}
+    here = jax.process_index()
+    our_runs = [(start, stop) for start, stop, process in process_blocks(num_examples, mesh) if process == here]
+    return {name: [local_rows(column, *run) for run in our_runs] for name, column in columns.items()}
 
 
 @jax.jit

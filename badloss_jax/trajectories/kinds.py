@@ -34,13 +34,13 @@ class Kinds:
 
     def layout(self) -> dict[str, tuple[tuple[int, ...], jnp.dtype]]:
         """Returns for each recorded kind its shape per example and epoch, and its dtype."""
-        others = min(self.ranked_others, self.num_classes - 1)
-        half, single = jnp.dtype(jnp.float16), jnp.dtype(jnp.float32)
+        half = jnp.dtype(jnp.float16)
+        single = jnp.dtype(jnp.float32)
         layouts = {
             "step": ((), single),
             "prob": ((), single),
             "logits": ((self.num_classes,), half),
-            "ranked": ((1 + others,), half),
+            "ranked": ((1 + self._num_ranked_others,), half),
             "features": ((self.feature_dim,), half),
         }
         return {"loss": ((), single)} | {name: layouts[name] for name in self.names}
@@ -48,34 +48,59 @@ class Kinds:
     def observe(
         self, logits: Float[Array, "B K"], features: Float[Array, "B F"], labels: Int[Array, "B"]
     ) -> dict[str, Array]:
-        """Computes the kinds to observe: [B] or [B, width]; "loss" is the cross-entropy, and so is "step".
+        """Computes the kinds to observe, for use inside jit.
 
-        "prob" is the labelled class's probability; "ranked" its log-probability followed by the m largest of the other
-        classes', in descending order; "features" are multiplied by a seeded Gaussian matrix of variance 1/d.
+        "loss" is the cross-entropy, and so is "step"; "prob" the labelled class's probability; "ranked" its
+        log-probability followed by the m largest of the other classes', in descending order; "features" are multiplied
+        by a seeded Gaussian matrix of variance 1/d.
+
+        Args:
+          logits: of the K classes.
+          features: of the penultimate layer.
+          labels: int, as trained on.
+
+        Returns:
+          kind -> [B] or [B, width]; what is stored as float16 is cut off to its range.
         """
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        seen: dict[str, Array] = {}
+        values: dict[str, Array] = {}
         for name, (_, dtype) in self.layout().items():
             if self.observed and name not in self.observed:
                 continue
-            if name in ("loss", "step"):
-                seen[name] = losses
-            elif name == "prob":
-                seen[name] = jnp.exp(-losses)
-            elif name == "logits":
-                seen[name] = logits
-            elif name == "ranked":
-                log_p = jax.nn.log_softmax(logits)
-                others = jnp.where(jax.nn.one_hot(labels, self.num_classes, dtype=bool), -jnp.inf, log_p)
-                largest, _ = jax.lax.top_k(others, min(self.ranked_others, self.num_classes - 1))
-                seen[name] = jnp.concatenate([-losses[:, None], largest], axis=1)
-            elif name == "features":
-                seen[name] = jnp.dot(features, self._projection(features.dtype), precision=jax.lax.Precision.HIGHEST)
-            if dtype == jnp.float16:
-                seen[name] = jnp.clip(seen[name], _LOWEST, -_LOWEST)
-        return seen
 
-    def _projection(self, dtype: jnp.dtype) -> Float[Array, "F d"]:
+            if name in ("loss", "step"):
+                values[name] = losses
+            elif name == "prob":
+                values[name] = jnp.exp(-losses)
+            elif name == "logits":
+                values[name] = logits
+            elif name == "ranked":
+                values[name] = self._ranked(logits, labels, losses)
+            elif name == "features":
+                values[name] = self._projected(features)
+
+            if dtype == jnp.float16:
+                values[name] = jnp.clip(values[name], _LOWEST, -_LOWEST)
+        return values
+
+    @property
+    def _num_ranked_others(self) -> int:
+        return min(self.ranked_others, self.num_classes - 1)
+
+    def _ranked(
+        self, logits: Float[Array, "B K"], labels: Int[Array, "B"], losses: Float[Array, "B"]
+    ) -> Float[Array, "B 1+m"]:
+        log_p = jax.nn.log_softmax(logits)
+        is_label = jax.nn.one_hot(labels, self.num_classes, dtype=bool)
+        others = jnp.where(is_label, -jnp.inf, log_p)
+        largest, _ = jax.lax.top_k(others, self._num_ranked_others)
+        return jnp.concatenate([-losses[:, None], largest], axis=1)
+
+    def _projected(self, features: Float[Array, "B F"]) -> Float[Array, "B d"]:
+        # Drawn anew in each program: from the seed, it is the same on every machine and needs no file.
         key = jax.random.key(self.seed)
         matrix = jax.random.normal(key, (self.num_features, self.feature_dim), jnp.float32)
-        return (matrix / self.feature_dim**0.5).astype(dtype)
+        matrix = (matrix / self.feature_dim**0.5).astype(features.dtype)
+
+        # At the highest precision, as TPUs, and GPUs with TF32, would round what they multiply.
+        return jnp.dot(features, matrix, precision=jax.lax.Precision.HIGHEST)

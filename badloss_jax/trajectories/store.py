@@ -50,12 +50,30 @@ class TrajectoryStore:
 
     @classmethod
     def create(
-        cls, folder: Path, recording_hash: str, labels: Int[np.ndarray, "N"], is_probe: Bool[np.ndarray, "N"],
-        num_epochs: int, layout: Mapping[str, tuple[tuple[int, ...], Any]],
-    ) -> "TrajectoryStore":  # fmt: skip
-        """Starts an empty store; an older one in the folder is removed."""
+        cls,
+        folder: Path,
+        recording_hash: str,
+        labels: Int[np.ndarray, "N"],
+        is_probe: Bool[np.ndarray, "N"],
+        num_epochs: int,
+        layout: Mapping[str, tuple[tuple[int, ...], Any]],
+    ) -> "TrajectoryStore":
+        """Starts an empty store; an older one in the folder is removed.
+
+        Args:
+          folder: where it will lie.
+          recording_hash: of everything that could change the trajectories.
+          labels: int [N], as trained on.
+          is_probe: bool [N].
+          num_epochs: T.
+          layout: kind -> (shape per example and epoch, dtype), as `Kinds.layout` returns it.
+
+        Returns:
+          The store, with all but the columns.
+        """
         if folder.exists():
             shutil.rmtree(folder)
+
         plain = {kind: (tuple(shape), np.dtype(dtype).name) for kind, (shape, dtype) in layout.items()}
         store = cls(folder, recording_hash, len(labels), num_epochs, plain)
         about = {
@@ -65,11 +83,10 @@ class TrajectoryStore:
             "num_epochs": num_epochs,
             "layout": plain,
         }
-        ours: dict[str, np.ndarray] = {
-            "labels": np.asarray(labels, np.int32), "probes": np.flatnonzero(is_probe).astype(np.int64)
-        }  # fmt: skip
-        for name, array in ours.items():
-            write_atomically(folder / f"{name}.npy", partial(np.save, arr=array, allow_pickle=False))
+
+        _save_array(folder / "labels.npy", np.asarray(labels, np.int32))
+        _save_array(folder / "probes.npy", np.flatnonzero(is_probe).astype(np.int64))
+        # Last, so that a folder that has one is a store.
         write_text(folder / "about.json", json.dumps(about, indent=2))
         return store
 
@@ -84,12 +101,18 @@ class TrajectoryStore:
             about = read_json(folder / "about.json")
             if about["format"] != _FORMAT:
                 raise DataError(f"format {about['format']!r}, expected {_FORMAT!r}")
+
             layout = {
                 str(kind): (tuple(int(n) for n in shape), np.dtype(dtype).name)
                 for kind, (shape, dtype) in about["layout"].items()
             }
-            sizes = int(about["num_examples"]), int(about["num_epochs"])
-            return cls(folder, str(about["recording_hash"]), *sizes, layout)
+            return cls(
+                folder,
+                num_examples=int(about["num_examples"]),
+                num_epochs=int(about["num_epochs"]),
+                recording_hash=str(about["recording_hash"]),
+                layout=layout,
+            )
         except FileNotFoundError as error:
             raise DataError(f"{folder} holds no recorded trajectories") from error
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -101,10 +124,16 @@ class TrajectoryStore:
         return all(self._shards(kind, epoch) for kind in self.layout for epoch in range(self.num_epochs))
 
     def write_epoch(self, epoch: int, columns: Mapping[str, np.ndarray], shard: int = 0, shards: int = 1) -> None:
-        """Writes one epoch's column of every kind, [N, ...], or one shard of it."""
+        """Writes one epoch's column of every kind, or one shard of it.
+
+        Args:
+          epoch: that is over.
+          columns: kind -> [N, ...], or the rows of the shard.
+          shard: which one, from 0; the shards hold the rows in order.
+          shards: how many there are.
+        """
         for kind, column in columns.items():
-            path = self.folder / kind / f"epoch_{epoch:04d}-{shard:05d}-of-{shards:05d}.npy"
-            write_atomically(path, partial(np.save, arr=column, allow_pickle=False))
+            _save_array(self.folder / kind / f"epoch_{epoch:04d}-{shard:05d}-of-{shards:05d}.npy", column)
 
     def rows(self, kind: str, epochs: Int[np.ndarray, "E"] | None = None, *, check: bool = True) -> "StoredRows":
         """Maps the chosen epochs of a kind, by default all; nothing is read before it is indexed.
@@ -114,16 +143,30 @@ class TrajectoryStore:
           epochs: in the order wanted.
           check: raise DataError on reading what was not recorded (NaN), or is not finite.
 
+        Returns:
+          Rows to index, [N, E] or [N, E, width].
+
         Raises:
           DataError: the kind was not recorded, or a shard is missing, damaged or of another shape.
         """
         if kind not in self.layout:
             raise DataError(f"{self.folder} has no trajectories of kind {kind!r}, only {', '.join(self.layout)}")
-        chosen = range(self.num_epochs) if epochs is None else [int(epoch) for epoch in epochs]
-        return StoredRows(self.num_examples, *self.layout[kind], [self._column(kind, epoch) for epoch in chosen], check)
+        if epochs is None:
+            epochs = np.arange(self.num_epochs)
+
+        width, dtype_name = self.layout[kind]
+        columns = [self._column(kind, int(epoch)) for epoch in epochs]
+        return StoredRows(self.num_examples, width, dtype_name, columns, check)
 
     def read(self, kind: str, epochs: Int[np.ndarray, "E"] | None = None) -> Float[np.ndarray, "N E ..."]:
-        """Reads the chosen epochs of a kind, by default all, as [N, E] or [N, E, width].
+        """Reads the chosen epochs of a kind, by default all.
+
+        Args:
+          kind: of `layout`.
+          epochs: in the order wanted.
+
+        Returns:
+          [N, E] or [N, E, width], in the dtype that is stored.
 
         Raises:
           DataError: as `rows`, or a value is not finite.
@@ -150,42 +193,54 @@ class TrajectoryStore:
         """
         path = self.folder / "probes.npy"
         ids = np.array(map_array(path))
-        if ids.ndim != 1 or ids.dtype != np.int64 or (np.diff(ids, prepend=-1, append=self.num_examples) <= 0).any():
+
+        right = ids.ndim == 1 and ids.dtype == np.int64
+        # Ascending, and so without one twice, from 0 to N - 1.
+        if not right or (np.diff(ids, prepend=-1, append=self.num_examples) <= 0).any():
             raise DataError(f"{path} does not hold ids, ascending, of {self.num_examples} examples")
         return ids
 
     def mark_probes(self, ids: Int[np.ndarray, "P"]) -> None:
         """Notes other probes than those it was created with."""
-        ids = np.sort(np.asarray(ids, np.int64))
-        write_atomically(self.folder / "probes.npy", partial(np.save, arr=ids, allow_pickle=False))
+        _save_array(self.folder / "probes.npy", np.sort(np.asarray(ids, np.int64)))
 
     def _column(self, kind: str, epoch: int) -> list[np.ndarray]:
-        """Maps the shards of one column."""
+        """Maps the shards of one column; raises DataError unless they fit together."""
         paths = self._shards(kind, epoch)
         if not paths:
-            raise DataError(f"{self.folder / kind}/epoch_{epoch:04d}-*.npy is missing, or not all of its shards are"
-                            " there")  # fmt: skip
+            pattern = f"{self.folder / kind}/epoch_{epoch:04d}-*.npy"
+            raise DataError(f"{pattern} is missing, or not all of its shards are there")
+
         width, dtype = self.layout[kind]
         shards = [map_array(path) for path in paths]
         for path, shard in zip(paths, shards, strict=True):
             if shard.shape[1:] != width or shard.ndim != 1 + len(width) or shard.dtype != dtype:
                 raise DataError(f"{path} is {shard.dtype} {shard.shape}, expected {dtype} {('N', *width)}")
-        found = sum(map(len, shards))
-        if found != self.num_examples:
-            raise DataError(f"{paths[0]}, with all shards, has {found} rows, expected {self.num_examples}")
+
+        rows = sum(map(len, shards))
+        if rows != self.num_examples:
+            raise DataError(f"{paths[0]}, with all shards, has {rows} rows, expected {self.num_examples}")
         return shards
 
     def _shards(self, kind: str, epoch: int) -> list[Path]:
         """Returns the files of a column in order, or none if one is missing."""
-        found: dict[int, dict[int, Path]] = {}
+        # By how many shards there are: a run that was stopped and went on with more processes leaves both.
+        shardings: dict[int, dict[int, Path]] = {}
         for path in (self.folder / kind).glob(f"epoch_{epoch:04d}-*.npy"):
-            named = re.fullmatch(r"epoch_\d+-(\d+)-of-(\d+)", path.stem)
-            if named:
-                found.setdefault(int(named[2]), {})[int(named[1])] = path
-        for count, shards in found.items():
-            if sorted(shards) == list(range(count)):
-                return [shards[number] for number in range(count)]
+            name = re.fullmatch(r"epoch_\d+-(\d+)-of-(\d+)", path.stem)
+            if name:
+                number = int(name[1])
+                count = int(name[2])
+                shardings.setdefault(count, {})[number] = path
+
+        for count, paths in shardings.items():
+            if sorted(paths) == list(range(count)):
+                return [paths[number] for number in range(count)]
         return []
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    write_atomically(path, partial(np.save, arr=array, allow_pickle=False))
 
 
 @dataclass(frozen=True)
@@ -224,30 +279,57 @@ class StoredRows:
         Raises:
           DataError: a value is not finite, if that is to be checked; the file and the first id are named.
         """
-        ids = np.arange(*rows.indices(self.num_examples)) if isinstance(rows, slice) else np.asarray(rows)
-        out = np.empty((len(ids), *self.shape[1:]), self.dtype)
+        if isinstance(rows, slice):
+            rows = np.arange(*rows.indices(self.num_examples))
+        ids = np.asarray(rows)
+
+        values = np.empty((len(ids), *self.shape[1:]), self.dtype)
         for start in range(0, len(ids), _BLOCK):
-            self._read(ids[start : start + _BLOCK], out[start : start + _BLOCK])
-        return out
+            block = slice(start, start + _BLOCK)
+            self._read(ids[block], values[block])
+        return values
 
     def _read(self, ids: np.ndarray, out: np.ndarray) -> None:
         """Fills a block, small enough to stay in a cache while one column after the other is put into it."""
-        run = len(ids) and int(ids[-1]) - int(ids[0]) == len(ids) - 1 and (np.diff(ids) == 1).all()
+        is_run = int(ids[-1]) - int(ids[0]) == len(ids) - 1 and (np.diff(ids) == 1).all()
         for number, shards in enumerate(self.columns):
-            begin = 0
-            for shard in shards:
-                if run:
-                    start, stop = max(int(ids[0]) - begin, 0), min(int(ids[-1]) + 1 - begin, len(shard))
-                    if start < stop:
-                        first = begin + start - int(ids[0])
-                        out[first : first + stop - start, number] = shard[start:stop]
-                else:
-                    here = (ids >= begin) & (ids < begin + len(shard))
-                    out[here, number] = shard[ids[here] - begin]
-                begin += len(shard)
-        if self.check and not np.isfinite(out).all():
-            finite = np.isfinite(out.reshape(*out.shape[:2], -1)).all(2)
-            number = int(np.argmin(finite.all(0)))
-            name = getattr(self.columns[number][0], "filename", "the trajectories")
-            raise DataError(f"{name}: some examples were not recorded or are not finite, first id"
-                            f" {ids[np.argmin(finite[:, number])]}")  # fmt: skip
+            if is_run:
+                _copy_run(shards, int(ids[0]), out[:, number])
+            else:
+                _copy_rows(shards, ids, out[:, number])
+
+        if self.check:
+            self._check_finite(ids, out)
+
+    def _check_finite(self, ids: np.ndarray, values: np.ndarray) -> None:
+        if np.isfinite(values).all():
+            return
+
+        finite = np.isfinite(values.reshape(*values.shape[:2], -1)).all(2)
+        column = int(np.argmin(finite.all(0)))
+        first_id = ids[np.argmin(finite[:, column])]
+        name = getattr(self.columns[column][0], "filename", "the trajectories")
+        raise DataError(f"{name}: some examples were not recorded or are not finite, first id {first_id}")
+
+
+def _copy_run(shards: list[np.ndarray], start: int, out: np.ndarray) -> None:
+    """Copies len(out) rows from `start` on, a slice of each shard and not row by row."""
+    stop = start + len(out)
+    begin = 0
+    for shard in shards:
+        end = begin + len(shard)
+        low = max(start, begin)
+        high = min(stop, end)
+        if low < high:
+            out[low - start : high - start] = shard[low - begin : high - begin]
+        begin = end
+
+
+def _copy_rows(shards: list[np.ndarray], ids: np.ndarray, out: np.ndarray) -> None:
+    """Copies the rows `ids`, in any order."""
+    begin = 0
+    for shard in shards:
+        end = begin + len(shard)
+        here = (ids >= begin) & (ids < end)
+        out[here] = shard[ids[here] - begin]
+        begin = end

@@ -3,13 +3,17 @@
 import json
 import math
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from badloss_jax.benchmarks.buffer import expected_bytes, measure_buffer
+from badloss_jax.benchmarks import BENCHMARKS, Benchmark, Pictured, Resumable, SetsUpDevices, find_benchmark
+from badloss_jax.benchmarks.buffer_memory import expected_bytes, measure_buffer
 from badloss_jax.benchmarks.timing import overhead, summary
 from badloss_jax.cli import main
 from badloss_jax.cli.bench import _without_paths
@@ -22,6 +26,45 @@ from badloss_jax.trajectories.kinds import Kinds
 
 SMALL = ["--examples", "40", "--image_size", "8", "--seconds", "0.01", "--config.recording.batch_size=16",
          "--config.evaluation.batch_size=16", "--config.model.stages=(4,)"]  # fmt: skip
+
+HELPS = """
+from badloss_jax.cli import main
+import sys
+try:
+    main([*sys.argv[1:], "--help"])
+finally:
+    loaded = {"jax", "matplotlib", "sklearn", "scipy", "pyarrow", "PIL"} & sys.modules.keys()
+    assert not loaded, loaded
+"""
+
+
+def test_helps_and_guides_name_every_benchmark(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    shown = capsys.readouterr().out
+    assert re.findall(r"^ {4}(\w+)", shown, re.MULTILINE) == list(BENCHMARKS)
+    assert all(summary in " ".join(shown.split()) for summary in BENCHMARKS.values())
+
+    guides = [*Path("configs").rglob("README.md"), *Path("badloss_jax").rglob("README.md"), Path("README.md")]
+    text = "\n".join(guide.read_text("utf-8") for guide in guides)
+    assert set(re.findall(r"badloss\s+bench\s+(\w+)", text)) == set(BENCHMARKS)
+
+
+@pytest.mark.parametrize("name", ["", *BENCHMARKS])
+def test_no_help_waits_for_jax(name):
+    done = subprocess.run([sys.executable, "-c", HELPS, "bench", *name.split()], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: badloss bench {name}".rstrip())
+
+
+def test_a_benchmark_holds_what_is_asked_of_it():
+    benchmarks = {name: find_benchmark(name) for name in BENCHMARKS}
+    assert all(isinstance(benchmark, Benchmark) for benchmark in benchmarks.values())
+    for hook, names in ((SetsUpDevices, {"buffer"}), (Resumable, {"scan"}), (Pictured, {"scorer"})):
+        assert {name for name, benchmark in benchmarks.items() if isinstance(benchmark, hook)} == names
+
+    commands = re.findall(r"^  badloss bench (\w+)", "".join(b.EXAMPLES for b in benchmarks.values()), re.MULTILINE)
+    assert set(commands) <= set(BENCHMARKS)
 
 
 def test_an_overhead_is_found_on_a_machine_that_slows_down(rng):
@@ -273,11 +316,18 @@ def test_a_command_is_written_down_without_the_paths_of_this_machine():
     assert _without_paths(["bench", "--out=/a.json", "--seeds", "1"]) == ["bench", "--seeds", "1"]
 
 
+def scans(out):
+    """The command for two scans in each regime of a small set by a small network."""
+    small = "--config.model.stages=(8,) --config.recording.epochs=3"
+    settings = ["--config.data.train_examples=300", "--config.probes.count=40"]
+    seeds = ["--seeds", "0,1"]
+    return ["bench", "scan", "--config", "configs/digits.py", *seeds, "--scan", small, "--out", str(out), *settings]
+
+
+@pytest.mark.slow  # several whole scans, each in a process of its own
 def test_scans_in_regimes_go_on_where_they_were_stopped(tmp_path, capfd):
     out = tmp_path / "out.json"
-    small = "--config.model.stages=(8,) --config.recording.epochs=3"
-    given = ["bench", "scan", "--config", "configs/digits.py", "--seeds", "0,1", "--scan", small, "--out", str(out),
-             "--config.data.train_examples=300", "--config.probes.count=40"]  # fmt: skip
+    given = scans(out)
     assert main([*given, "--regimes", "one"]) == 0
     written = json.loads(out.read_text("utf-8"))
     one, other = written["figures"]
@@ -298,11 +348,15 @@ def test_scans_in_regimes_go_on_where_they_were_stopped(tmp_path, capfd):
     without_time = [{key: value for key, value in figure.items() if key != "seconds"} for figure in (again[1], other)]
     assert without_time[0] == without_time[1]
 
-    # The same images, their recording scored again with other probes.
-    assert main([*given, "--regimes", "distinct,probes-50"]) == 0
+    assert main([*given, "--regimes", "two"]) == 2
+    assert "--regimes has 'two': expected some of distinct, drawn" in capfd.readouterr().err
+
+
+@pytest.mark.slow  # several whole scans, each in a process of its own
+def test_a_recording_is_scored_again_with_other_probes(tmp_path, capfd):
+    out = tmp_path / "out.json"
+    assert main([*scans(out), "--regimes", "distinct,probes-50"]) == 0
     figures = json.loads(out.read_text("utf-8"))["figures"]
     assert [(figure["probes"], figure["seed"]) for figure in figures] == [(40, 0), (40, 1), (50, 0), (50, 1)]
     assert figures[2]["poisoned_share"] == figures[0]["poisoned_share"]
     assert capfd.readouterr().err.count("recording  done before") == 2
-    assert main([*given, "--regimes", "two"]) == 2
-    assert "--regimes has 'two': expected some of distinct, drawn" in capfd.readouterr().err

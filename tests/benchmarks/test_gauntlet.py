@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from badloss_jax.benchmarks.gauntlet import HELD_OUT, REGIMES, draw_set
-from badloss_jax.cli.bench import _SCAN
+from badloss_jax.benchmarks.gauntlet import REGIMES, draw_set
+from badloss_jax.benchmarks.held_out import HELD_OUT
+from badloss_jax.benchmarks.scan import ABOUT
 from badloss_jax.config import load_config, override
 from badloss_jax.core.errors import UsageError
 
@@ -106,5 +107,5 @@ def test_held_out_triggers_are_slight_and_drawn_by_the_seed(rng, name, shape):
 
 
 def test_the_help_names_every_regime():
-    words = _SCAN.replace(",", " ").replace("-100 ", "probes-100 ").replace("-1000 ", "probes-1000 ").split()
+    words = ABOUT.replace(",", " ").replace("-100 ", "probes-100 ").replace("-1000 ", "probes-1000 ").split()
     assert set(REGIMES) <= set(words)

@@ -10,8 +10,7 @@ from PIL import Image
 from badloss_jax.cli import main
 from badloss_jax.core.progress import Progress
 from badloss_jax.report.tables import as_markdown, as_text
-from tests.conftest import overrides
-from tests.runs.test_experiment import ENVIRONMENT
+from tests.conftest import ENVIRONMENT, overrides
 
 
 @pytest.mark.parametrize(

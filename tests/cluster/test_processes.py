@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from badloss_jax.trajectories.store import TrajectoryStore
-from tests.conftest import overrides, without_cost
+from tests.conftest import ENVIRONMENT, overrides, without_cost
 
 SMALL = {"controls": "('oracle',)", "retraining__variants": "()", "scoring__kinds": "('loss','features')",
          "recording__kinds": "('features',)"}  # fmt: skip
@@ -29,8 +29,7 @@ def start(workdir, process, count, address, *extra, devices=2, environment=(), *
     if count > 1:
         arguments += ["--distributed", "--coordinator", address, "--num_processes", str(count),
                       "--process_id", str(process)]  # fmt: skip
-    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), **kept, **dict(environment)}
+    settings = ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": str(devices)} | dict(environment)
     return subprocess.Popen(arguments, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -269,8 +268,7 @@ def test_two_processes_share_artefacts_and_look_at_one_network(tmp_path):
     """The locks of artefacts are the run's: were they each process's own, the two would wait for each other."""
     changed = SMALL | {"scoring__kinds": "()", "controls": "()", "retraining__enabled": False,
                        "defenses__names": "('mean_loss_low','spectral_signatures')"}  # fmt: skip
-    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": ".", **kept}
+    environment = ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": "."}
     address = free_address()
     arguments = [[sys.executable, "-c", _SHARED, address, str(i), tmp_path, *overrides(**changed)] for i in range(2)]
     ends = finish([subprocess.Popen(told, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

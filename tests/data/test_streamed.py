@@ -26,7 +26,7 @@ from badloss_jax.training.resident import ResidentData
 from badloss_jax.training.streamed import StreamedData
 from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.store import TrajectoryStore
-from tests.conftest import overrides
+from tests.conftest import ENVIRONMENT, overrides
 
 COUNT = 797
 
@@ -119,7 +119,7 @@ print(np.abs(ours - theirs).max())
 
 
 def test_a_whole_run_in_float64_is_that_of_resident_data(tmp_path):
-    environment = {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin", "PYTHONPATH": "."}
+    environment = ENVIRONMENT | {"JAX_ENABLE_X64": "1", "PYTHONPATH": "."}
     run = subprocess.run(
         [sys.executable, "-c", _X64, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
     )
@@ -150,7 +150,7 @@ if __name__ == "__main__":
 def test_worker_processes_decode_the_same(tmp_path):
     """In a program of its own, as workers import its main module."""
     (tmp_path / "program.py").write_text(_WORKERS)
-    environment = {"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin", "PYTHONPATH": "."}
+    environment = ENVIRONMENT | {"PYTHONPATH": "."}
     run = subprocess.run([sys.executable, str(tmp_path / "program.py")], env=environment, capture_output=True,
                          text=True, check=False)  # fmt: skip
     assert run.returncode == 0, run.stderr

@@ -8,6 +8,7 @@ import scipy.stats
 
 from badloss_jax.core.mesh import make_mesh
 from badloss_jax.core.progress import Progress
+from badloss_jax.defenses import trigger_search
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.state import AdamW, create_state
 from badloss_jax.training.step import network_of
@@ -75,7 +76,7 @@ def test_excess_is_the_union_of_the_classes(rng):
 
 def test_the_best_is_the_smallest_that_flips_enough():
     def found(norms, flipped):
-        return module.Found(np.array(norms), np.array(flipped), np.array(norms)[:, None])
+        return trigger_search.Found(np.array(norms), np.array(flipped), np.array(norms)[:, None])
 
     ours = found([5.0, 5, 5, 5, 5], [1.0, 1, 0.5, 0.5, 0.5])
     theirs = found([4.0, 6, 9, 1, 1], [0.99, 1, 0.99, 0.6, 0.4])
@@ -99,9 +100,9 @@ def test_neither_devices_nor_chunks_change_the_search(monkeypatch, rng):
     probes = rng.random((10, 8, 8, 3)).astype(np.float32)
     results = []
     for devices, values in ((1, 2**23), (4, 1)):  # all classes at once, or one a device
-        monkeypatch.setattr(module, "_VALUES", values)
+        monkeypatch.setattr(trigger_search, "_VALUES", values)
         context, state = context_of(devices)
-        results.append(module.reverse_engineer(context, probes, state, SETTINGS))
+        results.append(trigger_search.reverse_engineer(context, probes, state, SETTINGS))
     for name in ("norms", "flipped", "features"):
         np.testing.assert_allclose(getattr(results[1], name), getattr(results[0], name), rtol=1e-3, atol=1e-5)
     assert (results[0].features.shape, results[0].norms.shape) == ((5, 8), (5,))
@@ -111,12 +112,12 @@ def test_judgement_leaves_padding_out(rng):
     """Against the network on images that NumPy put the pattern into; batches of 4 of 10 probes."""
     shape = (6, 10, 3)
     context, state = context_of(1, shape, 3)
-    _, _, judge = module.make_steps(context.spec, 0.1, context.mesh)
+    _, _, judge = trigger_search.make_steps(context.spec, 0.1, context.mesh)
     probes = rng.random((10, *shape)).astype(np.float32)
     raw = rng.normal(size=(3, *shape[:2], 1)), rng.normal(size=(3, *shape))
     raw = tuple(part.astype(np.float32) for part in raw)
     flips = np.zeros(3)
-    for rows, real in module._blocks(10, 4):
+    for rows, real in trigger_search._blocks(10, 4):
         norms, flipped, _ = judge(raw, np.arange(3), probes[rows], real, state)
         flips += flipped
     masks, patterns = ((np.tanh(part.astype(np.float64)) + 1) / 2 for part in raw)
@@ -128,6 +129,6 @@ def test_judgement_leaves_padding_out(rng):
 
 
 def test_batches_show_the_probes_equally_often(rng):
-    order = module._batches(10, 7, 4, rng)
+    order = trigger_search._batches(10, 7, 4, rng)
     assert order.shape == (7, 4)
     assert set(np.bincount(order.ravel(), minlength=10)) == {2, 3}

@@ -27,7 +27,7 @@ from badloss_jax.report.gallery import (
 from badloss_jax.report.page import main_kind, render_page, write_reports
 from badloss_jax.report.results import cleansed_entry, read_results, read_scores, write_results
 from badloss_jax.report.tables import as_text, detection_table, headline, removal_table, short_table, variant_title
-from badloss_jax.runs.experiment import rescore
+from badloss_jax.runs.rescore import rescore
 from badloss_jax.trajectories.store import TrajectoryStore
 from tests.conftest import CLASS_NAMES, opened
 

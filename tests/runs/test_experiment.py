@@ -15,15 +15,14 @@ import pytest
 from badloss_jax.config import load_config, override
 from badloss_jax.core.errors import DataError, NonFiniteLossError, UsageError
 from badloss_jax.core.files import locked
-from badloss_jax.runs.experiment import rescore, run_experiment
+from badloss_jax.runs.experiment import run_experiment
+from badloss_jax.runs.rescore import rescore
 from badloss_jax.runs.writers import open_writers
 from badloss_jax.scoring import filter_epochs, knn_distances
 from badloss_jax.settings import KINDS, RULES
 from badloss_jax.training.saved_model import load_model
 from badloss_jax.trajectories.store import TrajectoryStore
-from tests.conftest import CLASS_NAMES, FINISHED, overrides, without_cost
-
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/tmp")}
+from tests.conftest import CLASS_NAMES, ENVIRONMENT, FINISHED, ONLY_READS, overrides, without_cost
 
 
 def command(workdir, *extra, **changed):
@@ -42,7 +41,7 @@ def run_on_a_full_disk(arguments, home):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    environment = ENVIRONMENT | {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = ENVIRONMENT | ONLY_READS | {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment, preexec_fn=limit)
 
 

@@ -9,7 +9,8 @@ import pytest
 from badloss_jax.core.errors import DataError, UsageError
 from badloss_jax.defenses import DEFENSES, Cleansed, Defense, Suspicion
 from badloss_jax.report.page import write_reports
-from badloss_jax.runs.experiment import rescore, run_experiment
+from badloss_jax.runs.experiment import run_experiment
+from badloss_jax.runs.rescore import rescore
 from badloss_jax.training.saved_model import load_model
 from badloss_jax.training.state import AdamW, create_state
 

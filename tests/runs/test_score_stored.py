@@ -26,7 +26,7 @@ LAYOUT = {"loss": ((), "float32"), "ranked": ((4,), "float16"), "features": ((5,
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     monkeypatch.setattr(score_stored, "_PART", 300)
-    monkeypatch.setattr("badloss_jax.scoring.distances._CHUNK_VALUES", 97 * T)
+    monkeypatch.setattr("badloss_jax.scoring.rows.CHUNK_VALUES", 97 * T)
 
 
 @pytest.fixture

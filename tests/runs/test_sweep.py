@@ -16,13 +16,13 @@ from badloss_jax.cli import main
 from badloss_jax.config import config_hash, load_config
 from badloss_jax.core.errors import BusyError, DataError, UsageError
 from badloss_jax.core.files import locked
+from badloss_jax.core.progress import Progress
 from badloss_jax.defenses import Defense
 from badloss_jax.defenses.context import Suspicion
 from badloss_jax.report.sweep import read_runs, rows_of, summarised, tables, write_sweep_report
-from badloss_jax.runs.sweep import run_sweep
+from badloss_jax.runs.sweep import Clock, ItemRunner, run_sweep
 from badloss_jax.sweep import BASES, load_sweep, read_sweep, state_of
-from tests.conftest import overrides
-from tests.runs.test_experiment import ENVIRONMENT
+from tests.conftest import ENVIRONMENT, overrides
 
 SWEEPS = sorted(Path("configs/sweeps").glob("*.py"))
 TABLE = "configs/sweeps/paper_table.py:digits"
@@ -114,7 +114,7 @@ def test_what_items_share_is_made_once(swept, monkeypatch, mesh):
     lines = [line for file in folder.glob("items/*/metrics.jsonl") for line in file.read_text().splitlines()]
     assert sum(json.loads(line)["model"] == "recording" for line in lines) == 2 * 3
     assert sum(json.loads(line)["model"] == "undefended" for line in lines) == 2 * 2
-    monkeypatch.setattr("badloss_jax.sweep.run_experiment", None)  # to run an item again would fail
+    monkeypatch.setattr("badloss_jax.runs.sweep.run_experiment", None)  # to run an item again would fail
     assert run_sweep(sweep, folder, mesh=mesh) == {}
 
 
@@ -190,12 +190,10 @@ def test_an_item_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, mesh
 def test_another_process_is_let_alone(tmp_path, mesh):
     sweep = small(names=("mean_loss_low",), data__train_examples=200)
     (item,) = sweep.items
-    with locked(tmp_path / "a" / "taken" / item.name):
-        from badloss_jax.core.progress import Progress
-        from badloss_jax.sweep import _Clock, _run_item
-
-        with pytest.raises(BusyError, match="is at work"):
-            _run_item(item, tmp_path / "a", tmp_path / "s", Progress(None), mesh, _Clock(1, Progress(None)), wait=False)
+    silent = Progress(None)
+    runner = ItemRunner(tmp_path / "a", tmp_path / "s", mesh, silent, Clock(1, silent))
+    with locked(tmp_path / "a" / "taken" / item.name), pytest.raises(BusyError, match="is at work"):
+        runner.run(item, wait=False)
 
 
 def test_later_calls_add_items(tmp_path):
@@ -285,9 +283,9 @@ def test_rows_and_tables_by_hand():
 
 
 def test_texts_are_no_formulas(tmp_path):
-    from badloss_jax.report.sweep import _csv
+    from badloss_jax.report.sweep_rows import csv_text
 
-    assert "'=1+1" in _csv([{"attacks": "=1+1", "defense": "none", "setting": "", "seed": 0}])
+    assert "'=1+1" in csv_text([{"attacks": "=1+1", "defense": "none", "setting": "", "seed": 0}])
 
 
 def test_the_list_of_items(tmp_path, capsys):

@@ -12,8 +12,9 @@ from badloss_jax import TrajectoryRecorder
 from badloss_jax.cli import main
 from badloss_jax.core.errors import UsageError
 from badloss_jax.core.mesh import make_mesh
-from badloss_jax.scoring import CERTAIN, POSSIBLE, Cluster, Impressions, Signs, find_clusters, growth
+from badloss_jax.scoring import CERTAIN, POSSIBLE, Cluster, Impressions, Signs, find_clusters, growth, signs
 from badloss_jax.scoring.evidence import NATURAL, clean_class_p_value, evidence_of, judged, natural_gap
+from badloss_jax.scoring.signs import ClassExamples
 
 CLASSES = 6
 
@@ -148,7 +149,8 @@ def test_a_group_that_holds_its_probes_is_natural():
 
     def widest(probe):
         seed = np.zeros(1, np.uint32)
-        return growth.best_of_class(points, place >= 0, probe, nothing, own, own, nothing, seed, 3)[2]
+        examples = ClassExamples(points, place >= 0, probe, nothing, own, own, nothing)
+        return growth.best_of_class(examples, seed, 3)[2]
 
     assert widest(place % 4 == 0) > 8.0 > widest((place % 4 == 0) & (place >= 16))
 
@@ -213,13 +215,13 @@ def test_of_a_cluster_the_part_that_is_better_apart_is_taken(evidence, gap, expe
 
 def test_so_few_probes_are_as_likely_as_the_binomial_says():
     held, draws, share = np.array([0, 1, 5, 20, 30, 31, 40.0]), 40, np.array([0.1, 0.3, 0.2, 0.5, 0.9, 0.9, 0.3])
-    odds = share / (1 - share) / (growth._ASTRAY / (1 - growth._ASTRAY))
+    odds = share / (1 - share) / (signs._ASTRAY / (1 - signs._ASTRAY))
     expected = np.minimum(np.maximum(stats.binom.cdf(held, draws, share), (1 - share) ** draws * odds**held), 1)
     assert expected[0] == pytest.approx(stats.binom.pmf(0, draws, share[0]))
-    expected[held > growth._PROBES_HELD] = 1  # more than these are not counted
-    few = growth._so_few(held.astype(np.float32), np.int32(draws), share.astype(np.float32))
+    expected[held > signs._PROBES_HELD] = 1  # more than these are not counted
+    few = signs._so_few(held.astype(np.float32), np.int32(draws), share.astype(np.float32))
     np.testing.assert_allclose(few, expected, rtol=1e-4)
-    none = growth._so_few(np.zeros(1, np.float32), np.int32(0), np.array([0.2], np.float32))
+    none = signs._so_few(np.zeros(1, np.float32), np.int32(0), np.array([0.2], np.float32))
     assert none.tolist() == [1.0]  # nothing is lacking where there are no probes
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from badloss_jax.scoring import distances, impressions_of
+from badloss_jax.scoring import impressions_of, rows
 from badloss_jax.scoring.impressions import MOST_ODDS, chosen_epochs
 
 
@@ -66,7 +66,7 @@ def test_relabelled_examples_look_like_what_they_were(rng):
 def test_chunks_change_nothing_but_roundings(rng, monkeypatch):
     features, labels, _ = recorded(rng, wrong=80)
     whole = impressions_of(features, labels)
-    monkeypatch.setattr(distances, "_CHUNK_VALUES", 50 * 8 * 6)
+    monkeypatch.setattr(rows, "CHUNK_VALUES", 50 * 8 * 6)
     monkeypatch.setattr("badloss_jax.scoring.impressions._VALUES", 7 * 36)
     parts = impressions_of(features, labels)
     np.testing.assert_allclose(parts.odds, whole.odds, atol=1e-3)

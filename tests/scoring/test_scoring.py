@@ -85,7 +85,7 @@ def test_knn_distances_take_jax_arrays_and_float16(rng):
 def test_chunks_do_not_show(rng, monkeypatch, tmp_path, kernel, devices, where):
     rows, probes = rng.random((1001, 8)).astype(np.float32), rng.random((9, 8)).astype(np.float32)
     whole = knn_distances(rows, probes, 3, kernel=kernel)
-    monkeypatch.setattr("badloss_jax.scoring.distances._CHUNK_VALUES", 8 * 104)
+    monkeypatch.setattr("badloss_jax.scoring.rows.CHUNK_VALUES", 8 * 104)
     if where == "disk":
         np.save(tmp_path / "rows.npy", rows)
         rows = np.load(tmp_path / "rows.npy", mmap_mode="r")

@@ -1,7 +1,6 @@
 """Runs that are stopped at any moment, and what they need to go on to the same bits."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -23,11 +22,11 @@ from badloss_jax.training.loop import Recipe, train
 from badloss_jax.training.recorder import Recorder
 from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.store import TrajectoryStore
-from tests.conftest import overrides, without_cost
+from tests.conftest import ENVIRONMENT, ONLY_READS, overrides, without_cost
+from tests.kills import snapshots
 from tests.training.test_training import SPEC, resident
 
 KINDS = Kinds(("features",), 10, 16, feature_dim=4)
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/tmp")}
 
 
 class StopAfter(Preemption):
@@ -255,7 +254,8 @@ except DataError as error:
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(stopped, mesh, unbroken):
     """No file can grow beyond 4 KiB from the first checkpoint on, after 42 steps."""
-    environment = ENVIRONMENT | {"PYTHONPATH": ".", "PYTHONDONTWRITEBYTECODE": "1", "JAX_NUM_CPU_DEVICES": "8"}
+    environment = ENVIRONMENT | ONLY_READS | {"PYTHONPATH": ".", "JAX_NUM_CPU_DEVICES": "8"}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1"}
     full = subprocess.run(
         [sys.executable, "-c", _FULL, str(stopped)], env=environment, capture_output=True, text=True, check=False
     )
@@ -265,39 +265,78 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(stopped, mesh, unbroken):
     assert_same(training(stopped, mesh), unbroken)
 
 
+# As little as has every kind of file: checkpoints of a recording and of two networks, each taken up again.
+KILLED = {
+    "recording__batch_size": 100,
+    "recording__kinds": "()",
+    "scoring__kinds": "('loss',)",
+    "retraining__batch_size": 100,
+    "retraining__epochs": 1,
+    "retraining__variants": "()",
+    "controls": "()",
+    "checkpoint__every_steps": 4,
+    "report__gallery": 1,
+}
+
+
+def what_counts(workdir):
+    """Everything that must not depend on how often a run was killed."""
+    results = json.loads((workdir / "results.json").read_text())
+    kept = {key: results[key] for key in ("undefended", "recording_model", "epochs_kept")}
+    kept["variants"] = without_cost(results["variants"])
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    kept["epochs"] = [(line["model"], line["epoch"], line["loss"]) for line in lines]
+    return (workdir / "scores.parquet").read_bytes(), kept
+
+
+def test_a_kill_before_any_change_of_a_file_leaves_no_trace(tmp_path, tiny, mesh):
+    """Systematic, where `test_kills_leave_no_trace` is real."""
+    config = tiny(**KILLED)
+    whole = tmp_path / "whole"
+    with snapshots(whole, tmp_path / "killed") as moments:
+        run_experiment(config, whole, mesh=mesh)
+    expected = what_counts(whole)
+    import time
+    t=time.process_time()
+    print(len(moments.taken))
+    for change, workdir in moments.taken:
+        run_experiment(config, workdir, mesh=mesh)
+        print(change, round(time.process_time() - t, 2), flush=True)
+        assert what_counts(workdir) == expected, f"killed before {change}"
+        assert not list((workdir / "checkpoints").iterdir())
+
+
 @pytest.mark.slow
-def test_twenty_kills_leave_no_trace(tmp_path, tiny, mesh):
-    """kill -9 at random moments, until twenty have hit a run that had got further since the last."""
-    changed = {"recording__epochs": 20, "recording__schedule_epochs": 20, "retraining__epochs": 20, "controls": "()",
-               "retraining__variants": "('loss/fraction',)", "checkpoint__every_steps": 3,
-               "scoring__kinds": "('loss',)", "recording__kinds": "()"}  # fmt: skip
-    expected = run_experiment(tiny(**changed), tmp_path / "unbroken", mesh=mesh)
-    scores = (tmp_path / "unbroken" / "scores.parquet").read_bytes()
-    draw, hits, runs = random.Random(0), 0, 0
-    while hits < 20 or not finished:
-        workdir = tmp_path / f"run{runs}"
-        command = [sys.executable, "-m", "badloss_jax", "run", "--config", "configs/digits.py", "--workdir",
-                   str(workdir), *overrides(**changed)]  # fmt: skip
+def test_kills_leave_no_trace(tmp_path, tiny, mesh):
+    """kill -9 at random moments, until three have hit a run that had got further since the last."""
+    changed = {
+        "recording__epochs": 20,
+        "recording__schedule_epochs": 20,
+        "retraining__epochs": 20,
+        "controls": "()",
+        "retraining__variants": "()",
+        "checkpoint__every_steps": 3,
+        "scoring__kinds": "('loss',)",
+        "recording__kinds": "()",
+    }
+    run_experiment(tiny(**changed), tmp_path / "whole", mesh=mesh)
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-m", "badloss_jax", "run", "--config", "configs/digits.py"]
+    command += ["--workdir", str(workdir), *overrides(**changed)]
+    draw = random.Random(0)
+    for _ in range(3):
         before = checkpoints(workdir)
-        process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-        while hits < 20 and process.poll() is None and not checkpoints(workdir) - before:
-            time.sleep(0.01)
-        if hits < 20:
-            time.sleep(draw.uniform(0, 0.3))
-            process.kill()
+        process = subprocess.Popen(command, env=ENVIRONMENT | ONLY_READS, stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: checkpoints(workdir) - before, process)  # noqa: B023
+        time.sleep(draw.uniform(0, 0.3))
+        process.kill()
         err = process.communicate()[1]
-        assert process.returncode in (0, -signal.SIGKILL), err
-        finished = process.returncode == 0
-        hits += not finished
-        if finished:
-            runs += 1
-            results = json.loads((workdir / "results.json").read_text())
-            assert all(resume["step"] > 0 for resume in results["resumes"])
-            assert (workdir / "scores.parquet").read_bytes() == scores
-            wanted = json.loads(json.dumps(expected))
-            for key in ("undefended", "recording_model"):
-                assert results[key] == wanted[key]
-            assert without_cost(results["variants"]) == without_cost(wanted["variants"])
+        assert process.returncode == -signal.SIGKILL, err
+    run_experiment(tiny(**changed), workdir, mesh=mesh)
+    resumes = json.loads((workdir / "results.json").read_text())["resumes"]
+    assert len(resumes) == 3
+    assert all(resume["step"] > 0 for resume in resumes)
+    assert what_counts(workdir) == what_counts(tmp_path / "whole")
 
 
 def checkpoints(workdir):

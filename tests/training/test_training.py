@@ -29,6 +29,7 @@ from badloss_jax.training.step import make_observe_step, make_sweep_step, make_t
 from badloss_jax.trajectories.buffer import create_buffer
 from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.store import TrajectoryStore
+from tests.conftest import ENVIRONMENT
 
 SPEC = ModelSpec("resnet_small", (8, 8, 1), 10, (8, 16), 1)
 KINDS = Kinds((), 10, 16)
@@ -77,7 +78,7 @@ for augment, others in (("none", (4, 8)), ("crop_flip", (4,))):
 
 
 def test_whole_run_agrees_on_any_number_of_devices_in_float64(tmp_path):
-    environment = {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin", "PYTHONPATH": "."}
+    environment = ENVIRONMENT | {"JAX_ENABLE_X64": "1", "PYTHONPATH": "."}
     run = subprocess.run(
         [sys.executable, "-c", _X64, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
     )

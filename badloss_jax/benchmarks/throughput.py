@@ -1,0 +1,315 @@
+"""Training throughput, what recording costs, and what scanning whole epochs would gain.
+
+The steps are the trainer's own. Modes are measured in turns, a few steps each, in an order that is drawn for every
+round and then mirrored (sweep, off, step, step, off, sweep), so that a machine that slows down or is busy with other
+work does not favour one of them.
+"""
+
+import itertools
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from badloss_jax.benchmarks.timing import overhead, seconds_of, summary
+from badloss_jax.benchmarks.workload import Workload
+from badloss_jax.core.errors import NonFiniteLossError
+from badloss_jax.core.order import epoch_batches
+from badloss_jax.core.seeding import generator
+from badloss_jax.training.batch import Batch
+from badloss_jax.training.recorder import Recorder
+from badloss_jax.training.resident import ResidentBatch, ResidentData
+from badloss_jax.training.state import TrainState, create_state
+from badloss_jax.training.step import make_train_step
+from badloss_jax.trajectories.buffer import Buffer, padding_id
+from badloss_jax.trajectories.kinds import Kinds
+from badloss_jax.trajectories.store import TrajectoryStore
+
+MODES = ("off", "sweep", "step")
+_RECORDING = MODES[1:]
+_BLOCK = 0.1  # seconds of steps that are timed at a time, so that waiting for the last one does not count
+_ENDS = 5  # how often the end of an epoch is measured, and a scanned epoch
+
+
+def measure_training(workload: Workload, seconds: float, scan: bool = False) -> dict[str, Any]:
+    """Measures one network's training.
+
+    Args:
+      workload: the network, its examples, how it is trained, what is recorded.
+      seconds: to spend on steps, beside compiling and the ends of epochs.
+      scan: measure an epoch in one `lax.scan` as well, beside the same epoch in a Python loop.
+
+    Returns:
+      Sizes, and
+      first_call_seconds: of each program: it is compiled, unless the compilation cache has it.
+      step_seconds, examples_per_second: per mode, without the end of the epoch.
+      step_overhead: per mode, of a step, against "off". "sweep" trains by the same step as "off", which carries the
+        buffer along: what it shows beyond zero is the error of this measurement.
+      epoch_end_seconds: per mode, to sweep (if it does), copy the epoch's column to the host and store it.
+      epoch_overhead_percent: per mode, of an epoch with its end against one without recording.
+      scan: seconds of a looped and of a scanned epoch, and the overhead of the latter; None if not asked for.
+
+    Raises:
+      NonFiniteLossError: the training diverged, so that its figures mean nothing.
+    """
+    with tempfile.TemporaryDirectory(prefix="badloss-bench-") as folder:
+        training = _Training(workload, Path(folder))
+        first_calls = _first_calls(training)
+        samples = _sample(training, seconds)
+        scanned = training.scan() if scan else None
+
+    # The figures of a training that diverged mean nothing.
+    if not math.isfinite(training.loss):
+        raise NonFiniteLossError(f"the loss of {workload.spec.name} became {training.loss} in the benchmark")
+
+    return {
+        "model": asdict(workload.spec),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(training.state.params)),
+        "batch_size": workload.recipe.batch_size,
+        "examples": len(workload.data),
+        "steps_per_epoch": training.steps,
+        "kinds": list(workload.kinds.layout()),
+        "steps_per_block": samples.steps_per_block,
+        "first_call_seconds": first_calls,
+        **_costs(samples, workload.recipe.batch_size, training.steps),
+        "scan": scanned,
+    }
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Seconds that were measured.
+
+    Attributes:
+      steps_per_block: steps that were timed at a time.
+      steps: mode -> seconds of a step, per round.
+      ends: mode -> seconds of the end of an epoch.
+    """
+
+    steps_per_block: int
+    steps: dict[str, list[float]]
+    ends: dict[str, list[float]]
+
+
+@dataclass
+class _Training:
+    """One network in training; all modes take it on from where the last one left it.
+
+    Attributes:
+      workload: what is trained.
+      folder: an empty one, to store columns in.
+      loss: of the last step.
+      state: of the network.
+      steps: of an epoch.
+    """
+
+    workload: Workload
+    folder: Path
+    loss: float = 0.0
+    state: TrainState = field(init=False)
+    steps: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        workload = self.workload
+        self.state = create_state(workload.spec, workload.recipe.optimizer, 0, workload.mesh)
+        self._steps = {mode: self._make_step(workload.kinds if mode == "step" else None) for mode in MODES}
+        self._recorders = {mode: self._make_recorder(mode) for mode in _RECORDING}
+        self._batches = self._endless()
+        self._draw = generator(0, "benchmark", "modes")
+        self.steps = len(self._order(0))
+
+    def round(self, steps: int) -> dict[str, float]:
+        """Returns seconds a step in every mode, from two blocks each in mirrored order."""
+        seconds = dict.fromkeys(MODES, 0.0)
+        drawn = self._draw.permutation(MODES).tolist()
+        # Mirrored, so that a steady drift of the machine's speed adds the same to every mode.
+        for mode in (*drawn, *reversed(drawn)):
+            seconds[mode] += self.block(mode, steps) / 2
+        return seconds
+
+    def block(self, mode: str, steps: int) -> float:
+        """Measures some steps in one mode.
+
+        Args:
+          mode: one of `MODES`.
+          steps: how many.
+
+        Returns:
+          Seconds a step.
+        """
+        recorder = self._recorders.get(mode)
+        batches = itertools.islice(self._batches, steps)
+
+        def work() -> TrainState:
+            if recorder:
+                # The step was given the old buffer for good; the recorder needs the new one.
+                recorder.buffer = self._walk(self._steps[mode], recorder.buffer, batches)
+            else:
+                self._walk(self._steps[mode], {}, batches)
+            return self.state
+
+        return seconds_of(work) / steps
+
+    def end_epoch(self, mode: str) -> float:
+        """Returns the seconds from an epoch's last step to the column on disk.
+
+        In "step" mode some cells are still empty here, which the recorder would object to: so it only stores them.
+        """
+        recorder = self._recorders[mode]
+
+        started = time.perf_counter()
+        if mode == "sweep":
+            recorder.end_epoch(self.workload.spec, self.state, self.workload.data, 0)
+        else:
+            recorder.flush(0)
+        return time.perf_counter() - started
+
+    def scan(self) -> dict[str, Any]:
+        """Measures a whole epoch in a Python loop and in one `lax.scan`, in turns."""
+        data = self.workload.data
+        order = self._order(0)
+        scanned = _make_scan(self._steps["off"])
+
+        def loop() -> TrainState:
+            self._walk(self._steps["off"], {}, data.batches(order))
+            return self.state
+
+        def scan() -> TrainState:
+            self.state, losses = scanned(self.state, data, order, np.int32(0), self._rate(), np.uint32(0))
+            # A loop waits for its losses, too.
+            self.loss = float(losses[-1])
+            return self.state
+
+        # The steps of the loop have been compiled before, the scan has not.
+        first_call = seconds_of(scan)
+        pairs = [(seconds_of(loop), seconds_of(scan)) for _ in range(_ENDS)]
+        looped, whole = zip(*pairs, strict=True)
+
+        return {
+            "first_call_seconds": first_call,
+            "loop_seconds": summary(looped),
+            "scan_seconds": summary(whole),
+            "overhead": overhead(looped, whole),
+        }
+
+    def _walk(self, step: Callable, buffer: Buffer, batches: Iterator[Batch]) -> Buffer:
+        """Trains on some batches, waiting for each loss while the next step runs, as the trainer does."""
+        previous = None
+        for batch in batches:
+            self.state, buffer, loss = step(self.state, buffer, batch, np.int32(0), self._rate(), np.uint32(0), None)
+            # Waits for the step before, while this one runs.
+            if previous is not None:
+                self.loss = float(previous)
+            previous = loss
+
+        if previous is not None:
+            self.loss = float(previous)
+        return buffer
+
+    def _endless(self) -> Iterator[ResidentBatch]:
+        for epoch in itertools.count():
+            yield from self.workload.data.batches(self._order(epoch))
+
+    def _order(self, epoch: int) -> Int[np.ndarray, "S B"]:
+        workload = self.workload
+        count = len(workload.data)
+        return epoch_batches(
+            np.arange(count),
+            workload.recipe.batch_size,
+            padding_id(count, workload.mesh),
+            seed=0,
+            phase="benchmark",
+            epoch=epoch,
+        )
+
+    def _rate(self) -> np.float32:
+        return np.float32(self.workload.recipe.learning_rate_at(0))
+
+    def _make_step(self, kinds: Kinds | None) -> Callable:
+        workload = self.workload
+        recipe = workload.recipe
+        return make_train_step(workload.spec, recipe.optimizer, recipe.objective, recipe.augment, kinds, workload.mesh)
+
+    def _make_recorder(self, mode: str) -> Recorder:
+        workload = self.workload
+        labels = np.asarray(workload.data.labels)
+        nobody = np.zeros(len(labels), bool)
+        store = TrajectoryStore.create(
+            self.folder / mode, "", labels, nobody, workload.recipe.epochs, workload.kinds.layout()
+        )
+        return Recorder(workload.kinds, mode, store, workload.mesh, workload.sweep_batch)
+
+
+def _first_calls(training: _Training) -> dict[str, float]:
+    """Returns the seconds of the first call of each program, which compiles it."""
+    steps = {f"step, {mode}": training.block(mode, 1) for mode in MODES}
+    ends = {f"end of epoch, {mode}": training.end_epoch(mode) for mode in _RECORDING}
+    return steps | ends
+
+
+def _sample(training: _Training, seconds: float) -> _Samples:
+    """Measures rounds of all modes for so many seconds, with a few ends of epochs among them."""
+    # Of two, the faster: a program that is still warming up would make blocks too short.
+    a_step = min(training.block("off", 2) for _ in range(2))
+    steps_per_block = max(1, math.ceil(_BLOCK / a_step))
+
+    steps: dict[str, list[float]] = {mode: [] for mode in MODES}
+    ends: dict[str, list[float]] = {mode: [] for mode in _RECORDING}
+    for _ in range(_ENDS):
+        # One round at least, however few the seconds are.
+        until = time.perf_counter() + seconds / _ENDS
+        while True:
+            for mode, spent in training.round(steps_per_block).items():
+                steps[mode].append(spent)
+            if time.perf_counter() > until:
+                break
+
+        for mode in _RECORDING:
+            ends[mode].append(training.end_epoch(mode))
+    return _Samples(steps_per_block, steps, ends)
+
+
+def _costs(samples: _Samples, batch_size: int, steps_per_epoch: int) -> dict[str, Any]:
+    """Returns seconds and rates of all modes, and what recording adds to a step and to an epoch."""
+    medians = {mode: float(np.median(samples.steps[mode])) for mode in MODES}
+    overheads = {mode: overhead(samples.steps["off"], samples.steps[mode]) for mode in _RECORDING}
+
+    # An epoch costs what its steps do, and its end beside.
+    of_epoch = {}
+    plain_epoch = steps_per_epoch * medians["off"]
+    for mode in _RECORDING:
+        of_end = 100 * float(np.median(samples.ends[mode])) / plain_epoch
+        of_epoch[mode] = overheads[mode]["percent"] + of_end
+
+    return {
+        "step_seconds": {mode: summary(samples.steps[mode]) for mode in MODES},
+        "examples_per_second": {mode: batch_size / medians[mode] for mode in MODES},
+        "step_overhead": overheads,
+        "epoch_end_seconds": {mode: summary(samples.ends[mode]) for mode in _RECORDING},
+        "epoch_overhead_percent": of_epoch,
+    }
+
+
+def _make_scan(step: Callable) -> Callable:
+    """Compiles (state, data, order, epoch, learning_rate, seed) -> (state, losses [S]): a whole epoch of `step`."""
+
+    def run(
+        state: TrainState,
+        data: ResidentData,
+        order: Int[Array, "S B"],
+        *rest: Array,
+    ) -> tuple[TrainState, Float[Array, "S"]]:
+        def body(carried: TrainState, ids: Int[Array, "B"]) -> tuple[TrainState, Array]:
+            carried, _, loss = step(carried, {}, ResidentBatch(data, ids), *rest, None)
+            return carried, loss
+
+        return jax.lax.scan(body, state, order)
+
+    return jax.jit(run, donate_argnums=0)

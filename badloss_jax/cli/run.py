@@ -1,0 +1,94 @@
+"""`badloss run`."""
+
+import argparse
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from badloss_jax.cli.start import explain, set_up_jax, settings_and
+from badloss_jax.core.errors import BadlossError, UsageError
+
+SUMMARY = "run a whole experiment"
+ABOUT = """\
+Run a whole experiment: poison a training set with several attacks at once, record how a network learns each example,
+score the examples against a few known-clean probes, remove what stands out, retrain, and measure clean accuracy and
+attack success before and after.
+
+The same command in the same folder goes on from the last checkpoint. OUT then holds report.html (look at this),
+report.md, results.json and scores.parquet (for scripts), trajectories.png, roc.png, metrics.jsonl, manifest.json (the
+poison), trajectories/ (for `badloss score`) and models/ (orbax: undefended, loss-fraction, ...).
+"""
+EPILOG = settings_and(
+    [
+        "badloss run --config configs/digits.py --workdir /tmp/digits --config.seed=1",
+        "badloss run --config configs/cifar10.py:quick --config.data.dir=DIR --workdir /tmp/cifar10",
+        "badloss run --config configs/digits.py --workdir /tmp/patch \"--config.attacks.names=('patch',)\"",
+        "srun badloss run --distributed --config configs/imagenet.py --workdir /shared/imagenet",
+    ]
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.set_defaults(configurable=True, goes_on_from="checkpoint")
+    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="config file, and its variant if any")
+    parser.add_argument("--workdir", required=True, type=Path, metavar="OUT", help="folder of this run, new or its own")
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="as one of many processes that share the work and OUT; Slurm, Open MPI, GKE and Cloud TPUs say the rest,"
+        " elsewhere give the three below",
+    )
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 runs, and a free port of it")
+    parser.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
+    parser.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0")
+    parser.add_argument(
+        "--timeout", type=int, default=300, metavar="SECONDS", help="to wait for the others (default 300)"
+    )
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Runs an experiment; of many processes, the first one prints its tables."""
+    from badloss_jax.config import load_config
+    from badloss_jax.core.processes import first
+    from badloss_jax.core.progress import Progress
+    from badloss_jax.report.tables import as_text, detection_table, short_table
+    from badloss_jax.runs.experiment import run_experiment
+
+    config = load_config(arguments.config, overrides)
+    set_up_jax()
+    with _joined(arguments):
+        results = run_experiment(config, arguments.workdir, Progress() if first() else None)
+    if not first():
+        return 0
+
+    print()
+    if "undefended" in results:
+        print(f"{as_text(short_table(results))}\n")
+    if not any("retrained" in variant for variant in results["variants"].values()):
+        print(f"{as_text(detection_table(results))}\n")
+    print(f"Report: {arguments.workdir / 'report.html'}")
+    return 0
+
+
+@contextmanager
+def _joined(arguments: argparse.Namespace) -> Iterator[None]:
+    """Joins the other processes, if there are to be any, and leaves them to themselves if this one fails alone."""
+    from badloss_jax.core.processes import connect, leave
+
+    address = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if not arguments.distributed:
+        if any(value is not None for value in address):
+            raise UsageError("--coordinator, --num_processes and --process_id need --distributed")
+        yield
+        return
+
+    connect(*address, arguments.timeout)
+    try:
+        yield
+    except BadlossError as error:
+        leave(error, explain(error))
+    except Exception:
+        traceback.print_exc()
+        leave(None, 1)

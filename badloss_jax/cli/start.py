@@ -1,0 +1,54 @@
+"""What commands share: the end of a help text, arguments that are lists, JAX set up, errors explained."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from badloss_jax.core.errors import BadlossError, PreemptedError
+
+_SETTINGS = """\
+settings:
+  --config.GROUP.KEY=VALUE changes one setting, repeatedly; `badloss_jax/settings.py` lists all with their meaning.
+  An unknown key or an impossible value is refused, with the nearest valid one, before any work starts.
+
+examples:
+{examples}
+
+exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by SIGTERM with all saved (run it again), 130 interrupted
+"""
+
+
+def settings_and(examples: Sequence[str]) -> str:
+    """Returns the end of a help text: how settings are changed, examples, exit codes."""
+    return _SETTINGS.format(examples="\n".join(f"  {example}" for example in examples))
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Takes an argument such as 0,1,2 apart; raises ValueError if it is none, which argparse explains."""
+    return tuple(int(number) for number in text.split(","))
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Takes an argument such as patch,blend_r apart."""
+    return tuple(text.split(","))
+
+
+def set_up_jax() -> None:
+    """Keeps compiled programs in the user's own cache folder, and off the screen what orbax logs before it raises."""
+    import logging
+
+    import absl.logging
+    import jax
+
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        cache = Path("~/.cache/badloss_jax/xla").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def explain(error: BadlossError) -> int:
+    """Says on the screen what happened; returns the exit code."""
+    kind = "" if isinstance(error, PreemptedError) else "error: "
+    print(f"badloss: {kind}{error}", file=sys.stderr)
+    return error.exit_code

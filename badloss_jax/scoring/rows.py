@@ -1,0 +1,83 @@
+"""Trajectories wherever they lie, in memory or on disk, and how they are read: a chunk at a time."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+CHUNK_VALUES = 2**22  # of trajectories held at a time, twice, which bounds memory whatever N is
+
+
+class Rows(Protocol):
+    """Trajectories in memory or on disk: an array, a memory map, or `TrajectoryStore.rows`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, T) or (N, T, width)."""
+
+    @property
+    def dtype(self) -> Any:
+        """A NumPy dtype."""
+
+    def __getitem__(self, rows: Any) -> Any:
+        """Reads a slice, or a sorted array of ids."""
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """The rows from `begin` to `end` of others; nothing is read before it is indexed."""
+
+    rows: Rows
+    begin: int
+    end: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, T) or (N, T, width)."""
+        return self.end - self.begin, *self.rows.shape[1:]
+
+    @property
+    def dtype(self) -> Any:
+        """A NumPy dtype."""
+        return self.rows.dtype
+
+    def __getitem__(self, rows: Any) -> Any:
+        """Reads a slice, or a sorted array of ids, which count from `begin`."""
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(self.end - self.begin)
+            return self.rows[self.begin + start : self.begin + stop]
+        return self.rows[self.begin + rows]
+
+
+def row_chunks(rows: Rows, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Cuts a range of rows into chunks, each small enough to be held in memory.
+
+    Args:
+      rows: trajectories.
+      begin: the first row.
+      end: the row after the last.
+
+    Yields:
+      (start, stop) of consecutive chunks.
+    """
+    return parts_of_range(begin, end, chunk_size(rows))
+
+
+def chunk_size(rows: Rows) -> int:
+    """Returns how many rows are held at a time, 1 at least."""
+    return max(1, CHUNK_VALUES // max(1, math.prod(rows.shape[1:])))
+
+
+def parts_of_range(begin: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cuts a range into parts of one size, of which the last may be smaller.
+
+    Args:
+      begin: where the range begins.
+      end: where it ends.
+      size: of a part, 1 at least.
+
+    Yields:
+      (start, stop) of consecutive parts.
+    """
+    for start in range(begin, end, size):
+        yield start, min(end, start + size)

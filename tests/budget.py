@@ -1,0 +1,69 @@
+"""Hooks of pytest by which a test fails that takes more CPU time than tests may, so that the suite stays fast.
+
+What counts are the seconds of the process and of its children that have ended, in setup and call. Fixtures of a wider
+scope than a function do not count: whichever test comes first would pay for all. The limit is the ini setting
+`cpu_seconds`; tests that are marked `slow` may take longer.
+"""
+
+import resource
+
+import pytest
+
+_begun = pytest.StashKey[float]()
+
+
+class _Meter:
+    """Counts the CPU seconds of this process and of its children that have ended, without those of shared fixtures."""
+
+    def __init__(self):
+        self._shared = 0.0
+
+    def __call__(self):
+        return self._all() - self._shared
+
+    def leave_out(self, since):
+        """Does not count what was taken since the meter stood there."""
+        self._shared += self() - since
+
+    def _all(self):
+        ours = resource.getrusage(resource.RUSAGE_SELF)
+        theirs = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return ours.ru_utime + ours.ru_stime + theirs.ru_utime + theirs.ru_stime
+
+
+_meter = _Meter()
+
+
+def pytest_addoption(parser):
+    parser.addini("cpu_seconds", "that a test may take, with its children, unless it is marked slow", "string", "20")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item):
+    item.stash[_begun] = _meter()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    since = _meter()
+    try:
+        return (yield)
+    finally:
+        if fixturedef.scope != "function":
+            _meter.leave_out(since)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item):
+    result = yield
+
+    taken = _meter() - item.stash[_begun]
+    allowed = float(item.config.getini("cpu_seconds"))
+    if taken > allowed and item.get_closest_marker("slow") is None:
+        pytest.fail(
+            f"{item.nodeid} took {taken:.1f} CPU seconds, its children included, and {allowed:g} are allowed: make it"
+            " smaller, share what it builds, or mark it slow",
+            pytrace=False,
+        )
+    return result

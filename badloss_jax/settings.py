@@ -351,7 +351,8 @@ def parse_rule(text: str, rejection: Mapping[str, Any]) -> tuple[str, float]:
     try:
         value = float(level)
     except ValueError:
-        value = math.nan
+        value = math.nan  # lies in no range
+
     if not 0 < value < 1:
         raise UsageError(f"rejection.rules has {text!r}: expected a level above 0 and below 1 after the @")
     return rule, value

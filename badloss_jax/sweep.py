@@ -11,6 +11,7 @@ folder of a sweep lie:
 Any number of processes can work on one sweep at a time: each item is taken by one of them.
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -77,7 +78,7 @@ class Item:
     def name(self) -> str:
         """Names its folder, uniquely."""
         parts = [self.attacks, self.defense, self.setting, f"seed{self.seed}", config_hash(self.config)[:8]]
-        return "-".join("".join(c if c.isalnum() or c in "_." else "_" for c in part) for part in parts if part)
+        return "-".join(_file_name(part) for part in parts if part)
 
     @property
     def place(self) -> tuple[str, str, str, int]:
@@ -95,9 +96,20 @@ class Item:
         return from_json(json.dumps(self.config))
 
 
+def _file_name(text: str) -> str:
+    """Returns a text with an underscore for every character that a name of a file had better not have."""
+    return "".join(c if c.isalnum() or c in "_." else "_" for c in text)
+
+
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep with its items, in the order in which they are run."""
+    """A sweep.
+
+    Attributes:
+      title: a sentence for the report.
+      axis: what the items' settings vary, or "".
+      items: in the order in which they are run.
+    """
 
     title: str
     axis: str
@@ -105,9 +117,12 @@ class Sweep:
 
 
 def load_sweep(
-    spec: str, overrides: Sequence[str] = (), seeds: Sequence[int] = (), attacks: Sequence[str] = (),
+    spec: str,
+    overrides: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    attacks: Sequence[str] = (),
     defenses: Sequence[str] = (),
-) -> Sweep:  # fmt: skip
+) -> Sweep:
     """Loads `FILE[:variant]` and makes its items.
 
     Args:
@@ -116,64 +131,93 @@ def load_sweep(
       seeds: in place of the file's.
       attacks, defenses: take only items with these labels or names.
 
+    Returns:
+      The sweep, with at least one item.
+
     Raises:
       UsageError: no such file, unknown labels or names, or an item whose config is impossible.
     """
     path, _, variant = spec.partition(":")
-    given = load_file(Path(path), variant)
-    if set(given) != set(default_sweep()):
+    sweep = load_file(Path(path), variant)
+    if set(sweep) != set(default_sweep()):
         raise UsageError(f"{path} is not a sweep file: start from badloss_jax.sweep.default_sweep()")
-    base = load_config(str(Path(path).resolve().parents[1] / given.base), overrides)
-    items = tuple(_items(given, base, seeds or given.seeds, attacks, defenses))
+
+    # A sweep file lies in a folder beside the configs that it names.
+    base = load_config(str(Path(path).resolve().parents[1] / sweep.base), overrides)
+    attacks_of = _only(attacks, sweep.attacks or {"all": base.attacks.names})
+    rules_of = _only(defenses, _rules_of(sweep))
+
+    items = tuple(_items(sweep, base, attacks_of, rules_of, seeds or sweep.seeds))
     if not items:
         raise UsageError(f"{path}: the sweep has no items")
-    return Sweep(given.title, given.axis, items)
+    return Sweep(sweep.title, sweep.axis, items)
 
 
-def _items(
-    sweep: ConfigDict, base: ConfigDict, seeds: Sequence[int], only_attacks: Sequence[str], only_defenses: Sequence[str]
-) -> Iterator[Item]:
-    """Yields the items, seeds innermost: processes that work side by side then seldom wait for the same artefact."""
-    settings = sweep.settings or {"": {}}
-    attacks = _only(only_attacks, sweep.attacks or {"all": base.attacks.names})
+def _rules_of(sweep: ConfigDict) -> dict[str, list[str]]:
+    """Returns defence or control -> the rules that it is compared by, in the order of the file."""
     rules: dict[str, list[str]] = {}
     for variant in sweep.defenses:
         name, _, rule = variant.partition("/")
-        rules.setdefault(name, []).extend([rule] if rule and name not in CONTROLS else [])
+        of_defense = rules.setdefault(name, [])
+        if rule and name not in CONTROLS:
+            of_defense.append(rule)
+
     if sweep.all_detectors:
-        free = (name for name, defense in DEFENSES.items() if defense.recorded)
-        rules |= {name: [] for name in free if name not in rules}
-    rules = _only(only_defenses, rules)
-    for name, of_defense in rules.items():
-        for attack_label, names in attacks.items():
-            for label, chosen in settings.items():
-                for seed in seeds:
-                    changes = sweep.shared_settings | {"attacks.names": tuple(names), "seed": seed} | chosen
-                    config = _item_config(base, name, of_defense, changes, sweep.retrain)
-                    yield Item(attack_label, name, tuple(of_defense), label, seed, to_dict(config))
+        for name, defense in DEFENSES.items():
+            if defense.recorded:
+                rules.setdefault(name, [])
+    return rules
 
 
 def _only(wanted: Sequence[str], known: dict[str, Any]) -> dict[str, Any]:
     """Keeps what is wanted; without a wish, all."""
-    if strangers := set(wanted) - set(known):
+    strangers = set(wanted) - set(known)
+    if strangers:
         raise UsageError(f"the sweep has no {min(strangers)!r}: expected some of {', '.join(known)}")
     return {name: value for name, value in known.items() if name in wanted or not wanted}
+
+
+def _items(
+    sweep: ConfigDict,
+    base: ConfigDict,
+    attacks_of: dict[str, Sequence[str]],
+    rules_of: dict[str, list[str]],
+    seeds: Sequence[int],
+) -> Iterator[Item]:
+    """Yields the items, seeds innermost: processes that work side by side then seldom wait for the same artefact."""
+    settings_of = sweep.settings or {"": {}}
+    product = itertools.product(rules_of.items(), attacks_of.items(), settings_of.items(), seeds)
+    for (defense, rules), (attacks, names), (setting, settings), seed in product:
+        changes = sweep.shared_settings | {"attacks.names": tuple(names), "seed": seed} | settings
+        config = _item_config(base, defense, rules, changes, sweep.retrain)
+        yield Item(attacks, defense, tuple(rules), setting, seed, to_dict(config))
 
 
 def _item_config(
     base: ConfigDict, defense: str, rules: Sequence[str], changes: dict[str, Any], retrain: bool
 ) -> ConfigDict:
     """Returns the base with one defence, or control, in place of all that it compares, and with the changes."""
-    control = defense in CONTROLS
+    # A defence's own rule is no rule of the config; the others come before the base's, each once.
     known = [rule for rule in rules if rule != "own"]
-    settings = {
+    settings: dict[str, Any] = {
         "scoring.kinds": (),
-        "defenses.names": () if control else (defense,),
-        "controls": tuple(dict.fromkeys(("none", defense))) if control else (),
         "rejection.rules": tuple(dict.fromkeys([*known, *base.rejection.rules])),
-        "retraining.variants": tuple(f"{defense}/{rule}" for rule in rules) if retrain and not control else (),
-        "retraining.enabled": bool(retrain and (control or rules or _cleanses(defense))),
     }
+    if defense in CONTROLS:
+        settings |= {
+            "defenses.names": (),
+            "controls": tuple(dict.fromkeys(("none", defense))),
+            "retraining.variants": (),
+            "retraining.enabled": bool(retrain),
+        }
+    else:
+        variants = [f"{defense}/{rule}" for rule in rules] if retrain else []
+        settings |= {
+            "defenses.names": (defense,),
+            "controls": (),
+            "retraining.variants": tuple(variants),
+            "retraining.enabled": bool(retrain and (rules or _cleanses(defense))),
+        }
     return changed(base, settings | changes)
 
 
@@ -182,13 +226,24 @@ def _cleanses(defense: str) -> bool:
 
 
 def write_sweep(folder: Path, sweep: Sweep) -> None:
-    """Writes sweep.json, what the report is made from; items of an earlier call that are not in this one are kept."""
-    known = read_sweep(folder)[0].items if (folder / "sweep.json").is_file() else ()
-    by_place = {item.place: item for item in sweep.items}
-    by_place |= {item.place: item for item in known if item.place not in by_place}
-    items = [asdict(item) | {"name": item.name} for item in by_place.values()]
-    about = {"format": _FORMAT, "title": sweep.title, "axis": sweep.axis, "items": items}
-    write_text(folder / "sweep.json", json.dumps(about, indent=1))
+    """Writes sweep.json, what the report is made from; items of an earlier call that are not in this one are kept.
+
+    Args:
+      folder: of the sweep.
+      sweep: of which an item replaces the earlier one that stands where it does.
+
+    Raises:
+      DataError: an earlier sweep.json is damaged, or the file cannot be written.
+    """
+    items = {item.place: item for item in sweep.items}
+    if (folder / "sweep.json").is_file():
+        earlier, _ = read_sweep(folder)
+        for item in earlier.items:
+            items.setdefault(item.place, item)
+
+    entries = [asdict(item) | {"name": item.name} for item in items.values()]
+    content = {"format": _FORMAT, "title": sweep.title, "axis": sweep.axis, "items": entries}
+    write_text(folder / "sweep.json", json.dumps(content, indent=1))
 
 
 def read_sweep(folder: Path) -> tuple[Sweep, list[str]]:
@@ -200,26 +255,40 @@ def read_sweep(folder: Path) -> tuple[Sweep, list[str]]:
     """
     path = folder / "sweep.json"
     try:
-        about = read_json(path)
-        if about["format"] != _FORMAT:
-            raise DataError(f"{path} is damaged: its format is {about['format']!r}, expected {_FORMAT!r}")
-        names = [str(item.pop("name")) for item in about["items"]]
-        items = [Item(**(item | {"rules": tuple(item["rules"])})) for item in about["items"]]
+        content = read_json(path)
+        if content["format"] != _FORMAT:
+            raise DataError(f"{path} is damaged: its format is {content['format']!r}, expected {_FORMAT!r}")
+        names = [str(entry.pop("name")) for entry in content["items"]]
+        items = [Item(**(entry | {"rules": tuple(entry["rules"])})) for entry in content["items"]]
     except FileNotFoundError as error:
         raise UsageError(f"{folder} holds no sweep (no sweep.json in it)") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged: {error}") from error
+
+    # The file may come from anybody, and these names become paths.
     if any(Path(name).name != name or name in ("", ".", "..") for name in names):
         raise DataError(f"{path} is damaged: an item's name leads out of the folder")
-    return Sweep(str(about["title"]), str(about["axis"]), tuple(items)), names
+    return Sweep(str(content["title"]), str(content["axis"]), tuple(items)), names
 
 
 def state_of(folder: Path, item: Item) -> str:
-    """Says how an item stands: "done", "failed" or "open"."""
+    """Says how an item stands.
+
+    Args:
+      folder: of the sweep.
+      item: of it.
+
+    Returns:
+      "done", "failed" or "open".
+    """
+    workdir = folder / "items" / item.name
     try:
-        results = read_json(folder / "items" / item.name / "results.json")
+        results = read_json(workdir / "results.json")
         if results.get("config_hash") == config_hash(item.config):
             return "done"
     except (FileNotFoundError, DataError):
-        pass
-    return "failed" if (folder / "items" / item.name / "error.txt").is_file() else "open"
+        pass  # what cannot be read is not done
+
+    if (workdir / "error.txt").is_file():
+        return "failed"
+    return "open"

@@ -14,6 +14,7 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
+_OF_A_TREE = 7  # one of so many files that are removed with their folder
 _EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
@@ -24,23 +25,31 @@ class Snapshots:
       folder: that is watched, with all below it.
       copies: the folder for the copies, 0, 1, ...
 
-    Attributes:
-      taken: (the change that came next, the copy) in order.
     """
 
     def __init__(self, folder, copies):
-        self.taken = []
         self._folder = folder
         self._copies = copies
-        self._known = set()
+        self._of_state = {}
+        self._count = 0
+        self._removed = 0
         self._lock = threading.RLock()
         self._copying = False
 
+    @property
+    def taken(self):
+        """(the change that came next, the copy), in order."""
+        return list(self._of_state.values())
+
     def before(self, event, arguments):
         """Is told of an event before it happens."""
-        if event not in _EVENTS or self._copying and self._lock._is_owned():
+        if event not in _EVENTS or (self._copying and self._lock._is_owned()):
             return
         path = _path_of(event, arguments)
+        if event in ("os.remove", "os.rmdir") and arguments[-1] != -1:
+            self._removed += 1
+            if self._removed % _OF_A_TREE:
+                return
         if path.startswith(f"{self._folder}{os.sep}"):
             with self._lock:  # no other thread changes anything meanwhile
                 self._copying = True
@@ -50,19 +59,16 @@ class Snapshots:
                     self._copying = False
 
     def _take(self, change):
-        copy = self._copies / str(len(self.taken))
+        copy = self._copies / str(self._count)
+        self._count += 1
         while True:
             try:
                 shutil.copytree(self._folder, copy)
                 break
             except (shutil.Error, FileNotFoundError):  # what is not Python's went on, and renamed a file
                 shutil.rmtree(copy, ignore_errors=True)
-        state = _state_of(copy)
-        if state in self._known:
-            shutil.rmtree(copy)
-            return
-        self._known.add(state)
-        self.taken.append((change, copy))
+        # Of two that differ in files that are half-written the later one, which has more of them.
+        self._of_state[_state_of(copy)] = change, copy
 
 
 def _path_of(event, arguments):
@@ -76,12 +82,13 @@ def _path_of(event, arguments):
 
 
 def _state_of(folder):
-    """Returns a hash of all names and contents, but for what no later process can depend on."""
+    """Returns a hash of all names and contents, but for files that nothing ever reads."""
     state = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        name = re.sub(r"/\.(\w+)-\w{8}(\.\w+)$", r"/.\1\2", f"/{path.relative_to(folder)}")  # of write_atomically
-        content = path.read_bytes() if path.is_file() and path.name != ".lock" else b""
-        state.update(repr((name, content)).encode())
+        half_written = re.fullmatch(r"\.\w+-\w{8}\.\w+", path.name)
+        if not half_written and path.name != ".lock":
+            content = path.read_bytes() if path.is_file() else b""
+            state.update(repr((str(path.relative_to(folder)), content)).encode())
     return state.digest()
 
 

@@ -59,4 +59,6 @@ def test_tests_have_a_limit_of_cpu_time(pytester):
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
     result.assert_outcomes(passed=3, failed=3)
     for name in ("test_busy", "test_busy_in_setup", "test_busy_child"):
-        result.stdout.re_match_lines([rf".*::{name} took [12]\.\d CPU seconds, .* and 0\.7 are allowed: make it smaller.*"])
+        result.stdout.re_match_lines(
+            [rf".*::{name} took [12]\.\d CPU seconds, .* and 0\.7 are allowed: make it smaller.*"]
+        )

@@ -22,7 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Draws the picture, and prints who attacks what."""
+    """Draws the picture, and prints who attacks what.
+
+    Args:
+      arguments: of the command line, parsed.
+      overrides: `--config.KEY=VALUE`, as they were given.
+
+    Returns:
+      The exit code.
+    """
     from badloss_jax.config import load_config
     from badloss_jax.core.progress import Progress
     from badloss_jax.report.tables import as_text, attack_table

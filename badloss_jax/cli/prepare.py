@@ -44,7 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Writes the data set, or goes on with it."""
+    """Writes the data set, or goes on with it.
+
+    Args:
+      arguments: of the command line, parsed.
+      overrides: none: this command has no settings.
+
+    Returns:
+      The exit code.
+    """
     from badloss_jax.core.progress import Progress
     from badloss_jax.data.prepare import prepare
 

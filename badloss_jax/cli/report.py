@@ -23,7 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Renders the report of a run or of a sweep."""
+    """Renders the report of a run or of a sweep.
+
+    Args:
+      arguments: of the command line, parsed.
+      overrides: none: this command has no settings.
+
+    Returns:
+      The exit code.
+    """
     if arguments.sweep:
         report_sweep(arguments.sweep)
         return 0

@@ -49,13 +49,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Runs an experiment; of many processes, the first one prints its tables."""
+    """Runs an experiment; of many processes, the first one prints its tables.
+
+    Args:
+      arguments: of the command line, parsed.
+      overrides: `--config.KEY=VALUE`, as they were given.
+
+    Returns:
+      The exit code.
+    """
     from badloss_jax.config import load_config
     from badloss_jax.core.processes import first
     from badloss_jax.core.progress import Progress
     from badloss_jax.report.tables import as_text, detection_table, short_table
     from badloss_jax.runs.experiment import run_experiment
 
+    # Wrong settings are refused before JAX starts.
     config = load_config(arguments.config, overrides)
     set_up_jax()
     with _joined(arguments):
@@ -84,6 +93,7 @@ def _joined(arguments: argparse.Namespace) -> Iterator[None]:
         yield
         return
 
+    # One that fails alone must not wait for the others at the end, nor they for it.
     connect(*address, arguments.timeout)
     try:
         yield

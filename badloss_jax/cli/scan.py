@@ -57,7 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Scans, and applies what was found if asked to."""
+    """Scans, and applies what was found if asked to.
+
+    Args:
+      arguments: of the command line, parsed.
+      overrides: `--config.KEY=VALUE`, as they were given.
+
+    Returns:
+      The exit code.
+    """
     from badloss_jax.core.progress import Progress
     from badloss_jax.data.cleaned import check_target, write_cleaned
     from badloss_jax.report.tables import as_text, cluster_table

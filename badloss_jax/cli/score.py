@@ -49,7 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Scores the recording of a run, or trajectories of any origin."""
+    """Scores the recording of a run, or trajectories of any origin.
+
+    Args:
+      arguments: of the command line, parsed.
+      overrides: `--config.KEY=VALUE`, as they were given.
+
+    Returns:
+      The exit code.
+    """
     if arguments.trajectories:
         return _score_stored(arguments, overrides)
     if arguments.probes or arguments.exclude_non_finite:
@@ -73,7 +81,7 @@ def _score_stored(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from badloss_jax.report.tables import as_text, threshold_table
     from badloss_jax.runs.score_stored import score_stored
 
-    arguments.goes_on_from = "part"
+    arguments.goes_on_from = "part"  # for who interrupts it
     set_up_jax()
     results = score_stored(
         arguments.trajectories,

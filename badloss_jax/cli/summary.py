@@ -19,7 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Prints the table."""
+    """Prints the table.
+
+    Args:
+      arguments: of the command line, parsed.
+      overrides: none: this command has no settings.
+
+    Returns:
+      The exit code.
+    """
     from badloss_jax.report.results import read_results
     from badloss_jax.report.tables import as_markdown, summary
 

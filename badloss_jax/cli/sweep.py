@@ -54,7 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Runs what is not done of a sweep, or lists its items."""
+    """Runs what is not done of a sweep, or lists its items.
+
+    Args:
+      arguments: of the command line, parsed.
+      overrides: `--config.KEY=VALUE`, as they were given.
+
+    Returns:
+      The exit code.
+    """
     from badloss_jax.sweep import load_sweep, state_of
 
     sweep = load_sweep(arguments.config, overrides, arguments.seeds, arguments.attacks, arguments.defenses)
@@ -68,6 +76,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     set_up_jax()
     failed = run_sweep(sweep, arguments.workdir, arguments.item, Progress(), shared=arguments.shared)
+    # Of an array of tasks, each with its items, none is the last.
     if arguments.item is None:
         report_sweep(arguments.workdir)
     for name, error in failed.items():

@@ -1,4 +1,6 @@
 """Whatever owns a folder: experiments, scans, sweeps, scorings of stored trajectories, recorders of own loops.
 
-May import everything but `cli` and `benchmarks`. Begin with `experiment`, the story of a run; `phases` has its parts.
+May import everything but `cli` and `benchmarks`. Begin with `experiment`, the story of a run: `phases` and `defending`
+have its parts, `trainer` what its trainings share, `artefacts` where the costly things lie. `scan` is the other story;
+`own_loop` has the recorder for loops of other frameworks.
 """

@@ -73,9 +73,11 @@ def run_experiment(
       config = badloss_jax.load_config("configs/digits.py", ["--config.seed=1"])
       results = badloss_jax.run_experiment(config, Path("/tmp/digits"))
     """
+    # What is wrong is said before anything is read or written.
     check_config(config)
     mesh = mesh or make_mesh()
     check_devices(config, mesh)
+
     started = time.monotonic()
     progress = progress or Progress(None)
     tell_wait = progress.note if wait else None
@@ -161,6 +163,7 @@ def _retrain(run: Phases, findings: _Findings) -> dict[str, dict[str, Any]]:
     for name, model in findings.cleansed.items():
         variants[name] = cleansed_entry(model, undefended)
 
+    # Only now is it known what the shared trainings took.
     for name, entry in variants.items():
         kind = name.partition("/")[0]
         entry |= cost_entry(findings.costs.get(kind), run.ledger.seconds, run.config)

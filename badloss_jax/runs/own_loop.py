@@ -228,6 +228,7 @@ class TrajectoryRecorder:
         column = integer("epoch", epoch, 0, self.num_epochs - 1)
         ids = batch["example_ids"]
 
+        # Padded, so that batches of all sizes compile a few programs.
         batch = jax.device_put(padded(batch, padding_id(self.num_examples, self.mesh)), replicated(self.mesh))
         step = make_update(self.kinds, self.mesh)
         # Waited for: what came without a copy may be overwritten by whoever owns it.
@@ -311,6 +312,7 @@ class TrajectoryRecorder:
         if len(classes) != self.num_examples:
             raise UsageError(f"there are {len(classes)} labels for {self.num_examples} examples")
 
+        # Written beside it, so that a failure leaves what was saved before.
         beside = folder.with_name(f".{folder.name}.new")
         no_probe = np.zeros(self.num_examples, bool)
         layout = self.kinds.layout()

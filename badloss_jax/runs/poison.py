@@ -30,7 +30,7 @@ from badloss_jax.report.plots import save_triggers
 from badloss_jax.report.results import header
 from badloss_jax.runs.trainer import Trainer, Training, check_devices, place_clean, recipe_of, spec_of
 from badloss_jax.training.batch import Examples
-from badloss_jax.training.loop import Recipe, train
+from badloss_jax.training.loop import Passengers, Recipe, train
 from badloss_jax.training.state import TrainState
 from badloss_jax.training.step import network_of
 
@@ -144,7 +144,7 @@ def _train_unkept(mesh: Mesh, progress: Progress, surrogate: Surrogate, data: Ex
         seed=surrogate.seed,
         phase="surrogate",
         mesh=mesh,
-        progress=progress,
+        passengers=Passengers(progress=progress),
     )
 
 

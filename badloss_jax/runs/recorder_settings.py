@@ -33,6 +33,7 @@ def checked_sizes(settings: Mapping[str, Any]) -> dict[str, int]:
     """
     sizes = {}
     for name, least in _LEAST.items():
+        # None of these two means a kind that is not recorded.
         if settings[name] is not None or name not in _OPTIONAL:
             sizes[name] = integer(name, settings[name], least)
     return sizes
@@ -102,5 +103,6 @@ def put_in_place(whole: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(before)
 
+    # A folder cannot be replaced in one step; between these two renames both are whole, under other names.
     whole.rename(folder)
     shutil.rmtree(before, ignore_errors=True)

@@ -62,6 +62,7 @@ def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[
         "variants": variants,
     }
 
+    # Named by what was changed, so that the run's own results and other rescorings stay.
     folder = workdir / "rescored" / digest(to_dict(config)["scoring"], to_dict(config)["rejection"])
     write_scores(
         folder / "scores.parquet",
@@ -117,7 +118,7 @@ def _class_names(workdir: Path, manifest: Manifest) -> list[str]:
     try:
         names = read_json(workdir / "results.json")["class_names"]
     except (FileNotFoundError, KeyError):
-        names = []
+        names = []  # the run is not at its end
 
     if len(names) == manifest.num_classes:
         return [str(name) for name in names]

@@ -199,6 +199,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
 def _settings(request: ScanRequest, config: ConfigDict, examples: TrainingSet, num_probes: int) -> ConfigDict:
     """Returns what fits the data, with the overrides; refuses what a scan has no use for."""
     suggest(config, len(examples.names), examples.image_shape, examples.num_classes, num_probes)
+    # Devices share a batch in equal parts.
     for group in (config.recording, config.retraining):
         group.batch_size = round_up(group.batch_size, request.mesh)
     config = override(config, request.overrides)
@@ -238,6 +239,7 @@ def _choose_network(request: ScanRequest, config: ConfigDict, examples: Training
         request.progress.note(f"network  {network}, {config.recording.epochs} epochs")
         return None
 
+    # Returned, so that they are not put there twice.
     images = place_clean(config, examples.split, request.mesh)
     sizing = Sizing(config, images, examples.image_shape, examples.num_classes, request.mesh)
     choose_network(sizing, request.minutes, request.progress)
@@ -251,6 +253,7 @@ def _network_is_known(request: ScanRequest, config: ConfigDict) -> bool:
     if not (request.workdir / "config.json").is_file():
         return False
 
+    # Another network would be another recording: a scan that goes on keeps its own, whatever the time is now.
     stored = read_config(request.workdir)
     config.model.update(name=stored.model.name, stages=stored.model.stages, stem_stride=stored.model.stem_stride)
     config.recording.epochs = stored.recording.epochs
@@ -283,6 +286,7 @@ def _record(
         seconds["recording"] = trainer.seconds_before + time.monotonic() - begun
     trainer.finish("recording", recording.identity)
 
+    # Probes do not change what is recorded, so that other ones need no new recording.
     store = TrajectoryStore.open(folder)
     if not np.array_equal(store.probe_ids(), probe_ids):
         store.mark_probes(probe_ids)

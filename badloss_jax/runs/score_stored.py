@@ -91,6 +91,7 @@ def score_stored(
             " --exclude_non_finite"
         )
 
+    # Ids say which probes they are; of trajectories of their own, only the file does.
     probes_file = ""
     if probes and trusted.own is not None:
         probes_file = sha256_of(probes)
@@ -101,6 +102,7 @@ def score_stored(
         "settings": {name: to_dict(config)[name] for name in _SCORING_GROUPS},
         "exclude_non_finite": exclude_non_finite,
     }
+
     with locked(workdir):
         finished = _claim(workdir, question)
         if finished:
@@ -109,6 +111,8 @@ def score_stored(
 
         scoring = _Scoring(source, trusted, workdir, config, progress, mesh, exclude_non_finite)
         results = question | scoring.run()
+
+        # First the results, then what they were made of: a process that is killed in between has both.
         write_text(workdir / "scoring.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
         shutil.rmtree(workdir / "distances", ignore_errors=True)
     return results
@@ -161,6 +165,7 @@ class _Scoring:
         with self._timed("writing"):
             self._write(kinds)
 
+        # Without losses there is no filter, and all epochs are scored.
         epochs_kept = None
         if "loss" in trajectories.kinds or settings.epochs:
             epochs_kept = epochs.tolist()
@@ -198,6 +203,7 @@ class _Scoring:
         self.progress.phase(f"{kind}, k = {k}")
         self.progress.begin(total, total - to_do)
 
+        # Written part by part: a killed process goes on with the first that is missing.
         for number in missing:
             start, stop = self.parts[number]
             values = knn_distances(RowRange(rows, start, stop), probes, k, self.mesh, exclude_non_finite=True)
@@ -288,6 +294,7 @@ def _settings(source: Source, probes: Probes, overrides: Sequence[str]) -> Confi
 
 def _settings_without_overrides(trajectories: Trajectories, num_probes: int) -> ConfigDict:
     """Returns the default settings for the kinds that there are."""
+    # Made to look like a recording of these trajectories, which the checks of a config compare settings with.
     config = default_config()
     config.unlock()
     config.recording.kinds = tuple(kind for kind in trajectories.kinds if kind != "loss")

@@ -112,6 +112,7 @@ class Sizing:
         learning_rate = np.float32(recipe.learning_rate_at(0))
         seed = np.uint32(0)
 
+        # Every step is waited for: else only its dispatch would be timed.
         steps = -_WARM_UP
         started = 0.0
         with closing(self._endless_batches(recipe.batch_size)) as batches:

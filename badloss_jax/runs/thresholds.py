@@ -79,6 +79,7 @@ def survey(parted: PartedScores) -> Survey:
     p_value_counts = np.zeros(len(scores.probes) + 1, np.int64)
     count = 0
     excluded = 0
+
     low = np.inf
     high = -np.inf
     for start, stop in parted.parts:
@@ -91,6 +92,7 @@ def survey(parted: PartedScores) -> Survey:
             high = max(high, float(values[finite].max()))
 
         p_values = conformal_p_values(values[finite & ~parted.is_probe(start, stop)], scores.probe_scores)
+        # A p-value is a multiple of 1 / (P + 1), so that counts of each say all.
         numbers = np.rint(p_values * len(p_value_counts)).astype(int) - 1
         p_value_counts += np.bincount(numbers, minlength=len(p_value_counts))
 
@@ -146,6 +148,7 @@ class Threshold:
             self.ties_taken += len(tied)
             removed = eligible & (values > self.distance)
             removed[tied] = True
+
         self.removed += int(removed.sum())
         return removed
 
@@ -210,6 +213,7 @@ class ScoredKind:
                 "distance": threshold.distance,
                 "p_value": threshold.p_value,
             }
+
         return {
             "k": list(self.parted.scores.k),
             "excluded": self.counted.excluded,

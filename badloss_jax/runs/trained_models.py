@@ -88,6 +88,7 @@ class TrainedModels:
             title = self.ledger.number(plan.name)
             self.trainer.progress.phase(title)
 
+        # Weights do not depend on how they are tested, so that only the test is made again where that changed.
         config = self.trainer.config
         tested = digest(plan.identity, self.dataset.test.fingerprint, to_dict(config)["evaluation"])
         record = on_first(lambda: read_about(folder))
@@ -107,6 +108,8 @@ class TrainedModels:
             else:
                 self.trainer.progress.note(f"{title}  done before")
             entry.seconds = record["seconds"]
+
+        # All is saved, and nothing goes on from a checkpoint any more.
         self.trainer.finish(plan.name, plan.identity)
         return record
 
@@ -125,6 +128,7 @@ class TrainedModels:
         }
         if plan.details is not None:
             record |= {"details": plan.details, "seconds_of": entry.used}
+
         save_model(folder, self.spec, state, record)
         return record
 

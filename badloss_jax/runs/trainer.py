@@ -27,7 +27,7 @@ from badloss_jax.runs.workdir import add_resume, append_metrics, start_metrics
 from badloss_jax.runs.writers import Writer
 from badloss_jax.training.batch import Examples
 from badloss_jax.training.checkpoint import Checkpoints, Position
-from badloss_jax.training.loop import Recipe, train
+from badloss_jax.training.loop import Passengers, Recipe, train
 from badloss_jax.training.objective import MeanLoss
 from badloss_jax.training.recorder import Recorder
 from badloss_jax.training.resident import ResidentData
@@ -134,12 +134,14 @@ class Trainer:
                     mesh=self.mesh,
                     initial=initial,
                     given=given,
-                    recorder=recorder,
-                    checkpoints=checkpoints,
-                    watchdog=watchdog,
-                    progress=self.progress,
-                    on_begin=self._begin,
-                    on_epoch=self._after_epoch,
+                    passengers=Passengers(
+                        recorder=recorder,
+                        checkpoints=checkpoints,
+                        watchdog=watchdog,
+                        progress=self.progress,
+                        on_begin=self._begin,
+                        on_epoch=self._after_epoch,
+                    ),
                 )
             except NonFiniteLossError as error:
                 if first():

@@ -48,6 +48,7 @@ def claim(folder: Path, config: ConfigDict, free: Sequence[str] = ()) -> Iterato
     with locked(folder):
         if path.is_file():
             _check_config_is_the_same(folder, config, free)
+        # What is free to change is kept as it is now, for who reads the folder.
         if free or not path.is_file():
             write_text(path, to_json(config))
 
@@ -62,6 +63,7 @@ def _check_config_is_the_same(folder: Path, config: ConfigDict, free: Sequence[s
     if config_hash(stored) == config_hash(config):
         return
 
+    # Some tell which config it was; all would fill the screen.
     changes = [f"{key}: {change}" for key, change in differences(to_dict(config), to_dict(stored)).items()]
     if len(changes) > _SHOWN:
         changes[_SHOWN:] = ["..."]
@@ -102,6 +104,7 @@ def start_metrics(folder: Path, model: str, epoch: int = 0) -> None:
 
 def _is_later(line: str, model: str, epoch: int) -> bool:
     """Whether a line is this model's, from the epoch on; or was cut off when the process was killed."""
+    # Half a line, which the next one would be appended to.
     if not line.endswith("\n"):
         return True
     try:

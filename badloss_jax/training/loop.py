@@ -59,6 +59,28 @@ class Recipe:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / self.schedule_epochs))
 
 
+@dataclass(frozen=True)
+class Passengers:
+    """What goes along with a training. Nothing of it changes what is learnt.
+
+    Attributes:
+      recorder: records trajectories of all N examples.
+      checkpoints: open ones; the training goes on from them and is saved in them.
+      watchdog: an open one; is told of every step.
+      progress: shows rate and ETA.
+      on_begin: is called with where the training begins, and how many steps were done before.
+      on_epoch: is called with {epoch, loss, learning_rate, examples_per_second, input_wait} after each epoch; the last
+        is the share of the time that the loop waited for images.
+    """
+
+    recorder: Recorder | None = None
+    checkpoints: Checkpoints | None = None
+    watchdog: Watchdog = field(default_factory=lambda: Watchdog(0))
+    progress: Progress = field(default_factory=lambda: Progress(None))
+    on_begin: Callable[[Position, int], None] | None = None
+    on_epoch: Callable[[dict[str, Any]], None] | None = None
+
+
 def train(
     spec: ModelSpec,
     recipe: Recipe,
@@ -70,12 +92,7 @@ def train(
     mesh: Mesh,
     initial: TrainState | None = None,
     given: Any = None,
-    recorder: Recorder | None = None,
-    checkpoints: Checkpoints | None = None,
-    watchdog: Watchdog | None = None,
-    progress: Progress | None = None,
-    on_begin: Callable[[Position, int], None] | None = None,
-    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    passengers: Passengers | None = None,
 ) -> TrainState:
     """Trains a network on the given examples, from the last checkpoint if there is one.
 
@@ -88,13 +105,7 @@ def train(
       mesh: the devices.
       initial: where to begin in place of fresh weights; it is used up, for its arrays are donated.
       given: what the recipe's objective asks for at every step.
-      recorder: records trajectories of all N examples as it goes.
-      checkpoints: open ones; the training goes on from them and is saved in them.
-      watchdog: an open one; is told of every step.
-      progress: shows rate and ETA.
-      on_begin: is called with where the training begins, and how many steps were done before.
-      on_epoch: is called with {epoch, loss, learning_rate, examples_per_second, input_wait} after each epoch; the last
-        is the share of the time that the loop waited for images.
+      passengers: the recorder, checkpoints and whoever is told how it goes; none by default.
 
     Returns:
       The state after the last update, replicated over the mesh.
@@ -106,14 +117,16 @@ def train(
     state = initial
     if state is None:
         state = create_state(spec, recipe.optimizer, derived_seed(seed, phase, "weights"), mesh, recipe.objective)
+    passengers = passengers or Passengers()
+    recorder = passengers.recorder
     step_kinds = recorder.step_kinds if recorder else None
     buffer: Buffer = recorder.buffer if recorder else {}
 
     started = time.monotonic()
     begun = Position()
-    if checkpoints:
+    if passengers.checkpoints:
         # The fresh arrays say which dtypes, shapes and shardings a checkpoint has to fit.
-        state, buffer, begun = checkpoints.restore(state, buffer)
+        state, buffer, begun = passengers.checkpoints.restore(state, buffer)
         if recorder:
             recorder.resume(buffer, begun.epoch)
 
@@ -128,20 +141,20 @@ def train(
         given=given,
         step=make_train_step(spec, recipe.optimizer, recipe.objective, recipe.augment, step_kinds, mesh),
         recorder=recorder,
-        checkpoints=checkpoints,
-        watchdog=watchdog or Watchdog(0),
-        progress=progress or Progress(None),
+        checkpoints=passengers.checkpoints,
+        watchdog=passengers.watchdog,
+        progress=passengers.progress,
         origin=started - begun.seconds,
     )
     running.progress.begin(recipe.epochs * len(example_ids), running.examples_done(begun))
-    if on_begin:
-        on_begin(begun, running.steps_done(begun))
+    if passengers.on_begin:
+        passengers.on_begin(begun, running.steps_done(begun))
 
     for epoch in range(begun.epoch, recipe.epochs):
         position = begun if epoch == begun.epoch else Position(epoch)
         state, buffer, report = running.run_epoch(state, buffer, position)
-        if on_epoch:
-            on_epoch(report)
+        if passengers.on_epoch:
+            passengers.on_epoch(report)
 
     # No loss was computed with the weights of the last update.
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params)):

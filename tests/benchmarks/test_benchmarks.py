@@ -324,7 +324,7 @@ def scans(out):
     return ["bench", "scan", "--config", "configs/digits.py", *seeds, "--scan", small, "--out", str(out), *settings]
 
 
-@pytest.mark.slow  # several whole scans, each in a process of its own
+@pytest.mark.slow  # several scans, each in a process of its own
 def test_scans_in_regimes_go_on_where_they_were_stopped(tmp_path, capfd):
     out = tmp_path / "out.json"
     given = scans(out)
@@ -352,7 +352,7 @@ def test_scans_in_regimes_go_on_where_they_were_stopped(tmp_path, capfd):
     assert "--regimes has 'two': expected some of distinct, drawn" in capfd.readouterr().err
 
 
-@pytest.mark.slow  # several whole scans, each in a process of its own
+@pytest.mark.slow  # several scans, each in a process of its own
 def test_a_recording_is_scored_again_with_other_probes(tmp_path, capfd):
     out = tmp_path / "out.json"
     assert main([*scans(out), "--regimes", "distinct,probes-50"]) == 0

@@ -19,7 +19,7 @@ from badloss_jax.core.progress import Progress
 from badloss_jax.data import digits
 from badloss_jax.models import ModelSpec
 from badloss_jax.runs.experiment import run_experiment
-from badloss_jax.training.loop import Recipe, train
+from badloss_jax.training.loop import Passengers, Recipe, train
 from badloss_jax.training.passes import map_examples
 from badloss_jax.training.recorder import Recorder
 from badloss_jax.training.resident import ResidentData
@@ -92,7 +92,7 @@ def losses(folder, data, mesh, dtype="float32"):
     store = TrajectoryStore.create(folder, "", labels, labels > 0, 2, kinds.layout())
     spec = ModelSpec("resnet_small", (12, 12, 1), 10, (8, 16), 1, dtype)
     train(spec, Recipe(2, 30, 32, augment="crop_flip"), data, np.arange(COUNT), seed=0, phase="test", mesh=mesh,
-          recorder=Recorder(kinds, "sweep", store, mesh, 64))  # fmt: skip
+          passengers=Passengers(Recorder(kinds, "sweep", store, mesh, 64)))  # fmt: skip
     return store.read("loss")
 
 
@@ -128,12 +128,12 @@ def test_a_whole_run_in_float64_is_that_of_resident_data(tmp_path):
 
 
 _WORKERS = """
-import numpy as np
-from badloss_jax.core.order import epoch_batches
-from badloss_jax.core.mesh import make_mesh
-from badloss_jax.training.streamed import StreamedData
-from tests.data.test_streamed import COUNT, make_poisoning
-if __name__ == "__main__":
+if __name__ == "__main__":  # all of it, as the workers import this module, too, and need nothing of it
+    import numpy as np
+    from badloss_jax.core.order import epoch_batches
+    from badloss_jax.core.mesh import make_mesh
+    from badloss_jax.training.streamed import StreamedData
+    from tests.data.test_streamed import COUNT, make_poisoning
     poisoning, mesh = make_poisoning(), make_mesh()
     order = epoch_batches(np.arange(COUNT), 32, 800, seed=0, phase="p", epoch=0)
     def batches(workers):

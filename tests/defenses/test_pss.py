@@ -9,7 +9,7 @@ from scipy import ndimage
 from badloss_jax.core.errors import UsageError
 from badloss_jax.core.mesh import make_mesh
 from badloss_jax.defenses.pss import make_consistency_step, resample, split, transform
-from badloss_jax.training.loop import Recipe, train
+from badloss_jax.training.loop import Passengers, Recipe, train
 from badloss_jax.training.objective import Ascent
 from badloss_jax.training.passes import map_examples
 from badloss_jax.training.state import AdamW, create_state
@@ -90,7 +90,7 @@ def test_ascent_unlearns_what_was_learned_and_begins_where_it_was(mesh):
     def go_on(recipe, phase, initial=None):
         ids = np.arange(len(data))
         return train(SPEC, recipe, data, ids, seed=0, phase=phase, mesh=mesh, initial=initial,
-                     on_epoch=lambda record: losses.append(record["loss"]))  # fmt: skip
+                     passengers=Passengers(on_epoch=lambda record: losses.append(record["loss"])))  # fmt: skip
 
     state = go_on(RECIPE, "learn")
     slow = replace(RECIPE, epochs=1, learning_rate=1e-3)

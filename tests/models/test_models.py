@@ -6,7 +6,7 @@ from flax import nnx
 
 from badloss_jax.models import ModelSpec
 from badloss_jax.models.layers import Head
-from badloss_jax.training.loop import Recipe, train
+from badloss_jax.training.loop import Passengers, Recipe, train
 from badloss_jax.training.resident import ResidentData
 
 
@@ -79,7 +79,7 @@ def test_depthwise_convolutions_learn(mesh):
     losses = []
     spec = ModelSpec("mobilenet_v2", (16, 16, 3), 4)
     train(spec, Recipe(8, 8, 6), data, np.arange(8), seed=0, phase="test", mesh=mesh,
-          on_epoch=lambda record: losses.append(record["loss"]))  # fmt: skip
+          passengers=Passengers(on_epoch=lambda record: losses.append(record["loss"])))  # fmt: skip
     assert losses[-1] < losses[0] / 2
 
 

@@ -1,15 +1,19 @@
 """What defences make is kept or refused; none of these trains more than a network for an epoch."""
 
+import io
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from badloss_jax.core.errors import DataError, UsageError
+from badloss_jax.core.progress import Progress
 from badloss_jax.defenses import DEFENSES, Cleansed, Defense, Suspicion
 from badloss_jax.report.page import write_reports
 from badloss_jax.runs.experiment import run_experiment
+from badloss_jax.runs.phases import planned_trainings
 from badloss_jax.runs.rescore import rescore
 from badloss_jax.training.saved_model import load_model
 from badloss_jax.training.state import AdamW, create_state
@@ -210,3 +214,18 @@ def test_a_shared_network_is_tested_in_another_way_without_being_trained_again(t
     assert weights.stat().st_mtime_ns == before
     assert run("third", evaluation__max_triggered=7) == fewer
     assert run("fourth") == first
+
+
+def test_as_many_trainings_are_promised_as_a_defence_makes(tiny):
+    without = tiny(**ALONE | {"defenses__names": "('cbd',)"})
+    turns = tiny(**ALONE | {"defenses__names": "('cbd','pss')", "defenses__pss__epochs": 3})
+    assert planned_trainings(turns) - planned_trainings(without) == 7
+
+
+def test_the_last_training_is_the_last_that_was_promised(tmp_path, tiny, mesh):
+    stream = io.StringIO()
+    changed = {"scoring__kinds": "('loss',)", "retraining__variants": "('loss/fraction',)"}
+    run_experiment(tiny(**changed), tmp_path / "run", Progress(stream), mesh)
+    numbers = re.findall(r"^\[(\d+)/(\d+)\]", stream.getvalue(), re.MULTILINE)
+    assert numbers
+    assert {total for _, total in numbers} == {numbers[-1][0]}

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -32,7 +31,7 @@ from badloss_jax.report.scan import REASONS, sentence
 from badloss_jax.runs.scan import scan
 from badloss_jax.scoring import CERTAIN, Cluster, Signs, class_scales, judge
 from badloss_jax.trajectories.store import TrajectoryStore
-from tests.conftest import opened, prepare_in_shards
+from tests.conftest import ENVIRONMENT, opened, prepare_in_shards
 
 CLASSES = ("<img src=x onerror=alert(1)>", "=1+1", "c|d & 'e'", "\u202e f\u00fc", *"456789")
 SMALL = ("--config.model.stages=(8,)", "--config.recording.epochs=4", "--config.recording.batch_size=32")
@@ -456,33 +455,46 @@ def test_tiny_classes_and_classes_without_probes(tmp_path, capsys):
     assert "cannot tell" in results["verdict"]
 
 
-@pytest.mark.parametrize("seconds", [0, 1.0])
-def test_interrupted_and_taken_up_again(scanned, tmp_path, seconds):
+LONG = "--config.recording.epochs=40"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(scanned, tmp_path_factory):
+    """A scan of forty epochs; the tests only read it."""
+    whole = tmp_path_factory.mktemp("uninterrupted")
+    assert main(command(scanned[0], LONG, out=str(whole))) == 0
+    return whole
+
+
+@pytest.mark.parametrize("seconds", [0, 0.05])
+def test_interrupted_and_taken_up_again(scanned, uninterrupted, tmp_path, seconds, capsys):
     """Ctrl-C in the middle of the recording: exit code 130, and the rerun ends with the same bytes."""
-    folder = scanned[0]
-    arguments = command(folder, "--config.recording.epochs=40", out=str(tmp_path / "out"))
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
-    with subprocess.Popen([sys.executable, "-m", "badloss_jax", *arguments], env=environment, text=True,
-                          stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:  # fmt: skip
+    arguments = command(scanned[0], LONG, out=str(tmp_path / "out"))
+    environment = ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "8"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "badloss_jax", *arguments],
+        env=environment,
+        text=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
+    with process:
         metrics = tmp_path / "out" / "metrics.jsonl"
         while process.poll() is None and not (metrics.is_file() and metrics.read_text()):
             time.sleep(0.02)
-        time.sleep(0.05 * seconds)
+        time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         told = process.communicate(timeout=120)[1]
     assert process.returncode == 130, told
     assert "stopping as soon as all is saved; Ctrl-C again stops at once" in told
     assert "the same command goes on from there" in told
     assert not (tmp_path / "out" / "scan.json").exists()
-    again = subprocess.run([sys.executable, "-m", "badloss_jax", *arguments], env=environment, text=True, check=True,
-                           capture_output=True)  # fmt: skip
-    assert "recording goes on after step" in again.stderr
+
+    assert main(arguments) == 0
+    assert "recording goes on after step" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "scan.json").read_text())["resumes"]
-    whole = tmp_path / "whole"
-    arguments[arguments.index("--workdir") + 1] = str(whole)
-    subprocess.run([sys.executable, "-m", "badloss_jax", *arguments], env=environment, check=True, capture_output=True)
     for name in ("suspects.csv", "remove.txt"):
-        assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
+        assert (tmp_path / "out" / name).read_bytes() == (uninterrupted / name).read_bytes()
 
 
 def judged(clusters=(), far=0, rule="clusters", size=1_000, score=9.0):

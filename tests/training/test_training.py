@@ -18,7 +18,7 @@ from badloss_jax.core.progress import Progress
 from badloss_jax.core.seeding import derived_seed
 from badloss_jax.data import digits
 from badloss_jax.models import ModelSpec
-from badloss_jax.training.loop import Recipe, train
+from badloss_jax.training.loop import Passengers, Recipe, train
 from badloss_jax.training.objective import Ascent, Flooding, Forward, MeanLoss
 from badloss_jax.training.passes import map_examples
 from badloss_jax.training.recorder import Recorder
@@ -50,7 +50,8 @@ def record(folder, num_devices, *, capture="step", epochs=2, kinds=KINDS, spec=S
     store = TrajectoryStore.create(folder, "", np.asarray(data.labels), nobody, epochs, kinds.layout())
     recorder = Recorder(kinds, capture, store, mesh, 64)
     plan = Recipe(**{"epochs": epochs, "schedule_epochs": 30, "batch_size": 32} | recipe)
-    state = train(spec, plan, data, np.arange(len(data)), seed=0, phase="test", mesh=mesh, recorder=recorder)
+    state = train(spec, plan, data, np.arange(len(data)), seed=0, phase="test", mesh=mesh,
+                  passengers=Passengers(recorder))  # fmt: skip
     return store, state
 
 
@@ -70,7 +71,7 @@ from tests.training.test_training import record, SPEC
 from dataclasses import replace
 def losses(n, augment):
     folder = Path(sys.argv[1]) / f"{n}{augment}"
-    return record(folder, n, epochs=5, spec=replace(SPEC, dtype="float64"), augment=augment)[0].read("loss")
+    return record(folder, n, epochs=3, spec=replace(SPEC, dtype="float64"), augment=augment)[0].read("loss")
 for augment, others in (("none", (4, 8)), ("crop_flip", (4,))):
     one = losses(1, augment)
     print(max(np.abs(losses(n, augment) - one).max() for n in others))

@@ -81,7 +81,7 @@ class Item:
         return "-".join(_file_name(part) for part in parts if part)
 
     @property
-    def place(self) -> tuple[str, str, str, int]:
+    def key(self) -> tuple[str, str, str, int]:
         """Says where in the product it stands: two with the same cannot be in one sweep."""
         return self.attacks, self.defense, self.setting, self.seed
 
@@ -235,11 +235,11 @@ def write_sweep(folder: Path, sweep: Sweep) -> None:
     Raises:
       DataError: an earlier sweep.json is damaged, or the file cannot be written.
     """
-    items = {item.place: item for item in sweep.items}
+    items = {item.key: item for item in sweep.items}
     if (folder / "sweep.json").is_file():
         earlier, _ = read_sweep(folder)
         for item in earlier.items:
-            items.setdefault(item.place, item)
+            items.setdefault(item.key, item)
 
     entries = [asdict(item) | {"name": item.name} for item in items.values()]
     content = {"format": _FORMAT, "title": sweep.title, "axis": sweep.axis, "items": entries}

@@ -42,6 +42,14 @@ def make_trigger(name: str, image_shape: ImageShape, seed: int = 0, **parameters
 
     Raises:
       UsageError: an unknown attack or parameter, or images too small for the trigger.
+
+    Example:
+      >>> import numpy as np
+      >>> from badloss_jax import attacks
+      >>> trigger = attacks.make_trigger("patch", (32, 32, 3))
+      >>> images = np.zeros((1, 32, 32, 3), np.float32)
+      >>> int((trigger(images) != images).any(axis=-1).sum()) < 32  # pixels
+      True
     """
     if name not in ATTACKS:
         raise UsageError(f"unknown attack {name!r}: expected one of {', '.join(ATTACKS)}")

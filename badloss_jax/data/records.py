@@ -55,11 +55,11 @@ class Records:
             return tf_example_pb2.Example.FromString(self._reader()[row]).features.feature
         except Exception as error:  # array_record and protobuf raise nearly anything on damaged files
             raise DataError(
-                f"{self.place(row)} cannot be read: {error}; if `badloss prepare` wrote it, the same command checks"
+                f"{self.describe(row)} cannot be read: {error}; if `badloss prepare` wrote it, the same command checks"
                 " the folder and writes what is damaged again"
             ) from error
 
-    def place(self, row: int) -> str:
+    def describe(self, row: int) -> str:
         """Names a record, its file and its split."""
         shard = int(np.searchsorted(self._ends, row, side="right"))
         path, count = self.shards[shard]
@@ -200,7 +200,7 @@ class RecordImages:
         pixels = self._decode(row)
         if pixels.shape[:2] != self._sides:
             raise DataError(
-                f"{self._records.place(row)} is {pixels.shape[:2]}, and others are {self._sides} (height, width):"
+                f"{self._records.describe(row)} is {pixels.shape[:2]}, and others are {self._sides} (height, width):"
                 " --config.data.image_size=PIXELS resizes all images to one size"
             )
 
@@ -223,7 +223,7 @@ class RecordImages:
                 return stored
             return resize_pixels(Image.fromarray(stored.squeeze()), self._size, self._channels)
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged images
-            raise DataError(f"{self._records.place(row)} does not decode: {error}") from error
+            raise DataError(f"{self._records.describe(row)} does not decode: {error}") from error
 
 
 def read_labels(records: Records) -> Int[np.ndarray, "N"]:
@@ -237,7 +237,7 @@ def read_labels(records: Records) -> Int[np.ndarray, "N"]:
         values = records.features(row)["label"].int64_list.value
         # -1 is how TFDS marks an example without a label.
         if len(values) != 1 or not -1 <= values[0] < 2**31:
-            raise DataError(f"{records.place(row)} has the labels {list(values)[:3]}, expected one")
+            raise DataError(f"{records.describe(row)} has the labels {list(values)[:3]}, expected one")
         return values[0]
 
     rows: Sequence[int] = range(len(records))

@@ -35,6 +35,7 @@ class Defense:
       own_rule: whether it says itself what to remove.
       cleanses: whether it trains a clean network itself, in place of a removal.
       trainings: its settings -> how many trainings it asks for.
+      attacked: whether it looks at the undefended network.
       recorded: whether all it needs are the recorded trajectories, so that it costs nothing more.
       margins: whether it needs margins, which those of kind "ranked" or "logits" give.
       kind: of trajectory that it scores by, if it is BaDLoss.
@@ -44,6 +45,7 @@ class Defense:
     own_rule: bool = False
     cleanses: bool = False
     trainings: Callable[[Mapping[str, Any]], int] = lambda settings: 0
+    attacked: bool = False
     recorded: bool = False
     margins: bool = False
     kind: str = ""
@@ -100,11 +102,11 @@ DEFENSES: dict[str, Defense] = {
     # What asks for networks of its own, or for the attacked one.
     "abl": Defense(abl, own_rule=True, trainings=_always(1)),
     "cbd": Defense(cbd, cleanses=True, trainings=_always(2)),
-    "pss": Defense(pss, cleanses=True, trainings=trainings_of_pss),
-    "neural_cleanse": Defense(neural_cleanse, own_rule=True),
-    "cognitive_distillation": Defense(cognitive_distillation, own_rule=True),
-    "activation_clustering": Defense(activation_clustering, own_rule=True),
-    "spectral_signatures": Defense(spectral_signatures, own_rule=True),
+    "pss": Defense(pss, cleanses=True, trainings=trainings_of_pss, attacked=True),
+    "neural_cleanse": Defense(neural_cleanse, own_rule=True, attacked=True),
+    "cognitive_distillation": Defense(cognitive_distillation, own_rule=True, attacked=True),
+    "activation_clustering": Defense(activation_clustering, own_rule=True, attacked=True),
+    "spectral_signatures": Defense(spectral_signatures, own_rule=True, attacked=True),
     "frequency_analysis": Defense(frequency_analysis, own_rule=True, trainings=_always(1)),
 }
 

@@ -33,7 +33,7 @@ _VALUES = 2**23  # of the images that a device takes at once: at 224 px one clas
 
 
 @dataclass(frozen=True)
-class Found:
+class Triggers:
     """The best masks and patterns so far, one a class.
 
     Attributes:
@@ -46,7 +46,7 @@ class Found:
     flipped: Float[np.ndarray, "C"]
     features: Float[np.ndarray, "C F"]
 
-    def better(self, other: "Found", wanted: float) -> "Found":
+    def better(self, other: "Triggers", wanted: float) -> "Triggers":
         """Takes from `other` what flips the share `wanted` with a smaller mask, or more if neither flips so many.
 
         Args:
@@ -60,7 +60,7 @@ class Found:
         more = other.flipped > self.flipped
         taken = np.where(enough | enough_of_other, enough_of_other & smaller, more)
 
-        return Found(
+        return Triggers(
             norms=np.where(taken, other.norms, self.norms),
             flipped=np.where(taken, other.flipped, self.flipped),
             features=np.where(taken[:, None], other.features, self.features),
@@ -165,7 +165,7 @@ class _Search:
 
 def reverse_engineer(
     context: Context, probes: Float[np.ndarray, "P H W D"], state: TrainState, settings: Mapping[str, Any]
-) -> Found:
+) -> Triggers:
     """Optimises the masks and patterns of all classes, as many at once as fit into memory.
 
     Args:
@@ -193,7 +193,7 @@ def reverse_engineer(
         parts.append(_search_classes(context, search, classes))
     context.progress.end()
 
-    return Found(
+    return Triggers(
         norms=np.concatenate([part.norms for part in parts])[:count],
         flipped=np.concatenate([part.flipped for part in parts])[:count],
         features=np.concatenate([part.features for part in parts])[:count],
@@ -214,7 +214,7 @@ def _plan(context: Context, probes: np.ndarray, state: TrainState, settings: Map
     return _Search(context.spec, state, settings, probes, (mask, pattern), epochs)
 
 
-def _search_classes(context: Context, search: _Search, classes: Int[np.ndarray, "C"]) -> Found:
+def _search_classes(context: Context, search: _Search, classes: Int[np.ndarray, "C"]) -> Triggers:
     """Returns the best of some classes; padding, which repeats the last one, does not count as progress."""
     settings = search.settings
     rows = by_rows(context.mesh)
@@ -223,7 +223,7 @@ def _search_classes(context: Context, search: _Search, classes: Int[np.ndarray, 
     placed = place(classes, rows)
     raw, moments = begin(search.start, placed)
 
-    best = Found(
+    best = Triggers(
         norms=np.full(len(classes), np.inf),
         flipped=np.full(len(classes), -1.0),
         features=np.zeros((len(classes), search.spec.num_features)),
@@ -248,7 +248,7 @@ def _search_classes(context: Context, search: _Search, classes: Int[np.ndarray, 
     return best
 
 
-def _judge_probes(judge: Callable, raw: Raw, classes: Array, search: _Search) -> Found:
+def _judge_probes(judge: Callable, raw: Raw, classes: Array, search: _Search) -> Triggers:
     """Puts the triggers of some classes on all probes, block by block."""
     num_probes = len(search.probes)
     flipped = np.zeros(len(classes))
@@ -260,7 +260,7 @@ def _judge_probes(judge: Callable, raw: Raw, classes: Array, search: _Search) ->
         flipped = flipped + flips
         features = features + sums
 
-    return Found(norms.astype(np.float64), flipped / num_probes, features / num_probes)
+    return Triggers(norms.astype(np.float64), flipped / num_probes, features / num_probes)
 
 
 def _batches(num_probes: int, steps: int, size: int, draw: np.random.Generator) -> Int[np.ndarray, "S B"]:

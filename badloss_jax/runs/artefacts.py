@@ -29,7 +29,7 @@ class Artefacts:
     shared: bool = False
     wait: Callable[[str], object] | None = None
 
-    def place(self, kind: str, name: str, identity: str) -> Path:
+    def path_of(self, kind: str, name: str, identity: str) -> Path:
         """Returns where an artefact lies.
 
         Args:

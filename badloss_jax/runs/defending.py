@@ -83,6 +83,7 @@ class _Case:
         """Trains a network by the defence, or takes it; returns how good it is, and what took how many seconds."""
         models = self.run.models
         details: dict[str, Any] = {}
+        numbered = self.run.ledger.begun
 
         def training() -> TrainState:
             cleansed: Any = self._work()
@@ -91,6 +92,8 @@ class _Case:
 
         with self.run.artefacts.held(models.folder(self.name, self.identity)):
             record = models.obtain(ModelPlan(self.name, self.identity, self.run.recipe.epochs, training, details))
+        if self.run.ledger.begun == numbered:
+            self.run.ledger.skip(self.defense.trainings(self.settings))
         seconds = record.get("seconds_of", {}) | {self.name: record["seconds"]}
         return record["evaluation"] | {"details": record.get("details", {})}, seconds
 
@@ -108,9 +111,10 @@ class _Case:
         """Lets the defence work and keeps what it says in a file, or reads that."""
         run = self.run
         progress = run.trainer.progress
-        path = run.artefacts.place("defenses", self.name, self.identity).with_suffix(".npz")
+        path = run.artefacts.path_of("defenses", self.name, self.identity).with_suffix(".npz")
         with run.artefacts.held(path), run.ledger(self.name) as entry:
             if on_first(path.is_file):
+                run.ledger.skip(self.defense.trainings(self.settings))
                 progress.note(f"{self.name}  done before")
                 num_examples = len(run.labels)
                 num_probes = len(run.probe_ids)

@@ -70,8 +70,16 @@ def run_experiment(
       PreemptedError: it was told to stop; the same call goes on.
 
     Example:
-      config = badloss_jax.load_config("configs/digits.py", ["--config.seed=1"])
-      results = badloss_jax.run_experiment(config, Path("/tmp/digits"))
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> from badloss_jax import load_config, run_experiment
+      >>> small = {"data.train_examples": 400, "recording.epochs": 3, "retraining.enabled": False}
+      >>> small |= {"retraining.variants": ()}
+      >>> config = load_config("configs/digits.py", [f"--config.{key}={value}" for key, value in small.items()])
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     results = run_experiment(config, Path(folder))
+      >>> round(results["variants"]["combined/fraction"]["removed_share"], 2)
+      0.4
     """
     # What is wrong is said before anything is read or written.
     check_config(config)

@@ -75,6 +75,10 @@ class Ledger:
             self._at_work.elsewhere += time.monotonic() - started
             self._at_work.used[phase] = self.seconds[phase]
 
+    def skip(self, trainings: int) -> None:
+        """Counts trainings whose outcome was found done, so that they are not begun."""
+        self.begun += trainings
+
     def number(self, training: str) -> str:
         """Counts a training, and returns its title, such as "[2/7] undefended"."""
         self.begun += 1

@@ -102,7 +102,7 @@ class Phases:
     def recorded(self) -> tuple[TrajectoryStore, dict[str, Any]]:
         """The trajectories, and how good the network is that they are of; recorded unless that was done before."""
         recording = Recording.of(self.config, self.spec, self.ground)
-        folder = self.artefacts.place("trajectories", "", recording.identity)
+        folder = self.artefacts.path_of("trajectories", "", recording.identity)
         training = partial(recording.train, self.trainer, self.data, self.labels, self.is_probe, folder)
         with self.artefacts.held(folder):
             complete = on_first(lambda: recording.is_in(folder))
@@ -180,17 +180,14 @@ def _counted(count: int, noun: str) -> str:
 def planned_trainings(config: ConfigDict) -> int:
     """Counts the trainings that a run makes, or finds done: the recording, defences' own, retraining, controls."""
     names = config.defenses.names
-    all_recorded = all(DEFENSES[name].recorded for name in names)
-    any_recorded = any(DEFENSES[name].recorded for name in names)
-
     settings = to_dict(config)["defenses"]
     trainings = sum(DEFENSES[name].trainings(settings.get(name, {})) for name in names)
-    if config.scoring.kinds or any_recorded:
+    if config.scoring.kinds or any(DEFENSES[name].recorded for name in names):
         trainings += 1
     if config.retraining.enabled:
         # "none" is the undefended network, which is trained whatever the controls.
         controls = [control for control in config.controls if control != "none"]
         trainings += 1 + len(config.retraining.variants) + len(controls)
-    elif not all_recorded:
+    elif any(DEFENSES[name].attacked for name in names):
         trainings += 1  # the undefended network, for those that look at it
     return trainings

@@ -217,7 +217,7 @@ def keep_manifest(workdir: Path, planned: Manifest, dataset: Dataset, trainer: T
     identity = digest(planned.digest, dataset.train.fingerprint, *surrogates)
 
     artefacts = trainer.artefacts
-    folder = artefacts.place("poison", "", identity) if artefacts.shared else workdir
+    folder = artefacts.path_of("poison", "", identity) if artefacts.shared else workdir
     with artefacts.held(folder):
         manifest, seconds = _made_manifest(folder / "manifest.json", planned, dataset, trainer)
 

@@ -33,6 +33,13 @@ def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[
     Raises:
       UsageError: no run is there, or another setting is changed, which would need training.
       DataError: the trajectories are incomplete or damaged.
+
+    Example:
+      >>> from badloss_jax import rescore
+      >>> from badloss_jax.config import override
+      >>> folder, results = rescore(finished, lambda config: override(config, ["--config.scoring.loss.k=3"]))
+      >>> results["changed"]
+      {'scoring.loss.k': '5 -> 3'}
     """
     stored = read_config(workdir)
     original = config_hash(stored)

@@ -145,8 +145,18 @@ def scan(
       PreemptedError: it was told to stop; the same call goes on.
 
     Example:
-      results = badloss_jax.scan("photos", "trusted.txt", Path("/tmp/scan"), minutes=20)
-      print(results["verdict"])
+      >>> import numpy as np, tempfile
+      >>> from pathlib import Path
+      >>> from badloss_jax import scan
+      >>> draw = np.random.default_rng(0)
+      >>> labels = np.arange(400) % 2
+      >>> images = draw.integers(0, 128, (400, 8, 8, 1)) + 100 * labels[:, None, None, None]
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     np.savez(f"{folder}/data.npz", x_train=images.astype(np.uint8), y_train=labels)
+      ...     small = ["--config.recording.epochs=3", "--config.model.stages=(8,)"]
+      ...     results = scan(f"{folder}/data.npz", "40", Path(folder) / "scan", small)
+      >>> results["num_examples"], results["probe_count"], results["removed_count"]
+      (400, 40, 0)
     """
     started = time.monotonic()
     if not minutes > 0:

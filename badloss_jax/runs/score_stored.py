@@ -44,7 +44,7 @@ from badloss_jax.scoring import (
     knn_distances,
     score_trajectories,
 )
-from badloss_jax.scoring.distances import RowRange, Rows
+from badloss_jax.scoring.rows import RowRange, Rows
 from badloss_jax.settings import KINDS
 
 _PART = 2**20  # examples

@@ -64,7 +64,7 @@ class TrainedModels:
           name: of the model.
           identity: hash of everything that it depends on.
         """
-        return self.trainer.artefacts.place("models", name, identity)
+        return self.trainer.artefacts.path_of("models", name, identity)
 
     def obtain(self, plan: ModelPlan, *, complete: bool = True) -> dict[str, Any]:
         """Trains, evaluates and saves a model under models/NAME, or takes what an earlier run of this left there.

@@ -114,7 +114,7 @@ class Trainer:
         self._name = training.name  # for what is called back
         settings = self.config.checkpoint
         checkpoints = Checkpoints(
-            self.artefacts.place("checkpoints", training.name, training.identity),
+            self.artefacts.path_of("checkpoints", training.name, training.identity),
             training.identity,
             len(data),
             every_steps=settings.every_steps,
@@ -156,7 +156,7 @@ class Trainer:
           identity: its hash.
         """
         if first():
-            shutil.rmtree(self.artefacts.place("checkpoints", name, identity), ignore_errors=True)
+            shutil.rmtree(self.artefacts.path_of("checkpoints", name, identity), ignore_errors=True)
 
     def write(self, name: str, values: dict[str, float], epoch: int) -> None:
         """Hands scalars to the writers.

@@ -37,6 +37,12 @@ def conformal_p_values(
 
     Raises:
       UsageError: no probes, or NaN.
+
+    Example:
+      >>> import numpy as np
+      >>> from badloss_jax import conformal_p_values
+      >>> conformal_p_values(np.array([0.0, 2.5, 9.0]), np.array([1.0, 2.0, 3.0])).tolist()
+      [1.0, 0.5, 0.25]
     """
     ours = np.asarray(distances, np.float64)
     probes = np.sort(np.asarray(probe_distances, np.float64))

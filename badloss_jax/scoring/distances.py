@@ -19,9 +19,7 @@ from jaxtyping import Array, Float, Int
 from badloss_jax.core.errors import UsageError
 from badloss_jax.core.mesh import make_mesh, place, place_rows, replicated, round_up, to_host
 from badloss_jax.scoring.kernels import on_cpu, on_devices
-from badloss_jax.scoring.rows import CHUNK_VALUES, RowRange, Rows, chunk_size, parts_of_range, row_chunks
-
-__all__ = ["KERNELS", "RowRange", "Rows", "knn_distances", "leave_one_out_distances", "nearest_probes", "row_chunks"]
+from badloss_jax.scoring.rows import CHUNK_VALUES, Rows, chunk_size, parts_of_range, row_chunks
 
 KERNELS = ("auto", "numba", "xla")
 _XLA_DISTANCES = 2**19  # held at a time on a CPU device; an accelerator takes a whole chunk
@@ -58,6 +56,13 @@ def knn_distances(
     Raises:
       UsageError: shapes that do not fit (both are named), k outside 1..P, a label with fewer than k probes, an unknown
         kernel, NaN or infinite rows (ids are named), or a distance that its dtype cannot hold.
+
+    Example:
+      >>> import numpy as np
+      >>> from badloss_jax import knn_distances
+      >>> probes = np.array([[0.0, 0.0], [0.0, 1.0], [9.0, 9.0]])
+      >>> knn_distances(np.array([[0.0, 0.0], [0.0, 3.0]]), probes, k=2).tolist()
+      [0.5, 2.5]
     """
     rows, flat = _check(trajectories, probes)
     if not 1 <= k <= len(flat):
@@ -94,6 +99,12 @@ def leave_one_out_distances(
 
     Raises:
       UsageError: k outside 1..P-1, a label with no more than k probes, NaN or infinite rows, or an unknown kernel.
+
+    Example:
+      >>> import numpy as np
+      >>> from badloss_jax import leave_one_out_distances
+      >>> leave_one_out_distances(np.array([[0.0, 0.0], [0.0, 1.0], [0.0, 3.0]]), k=1).tolist()
+      [1.0, 1.0, 2.0]
     """
     rows, flat = _check(probes, probes)
     if not 1 <= k < len(flat):

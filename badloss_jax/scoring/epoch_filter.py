@@ -29,6 +29,13 @@ def filter_epochs(
 
     Raises:
       UsageError: fewer than three epochs, or losses that are not finite (ids are named).
+
+    Example:
+      >>> import numpy as np
+      >>> from badloss_jax import filter_epochs
+      >>> losses = np.array([[2.0, 1.5, 1.0, 7.0, 0.8], [2.2, 1.3, 1.0, 9.0, 0.6]])
+      >>> filter_epochs(losses).tolist()  # the network had jumped away before the fourth
+      [0, 1, 2, 4]
     """
     count, width = (*losses.shape, 0)[:2]
     if len(losses.shape) != 2 or width < 3 or not count:

@@ -21,6 +21,12 @@ def benjamini_hochberg(p_values: Float[np.ndarray, "N"], q: float) -> Bool[np.nd
 
     Raises:
       UsageError: q or p-values that are not in [0, 1].
+
+    Example:
+      >>> import numpy as np
+      >>> from badloss_jax import benjamini_hochberg
+      >>> benjamini_hochberg(np.array([0.01, 0.04, 0.06, 0.9]), q=0.1).tolist()
+      [True, True, True, False]
     """
     p_values = np.asarray(p_values, np.float64)
     if not 0 <= q <= 1:
@@ -133,6 +139,17 @@ def reject(
 
     Raises:
       UsageError: an unknown rule.
+
+    Example:
+      >>> import numpy as np
+      >>> from badloss_jax import reject
+      >>> distances = np.array([0.1, 3.0, 0.2, 2.0])
+      >>> p_values = np.array([0.9, 0.01, 0.8, 0.05])
+      >>> is_probe = np.array([False, False, True, False])
+      >>> reject("fraction", 0.5, distances, p_values, is_probe).tolist()
+      [False, True, False, True]
+      >>> reject("alpha", 0.01, distances, p_values, is_probe).tolist()
+      [False, True, False, False]
     """
     removed = np.zeros(len(distances), bool)
     if rule == "fraction":

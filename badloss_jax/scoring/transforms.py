@@ -29,6 +29,12 @@ def anomaly_scores(
 
     Raises:
       UsageError: an unknown transform, or distances of -eps or less.
+
+    Example:
+      >>> import numpy as np
+      >>> from badloss_jax import anomaly_scores
+      >>> anomaly_scores(np.array([0.5, 1.0, 2.5]), transform="linear").tolist()
+      [0.0, 0.25, 1.0]
     """
     if transform not in ("log", "linear"):
         raise UsageError(f"unknown transform {transform!r}: expected log or linear")

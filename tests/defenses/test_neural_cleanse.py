@@ -76,7 +76,7 @@ def test_excess_is_the_union_of_the_classes(rng):
 
 def test_the_best_is_the_smallest_that_flips_enough():
     def found(norms, flipped):
-        return trigger_search.Found(np.array(norms), np.array(flipped), np.array(norms)[:, None])
+        return trigger_search.Triggers(np.array(norms), np.array(flipped), np.array(norms)[:, None])
 
     ours = found([5.0, 5, 5, 5, 5], [1.0, 1, 0.5, 0.5, 0.5])
     theirs = found([4.0, 6, 9, 1, 1], [0.99, 1, 0.99, 0.6, 0.4])

@@ -13,10 +13,10 @@ from badloss_jax.runs.artefacts import Artefacts
 
 def test_places_are_names_in_a_run_and_hashes_where_they_are_shared(tmp_path):
     own, shared = Artefacts(tmp_path), Artefacts(tmp_path, shared=True)
-    assert own.place("models", "loss/fraction@0.1", "0123") == tmp_path / "models" / "loss-fraction@0.1"
-    assert own.place("trajectories", "", "0123") == tmp_path / "trajectories"
-    assert shared.place("models", "loss/fraction@0.1", "0123") == tmp_path / "models" / "0123"
-    assert shared.place("trajectories", "", "0123") == tmp_path / "trajectories" / "0123"
+    assert own.path_of("models", "loss/fraction@0.1", "0123") == tmp_path / "models" / "loss-fraction@0.1"
+    assert own.path_of("trajectories", "", "0123") == tmp_path / "trajectories"
+    assert shared.path_of("models", "loss/fraction@0.1", "0123") == tmp_path / "models" / "0123"
+    assert shared.path_of("trajectories", "", "0123") == tmp_path / "trajectories" / "0123"
 
 
 def test_what_two_want_is_made_once_and_the_other_waits(tmp_path):

@@ -43,7 +43,7 @@ def test_every_sweep_is_possible_with_every_base(path):
     for base in BASES:
         sweep = load_sweep(f"{path}:{base}" if base else str(path), seeds=(0,))
         assert len({item.name for item in sweep.items}) == len(sweep.items)
-        assert len({item.place for item in sweep.items}) == len(sweep.items)
+        assert len({item.key for item in sweep.items}) == len(sweep.items)
         assert sweep.title
 
 

@@ -341,6 +341,7 @@ def parse_rule(text: str, rejection: Mapping[str, Any]) -> tuple[str, float]:
     rule, at, level = text.partition("@")
     one_of("rejection.rules", rule, RULES)
 
+    # Evidence has its own thresholds, so there is no level to choose.
     if rule == "clusters":
         if at:
             raise UsageError(f"rejection.rules has {text!r}: the rule clusters has no level")

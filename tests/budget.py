@@ -9,6 +9,7 @@ import resource
 
 import pytest
 
+_PROPERTY = "cpu_seconds"  # of a report, by which workers tell the first process
 _begun = pytest.StashKey[float]()
 
 
@@ -59,6 +60,7 @@ def pytest_runtest_call(item):
     result = yield
 
     taken = _meter() - item.stash[_begun]
+    item.user_properties.append((_PROPERTY, taken))
     allowed = float(item.config.getini("cpu_seconds"))
     if taken > allowed and item.get_closest_marker("slow") is None:
         pytest.fail(
@@ -67,3 +69,15 @@ def pytest_runtest_call(item):
             pytrace=False,
         )
     return result
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Lists the tests that took most, as many as `--durations` asks for; unlike those, whatever others do."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    calls = [report for report in reports if getattr(report, "when", "") == "call"]
+    taken = {report.nodeid: dict(report.user_properties).get(_PROPERTY, 0.0) for report in calls}
+    wanted = config.getoption("durations") or 0
+    if wanted and taken:
+        terminalreporter.section(f"most CPU seconds, of {sum(taken.values()):.0f} in all but shared fixtures")
+        for name in sorted(taken, key=taken.get, reverse=True)[:wanted]:
+            terminalreporter.line(f"{taken[name]:7.1f} s  {name}")

@@ -41,6 +41,7 @@ from tests.budget import (  # noqa: E402, F401, hooks
     pytest_fixture_setup,
     pytest_runtest_call,
     pytest_runtest_setup,
+    pytest_terminal_summary,
 )
 
 # What a process that a test starts gets of the environment: one CPU device, and the session's compiled programs.

@@ -1,6 +1,7 @@
 """The README's commands are the ones that CI runs, and its figures the ones that were measured."""
 
 import json
+import pkgutil
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from badloss_jax.sweep import load_sweep
 
 README = Path("README.md").read_text("utf-8")
 RESULTS = Path("configs/results")
+ROOMS = {path.stem for path in Path("badloss_jax").iterdir()} - {"__init__"}
 OTHERS = ("benchmarks", "retrained", "sweeps")
 MEASURED = sorted(path for path in RESULTS.iterdir() if path.is_dir() and path.name not in OTHERS)
 SWEPT = sorted((RESULTS / "sweeps").iterdir())
@@ -254,3 +256,14 @@ def test_the_arithmetic_of_imagenet():
     assert row[f"retraining: {networks} x {retraining.epochs} epochs"] == [
         f"{hours / 8:.0f} h", f"{hours / 64:.1f} h", f"{hours / images * 1e9 / 64 / 24:.0f} days"
     ]  # fmt: skip
+
+
+def test_the_map_names_what_there_is():
+    """Every `room.module.name` of the package's map, and every link of it."""
+    text = Path("badloss_jax/README.md").read_text("utf-8")
+    names = [name for name in re.findall(r"`((?:[a-z_]+\.)+\w+)`", text) if name.split(".")[0] in ROOMS]
+    assert len(names) > 25
+    for name in names:
+        assert pkgutil.resolve_name(f"badloss_jax.{name}"), name
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (Path("badloss_jax") / link).exists(), link

@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         of_command.set_defaults(configurable=False, goes_on_from="")
         command.add_arguments(of_command)
 
+    # Settings are no options of argparse: there are a hundred, and configs check them.
     arguments, overrides = parser.parse_known_args(argv)
     arguments.argv = list(sys.argv[1:] if argv is None else argv)
     strangers = [text for text in overrides if not (arguments.configurable and text.startswith("--config."))]
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(command: ModuleType, arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Does the work; turns what went wrong into one screen and an exit code."""
+    # A warning is a line for people, without the place in the code.
     warnings.showwarning = lambda message, *_, **__: print(f"badloss: warning: {message}", file=sys.stderr)
     try:
         return command.run(arguments, overrides)

@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from badloss_jax.report.tables import as_text, attack_table
     from badloss_jax.runs.poison import picture_attacks
 
+    # Refused before a surrogate is trained for minutes.
     if arguments.out.suffix.lower() != ".png":
         raise UsageError(f"--out {arguments.out}: expected a file name that ends in .png")
     config = load_config(arguments.config, overrides)

@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     if not (arguments.workdir / "results.json").is_file():
         raise UsageError(f"--workdir {arguments.workdir} holds no finished run (no results.json in it)")
+    # A run that goes on in the folder may write the same files.
     with locked(arguments.workdir):
         print(f"Report: {write_reports(arguments.workdir)}")
     return 0

@@ -69,6 +69,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     set_up_jax()
     with _joined(arguments):
         results = run_experiment(config, arguments.workdir, Progress() if first() else None)
+    # One process speaks for all.
     if not first():
         return 0
 

@@ -90,6 +90,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     print(f"\n{results['verdict']}\n")
     if results["attacks"]:
         print(f"{as_text(cluster_table(results))}\n")
+    # After the verdict, which is there even if the copy fails.
     if arguments.apply:
         count = write_cleaned(arguments.data, arguments.workdir, arguments.apply, arguments.links, Progress())
         print(f"Cleaned: {arguments.apply} ({count:,} images)")

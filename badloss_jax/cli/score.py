@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     Returns:
       The exit code.
     """
+    # Two jobs behind one name: what is scored decides which.
     if arguments.trajectories:
         return _score_stored(arguments, overrides)
     if arguments.probes or arguments.exclude_non_finite:

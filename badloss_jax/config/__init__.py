@@ -79,6 +79,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
       badloss_jax.core.errors.UsageError: unknown config key 'scoring.loss.kk'; did you mean 'scoring.loss.k'?
     """
     path, _, variant = spec.partition(":")
+    # Rebuilt from the defaults, a file can neither add keys nor change types.
     config = load_file(Path(path), variant)
     try:
         config = _rebuild(config.to_dict())
@@ -108,6 +109,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
             raise UsageError(f"{text!r} is not understood: overrides look like --config.group.key=value")
         check_key(config, name.removeprefix("config."))
 
+    # absl parses, so that values are written as in every other program with ml_collections.
     values = flags.FlagValues()
     argv = ["badloss", *overrides]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
@@ -235,6 +237,7 @@ def load_file(path: Path, variant: str) -> ConfigDict:
             siblings = [str(file) for file in path.parent.glob("*.py")]
         raise UsageError(f"config file {path} does not exist{nearest(str(path), siblings)}")
 
+    # It is the user's own program, and run as such; what others sent is read by `from_json`.
     spec = importlib.util.spec_from_file_location(f"badloss_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UsageError(f"config file {path} is not a Python file")

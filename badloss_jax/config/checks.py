@@ -30,6 +30,7 @@ def check_config(config: ConfigDict) -> None:
       UsageError: a value is impossible; the first such key is named, and what was expected.
     """
     _check_types(config)
+    # Each value alone first, so that what follows compares values that make sense.
     for key, constraint in constraints().items():
         if _attacks_nothing(config, key):
             continue
@@ -52,6 +53,7 @@ def check_config(config: ConfigDict) -> None:
     if recording.capture == "step" and "step" in recorded:
         raise UsageError("recording.kinds has 'step', which is what recording.capture = 'step' records as the loss")
 
+    # What is recorded decides what can be scored by, and that what can be removed and retrained without.
     _check_kinds(config, recorded)
     _check_rules(config, recorded)
     _check_variants(config)
@@ -70,6 +72,7 @@ def _check_types(config: ConfigDict) -> None:
         if not isinstance(default, list):
             continue
 
+        # An empty default says nothing of its elements; all of those are names.
         wanted = type(default[0]) if default else str
         value = value_at(config, key)
         if not all(type(element) is wanted for element in value):
@@ -88,6 +91,7 @@ def _check_kinds(config: ConfigDict, recorded: set[str]) -> None:
     if 0 < config.scoring.epochs < 3 or config.scoring.epochs > epochs:
         raise UsageError(f"scoring.epochs = {config.scoring.epochs}: expected 0, or 3 to recording.epochs = {epochs}")
 
+    # A defence that is BaDLoss by another kind needs what `scoring.kinds` with that kind needs.
     for kind in config.scoring.kinds:
         _check_kind(config, recorded, "scoring.kinds", kind, kind)
     for name in config.defenses.names:
@@ -131,6 +135,7 @@ def _check_rules(config: ConfigDict, recorded: set[str]) -> None:
 def _check_variants(config: ConfigDict) -> None:
     """Checks that what is to be retrained without is removed by somebody."""
     rules = config.rejection.rules
+    # The kinds of the config are BaDLoss without a name; defences bring theirs along.
     known = [f"{kind}/{rule}" for kind in config.scoring.kinds for rule in rules]
     for name in config.defenses.names:
         known += [f"{name}/{rule}" for rule in DEFENSES[name].rules(rules)]

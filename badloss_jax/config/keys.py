@@ -46,6 +46,7 @@ def check_key(config: ConfigDict, key: str) -> None:
     for depth, part in enumerate(parts):
         if not isinstance(node, ConfigDict):
             raise UsageError(f"unknown config key {key!r}: {'.'.join(parts[:depth])} is a value, not a group")
+        # All keys are listed only now: the nearest one may be in another group.
         if part not in node:
             known = [name for name, _ in leaves_of(to_dict(config))]
             raise UsageError(f"unknown config key {key!r}{nearest(key, known)}")

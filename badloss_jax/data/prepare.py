@@ -68,6 +68,7 @@ def prepare(name: str, source: Path, folder: Path, size: int, progress: Progress
                 " or go on with those"
             )
 
+        # A folder that is whole costs a look at its sums, and no image is decoded.
         damaged: list[str] = []
         if (folder / _LAST).is_file():
             damaged = _damaged(folder, notes["files"], progress)
@@ -76,6 +77,7 @@ def prepare(name: str, source: Path, folder: Path, size: int, progress: Progress
                 return
             progress.note(f"missing or damaged, and written again: {', '.join(damaged)}")
 
+        # Only now: what is whole needs no source.
         if not source.is_dir():
             raise UsageError(f"--from {source} is not a folder")
         _Writer(name, source, folder, size, notes, progress).write(damaged)

@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -74,7 +73,7 @@ def make_loss_step(spec: ModelSpec, mesh: Mesh) -> Callable[[Batch, TrainState],
     """
 
     def step(batch: Batch, state: TrainState) -> Float[Array, "B"]:
-        images, labels = batch.examples(jnp.promote_types(spec.dtype, jnp.float32))
+        images, labels = batch.examples(spec.param_dtype)
         logits = network_of(spec, state)(images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 

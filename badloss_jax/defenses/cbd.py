@@ -85,7 +85,7 @@ class Deconfounded(MeanLoss):
           "hidden" [2 F, F], "bias" [F], "output" [F, 1], in float32 or wider.
         """
         features = spec.num_features
-        dtype = jnp.promote_types(spec.dtype, jnp.float32)
+        dtype = spec.param_dtype
         for_hidden, for_output = jax.random.split(key)
 
         # Small, for only the direction of its weights counts, and the smaller they are, the faster they turn.

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
@@ -131,7 +130,7 @@ class Context:
 
     def images(self, ids: Int[np.ndarray, "M"]) -> Float[np.ndarray, "M H W C"]:
         """Returns images as the victim sees them, in [0, 1], in float32 or wider."""
-        dtype = jnp.promote_types(self.spec.dtype, jnp.float32)
+        dtype = self.spec.param_dtype
         return self.map(make_look(dtype.name, self.mesh), ids=ids)
 
     def map(

@@ -172,6 +172,7 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """
     _check_seeds_alone_differ(runs)
 
+    # The runs agree in all but their seed, so that the first one names attacks and variants for all.
     attacks = list(runs[0]["undefended"]["attack_success_rate"])
     rows = [["model", "removed", "clean lost", "AUROC", "recall", "CA", "mean ASR", *attacks]]
 
@@ -236,6 +237,7 @@ def mean_and_deviation(values: Sequence[float], digits: int, factor: int = 1) ->
     mean = f"{factor * statistics.fmean(values):.{digits}f}"
     if len(values) == 1:
         return mean
+    # A deviation of 0.0 would claim more than one digit can show.
     deviation = f"{factor * statistics.stdev(values):.{digits}f}"
     if not deviation.strip("0."):
         return mean
@@ -263,6 +265,7 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def _escape(text: str) -> str:
     """Leaves nothing that Markdown would turn into HTML, a link or a picture."""
+    # Names of attacks and classes come from files of others.
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")
     return re.sub(r"[\\|\[\]!`]", r"\\\g<0>", text)
 

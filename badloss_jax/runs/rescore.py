@@ -97,6 +97,7 @@ def _read_recording(workdir: Path) -> tuple[TrajectoryStore, Manifest]:
             f"{store.folder} is not complete: its `badloss run` is still at work, or did not come to the end"
         )
 
+    # The two come from different files, which somebody may have copied together.
     manifest = read_manifest(workdir / "manifest.json")
     if manifest.num_examples != store.num_examples:
         raise DataError(

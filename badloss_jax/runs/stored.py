@@ -70,6 +70,7 @@ def _open_store(path: Path) -> Source:
     stamps = _stamps(sorted(path.rglob("*.npy")))
     identity = digest(store.recording_hash, store.num_examples, store.num_epochs, dict(store.layout), stamps)
 
+    # -1 stands for a label that nobody gave: then nothing can be compared by class.
     labels = store.labels()
     known_labels = None if (labels < 0).any() else labels
     trajectories = Trajectories(
@@ -139,6 +140,7 @@ def read_probes(path: Path | None, source: Source) -> Probes:
     if values.dtype.kind not in "iu" or values.ndim != 1 or not len(values):
         raise UsageError(f"--probes {path} is {values.dtype} {values.shape}: expected ids, or trajectories")
 
+    # Ascending: scores must not depend on the order of a list.
     ids, counts = np.unique(values, return_counts=True)
     if len(ids) < len(values):
         raise UsageError(f"--probes {path} names {ids[counts > 1][0]} twice")

@@ -226,6 +226,7 @@ def place_examples(config: ConfigDict, train: Split, poisoning: Poisoning, mesh:
     if is_streamed(train, config.data.input):
         return StreamedData(poisoning, mesh, config.data.workers, config.data.threads)
 
+    # Triggers are put on once, and the poisoned images kept beside the others.
     triggered = poisoning.triggered(poisoning.ids)
     return ResidentData.place(mesh, poisoning.images, poisoning.labels, poisoning.ids, triggered)
 
@@ -310,6 +311,7 @@ class Recording:
             derived_seed(config.seed, "projection"),
         )
         recipe = recipe_of(config, settings.epochs, settings.schedule_epochs, settings.batch_size)
+        # Not of how it is tested or shown, on which trajectories do not depend.
         identity = digest(*ground, asdict(recipe), asdict(kinds), settings.capture)
         return cls(spec, kinds, recipe, settings.capture, identity)
 

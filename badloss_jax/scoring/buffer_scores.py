@@ -96,6 +96,7 @@ def score_buffer(buffer: Buffer, num_examples: int, request: Request, mesh: Mesh
     available = available_kinds(tuple(buffer))
     known = [name for name in _PREFERRED if name in available]
     kind = _kind(request, known)
+    # All that was asked for is checked before anything is measured.
     labels = _labels(request, kind, num_examples)
     probes = _probe_ids(request, num_examples)
     width = buffer["loss"].shape[1]

@@ -125,6 +125,7 @@ def class_scales(probe_scores: Float[np.ndarray, "P"], probe_labels: Int[np.ndar
     members = np.split(order, np.cumsum(np.bincount(number))[:-1])
 
     # How much the classes differ says how many probes' median counts as much as that of all.
+    # All probes together say what a class with few of them is drawn towards.
     middle = float(np.median(probe_scores))
     own_middles = np.array([np.median(probe_scores[rows]) for rows in members])
     within = _spread(probe_scores - own_middles[number], 0.0) or _spread(probe_scores, middle)

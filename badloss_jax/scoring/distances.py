@@ -73,6 +73,7 @@ def knn_distances(
     flat, choice = _choose(flat, rows.shape[0], k, labels, probe_labels, leave_out=False)
     distances = _distances(rows, flat, choice, k, mesh, kernel)
 
+    # The kernels leave NaN where a row has any; which rows those are is looked up once.
     bad = np.flatnonzero(~np.isfinite(distances))
     if len(bad) and not exclude_non_finite:
         raise UsageError(f"{len(bad)} trajectories are NaN or infinite, {_named(bad)}")
@@ -198,6 +199,7 @@ def _choose(
         needed = f"k = {k} others are needed" if leave_out else f"k = {k}"
         raise UsageError(f"label {ours[few[0]]} has {available[few[0]]} probes, and {needed}")
 
+    # Sorted by label, the probes of each are one range, which the kernels take.
     order = np.argsort(theirs, kind="stable")
     own = np.argsort(order) if leave_out else None
     ends = np.cumsum(sizes)
@@ -223,6 +225,7 @@ def _distances(rows: Rows, probes: np.ndarray, choice: _Choice, k: int, mesh: Me
     """Returns the distances of all rows; those without one are NaN."""
     if kernel not in KERNELS:
         raise UsageError(f"unknown kernel {kernel!r}: expected {', '.join(KERNELS)}")
+    # Numba is several times faster on CPUs, and knows no other device.
     mesh = mesh or make_mesh(jax.local_devices()[:1])
     if kernel == "auto":
         kernel = "numba" if mesh.devices.flat[0].platform == "cpu" else "xla"

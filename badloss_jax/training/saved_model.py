@@ -38,6 +38,7 @@ def save_model(folder: Path, spec: ModelSpec, state: TrainState, about: dict[str
     weights = _pure(state)
     needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
 
+    # Said before: a save that fails half-way would leave half a model.
     def prepare() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -52,6 +53,7 @@ def save_model(folder: Path, spec: ModelSpec, state: TrainState, about: dict[str
     except (OSError, ValueError) as error:
         raise DataError(f"the model cannot be saved in {folder}: {error}") from error
 
+    # Last: a folder without about.json holds no whole model.
     write_about(folder, {"spec": asdict(spec), **about})
 
 
@@ -103,6 +105,7 @@ def load_model(folder: Path, mesh: Mesh) -> tuple[ModelSpec, TrainState]:
         spec = _spec_of(about)
         state = create_state(spec, AdamW(), 0, mesh)
         everywhere = replicated(mesh)
+        # Weights go straight to where they will live, and to nowhere else.
         expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), _pure(state))
         with ocp.StandardCheckpointer() as checkpointer:
             restored = checkpointer.restore(folder.resolve() / "weights", expected)

@@ -154,6 +154,7 @@ class StreamedBatch:
 
 def _look_up(poisoning: Poisoning, example_id: Any) -> dict[str, Any]:
     """Decodes one example: uint8 if clean, float32 if poisoned; padding is black and has the label -1."""
+    # Here and not in the step: a trigger is put on by the host that decodes the image.
     row = int(example_id)
     if row >= len(poisoning.labels):
         return {"id": row, "label": -1, "image": np.zeros(poisoning.images.shape[1:], np.uint8)}
@@ -167,6 +168,7 @@ def _look_up(poisoning: Poisoning, example_id: Any) -> dict[str, Any]:
 def _lay_out(examples: Sequence[dict[str, Any]], room: int) -> dict[str, np.ndarray]:
     """Lays one device's share of a batch out in arrays of fixed shapes."""
     shape = examples[0]["image"].shape
+    # Of fixed shapes, however many are poisoned, so that the step compiles once.
     share = {
         "ids": np.array([example["id"] for example in examples], np.int32),
         "labels": np.array([example["label"] for example in examples], np.int32),

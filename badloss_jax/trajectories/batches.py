@@ -118,6 +118,7 @@ def take(given: Mapping[str, Any], num_examples: int, kinds: Kinds) -> Batch:
     Raises:
       UsageError: shapes, dtypes or values that do not fit, or something is missing.
     """
+    # On the host, as their values are looked at, and devices would cut 64 bits off.
     bounds = {"example_ids": num_examples, "labels": kinds.num_classes or 2**31}
     batch: Batch = {}
     for name, value in given.items():
@@ -154,6 +155,7 @@ def check(batch: Mapping[str, Any], kinds: Kinds) -> None:
     if kinds.num_features:
         expected |= {"features": (*shape, kinds.num_features)}
 
+    # What is too much is an error, too: a loop that gives logits expects them to be recorded.
     for name in {**expected, **batch}:
         if name not in batch or name not in expected:
             problem = "are missing" if name in expected else "were given"

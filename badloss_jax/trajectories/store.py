@@ -71,6 +71,7 @@ class TrajectoryStore:
         Returns:
           The store, with all but the columns.
         """
+        # Columns of an older recording would else be taken for this one's.
         if folder.exists():
             shutil.rmtree(folder)
 
@@ -154,6 +155,7 @@ class TrajectoryStore:
         if epochs is None:
             epochs = np.arange(self.num_epochs)
 
+        # All columns are looked at now: what is missing is said before hours of work, not after.
         width, dtype_name = self.layout[kind]
         columns = [self._column(kind, int(epoch)) for epoch in epochs]
         return StoredRows(self.num_examples, width, dtype_name, columns, check)
@@ -305,6 +307,7 @@ class StoredRows:
         if np.isfinite(values).all():
             return
 
+        # Only now, as it takes several times as long: which one it is.
         finite = np.isfinite(values.reshape(*values.shape[:2], -1)).all(2)
         column = int(np.argmin(finite.all(0)))
         first_id = ids[np.argmin(finite[:, column])]

@@ -540,7 +540,7 @@ def test_a_full_disk_is_said(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:os.fork")
-def test_a_full_disk_loses_nothing(finished, tmp_path):
+def test_a_full_disk_loses_nothing(finished, tmp_path, mesh):
     """While a model is saved; orbax's own threads may have their say beside ours then."""
     shutil.copytree(finished[0], tmp_path / "full")
     shutil.rmtree(tmp_path / "full" / "models" / "undefended")
@@ -553,7 +553,7 @@ def test_a_full_disk_loses_nothing(finished, tmp_path):
     after = tree(tmp_path / "full")
     assert all(after[name] == content for name, content in before.items() if name not in (".lock", "metrics.jsonl"))
     assert not (tmp_path / "full" / "results.json").exists()
-    assert run(arguments).returncode == 0
+    assert "undefended" in run_experiment(finished[1], tmp_path / "full", mesh=mesh)
 
 
 def test_a_read_only_folder_is_said(tmp_path, tiny, mesh):

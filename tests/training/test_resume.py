@@ -313,6 +313,10 @@ def what_counts(workdir):
     kept["variants"] = without_cost(results["variants"])
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     kept["epochs"] = [(line["model"], line["epoch"], line["loss"]) for line in lines]
+    kept["files"] = {
+        folder.parent.name: sorted(path.name for path in folder.iterdir())
+        for folder in workdir.glob("models/*/weights")
+    }
     return (workdir / "scores.parquet").read_bytes(), kept
 
 

@@ -80,6 +80,7 @@ def run_shell(line, folder):
     assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", GUIDES)
 def test_every_block_of_a_guide_runs(guide, place, monkeypatch):
     names: dict = {"__name__": "guide"}

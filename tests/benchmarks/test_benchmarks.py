@@ -86,6 +86,7 @@ def test_a_summary_is_median_and_quartiles():
     assert summary([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median": 3.0, "quartiles": [2.0, 4.0], "count": 5}
 
 
+@pytest.mark.slow
 def test_training_on_synthetic_images(tmp_path, capsys):
     out = tmp_path / "out.json"
     arguments = ["bench", "train", "--models", "resnet_small,resnet_small", *SMALL, "--scan", "--out", str(out)]

@@ -123,6 +123,7 @@ def test_batch_not_divisible_by_the_devices(tmp_path):
 FEWER = overrides(scoring__kinds="('loss',)", retraining__variants="('loss/fraction',)", controls="()")
 
 
+@pytest.mark.slow
 def test_run_and_score_on_four_devices(tmp_path):
     """The command as a person types it, in a pipe: plain lines, a table, exit code 0."""
     arguments = ["--workdir", str(tmp_path / "w")]

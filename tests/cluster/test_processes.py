@@ -115,6 +115,7 @@ def test_two_processes_give_the_run_of_one(pair, tmp_path):
     assert names == pq.read_table(tmp_path / "one" / "scores.parquet").column_names
 
 
+@pytest.mark.slow
 def test_two_processes_stream_what_is_theirs(pair, tmp_path):
     ends = run(tmp_path / "run", 2, data__input="streamed")
     assert [code for code, *_ in ends] == [0, 0], ends
@@ -136,6 +137,7 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(pair, tmp_path):
     assert not (workdir / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_bit_by_bit_like_one_that_was_not(pair, tmp_path):
     workdir, address = tmp_path / "run", free_address()
     processes = [start(workdir, i, 2, address) for i in range(2)]
@@ -264,6 +266,7 @@ print(sorted(results["variants"]))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_artefacts_and_look_at_one_network(tmp_path):
     """The locks of artefacts are the run's: were they each process's own, the two would wait for each other."""
     changed = SMALL | {"scoring__kinds": "()", "controls": "()", "retraining__enabled": False,

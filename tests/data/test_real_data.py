@@ -23,6 +23,7 @@ def shrunk(spec, **changed):
     return load_config(spec, [text for text in settings if not text.startswith(dropped)])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
 def test_fashion_mnist(tmp_path, mesh):
     config = shrunk("configs/fashion_mnist.py:quick", retraining__batch_size=32)

@@ -118,6 +118,7 @@ print(np.abs(ours - theirs).max())
 """
 
 
+@pytest.mark.slow
 def test_a_whole_run_in_float64_is_that_of_resident_data(tmp_path):
     environment = ENVIRONMENT | {"JAX_ENABLE_X64": "1", "PYTHONPATH": "."}
     run = subprocess.run(
@@ -147,6 +148,7 @@ if __name__ == "__main__":  # all of it, as the workers import this module, too,
 """
 
 
+@pytest.mark.slow
 def test_worker_processes_decode_the_same(tmp_path):
     """In a program of its own, as workers import its main module."""
     (tmp_path / "program.py").write_text(_WORKERS)
@@ -181,6 +183,7 @@ def test_what_cannot_be_read_stops_the_run_and_is_named(poisoning):
         list(StreamedData(replace(poisoning, images=Damaged()), mesh).batches(order))
 
 
+@pytest.mark.slow
 def test_runs_are_the_same_either_way(tmp_path, tiny, mesh):
     said = io.StringIO()
     config = tiny(data__input="streamed", controls="()", retraining__augment="crop_flip")

@@ -102,6 +102,7 @@ def test_ascent_unlearns_what_was_learned_and_begins_where_it_was(mesh):
     assert losses[9] > 1.2 * losses[4]
 
 
+@pytest.mark.slow
 def test_cleanses_the_patch_at_home(at_home):
     settings = {"epochs": 6, "learning_rate": 5e-4}  # a digits epoch is a thirtieth of one of CIFAR-10
     results = at_home("pss", *(f"--config.defenses.pss.{key}={value}" for key, value in settings.items()))

@@ -84,6 +84,7 @@ def test_a_share_of_each_class_goes():
     assert top_of_each_class(scores, labels, 3, 1.5).all()
 
 
+@pytest.mark.slow
 def test_at_home(at_home):
     """Seed 0: AUROC 0.97, 81 % of the poison and 12 % of the clean images removed, as any class loses its 15 %.
 

@@ -217,8 +217,8 @@ def test_a_shared_network_is_tested_in_another_way_without_being_trained_again(t
 
 
 def test_as_many_trainings_are_promised_as_a_defence_makes(tiny):
-    without = tiny(**ALONE | {"defenses__names": "('cbd',)"})
-    turns = tiny(**ALONE | {"defenses__names": "('cbd','pss')", "defenses__pss__epochs": 3})
+    without = tiny(**ALONE | {"defenses__names": "('neural_cleanse',)"})
+    turns = tiny(**ALONE | {"defenses__names": "('neural_cleanse','pss')", "defenses__pss__epochs": 3})
     assert planned_trainings(turns) - planned_trainings(without) == 7
 
 

@@ -22,7 +22,7 @@ from badloss_jax.defenses.context import Suspicion
 from badloss_jax.report.sweep import read_runs, rows_of, summarised, tables, write_sweep_report
 from badloss_jax.runs.sweep import Clock, ItemRunner, run_sweep
 from badloss_jax.sweep import BASES, load_sweep, read_sweep, state_of
-from tests.conftest import ENVIRONMENT, overrides
+from tests.conftest import ENVIRONMENT, ONLY_READS, overrides
 
 SWEEPS = sorted(Path("configs/sweeps").glob("*.py"))
 TABLE = "configs/sweeps/paper_table.py:digits"

@@ -115,6 +115,7 @@ def test_sweeps_go_on_to_the_same_bits(tmp_path, mesh):
     assert_same(training(tmp_path / "b", mesh, capture="sweep"), whole)
 
 
+@pytest.mark.slow
 def test_a_training_moves_to_another_number_of_devices(tmp_path, mesh):
     """From 1 to 8, whose buffer has 800 rows, and not 797; compared over the first 50 steps."""
     whole, *_ = training(tmp_path / "whole", mesh, augment="none")
@@ -144,6 +145,7 @@ print(np.abs(whole.read("loss") - moved.read("loss")).max())
 """
 
 
+@pytest.mark.slow
 def test_a_whole_run_that_moved_agrees_in_float64(tmp_path):
     environment = ENVIRONMENT | {"JAX_ENABLE_X64": "1", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": "."}
     run = subprocess.run(

@@ -55,6 +55,7 @@ def record(folder, num_devices, *, capture="step", epochs=2, kinds=KINDS, spec=S
     return store, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capture", ["step", "sweep"])
 def test_fifty_steps_agree_on_any_number_of_devices(tmp_path, capture):
     one, four, eight = (record(tmp_path / str(n), n, capture=capture)[0].read("loss") for n in (1, 4, 8))
@@ -78,6 +79,7 @@ for augment, others in (("none", (4, 8)), ("crop_flip", (4,))):
 """
 
 
+@pytest.mark.slow
 def test_whole_run_agrees_on_any_number_of_devices_in_float64(tmp_path):
     environment = ENVIRONMENT | {"JAX_ENABLE_X64": "1", "PYTHONPATH": "."}
     run = subprocess.run(

@@ -19,6 +19,7 @@ from badloss_jax import TrajectoryRecorder
 from badloss_jax.cli import main
 from badloss_jax.core.errors import DataError, NonFiniteLossError, UsageError
 from badloss_jax.core.mesh import make_mesh
+from badloss_jax.scoring import class_scales
 from badloss_jax.trajectories import batches
 from badloss_jax.trajectories.kinds import Kinds
 
@@ -170,6 +171,22 @@ def test_scores_are_those_of_a_plain_computation(kind):
     own = np.setdiff1d(np.arange(N), PROBES)
     np.testing.assert_allclose(scores.p_values[own], (1 + (probes >= ours[own, None]).sum(1)) / 13)
     assert (scores.kind, scores.epochs.tolist()) == (kind, [0, 1, 2, 3])
+
+
+def test_classes_may_each_be_on_their_own_scale():
+    labels = draw()["labels"][0]
+    scores = whole().score(PROBES, k=3, kind="loss", labels=labels, by_class=True)
+
+    ours, probes = by_hand(contents(whole())["loss"], 3)
+    scales = class_scales(np.log(probes), labels[PROBES])
+    expected = scales(np.log(ours), labels)
+    own = np.setdiff1d(np.arange(N), PROBES)
+    np.testing.assert_allclose(scores.distances[own], expected[own], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        scores.p_values[own], (1 + (scales.of_probes >= expected[own, None]).sum(1)) / (len(PROBES) + 1)
+    )
+    with pytest.raises(UsageError, match="by_class = True compares examples with their class: give labels, too"):
+        whole().score(PROBES, k=3, kind="loss", by_class=True)
 
 
 def test_defaults_and_choices_of_scoring():

@@ -16,11 +16,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from badloss_jax.benchmarks.timing import overhead, seconds_of, summary
 from badloss_jax.benchmarks.workload import Workload
 from badloss_jax.core.errors import NonFiniteLossError
+from badloss_jax.core.mesh import jit_on
 from badloss_jax.core.order import epoch_batches
 from badloss_jax.core.seeding import generator
 from badloss_jax.training.batch import Batch
@@ -175,7 +177,7 @@ class _Training:
         """Measures a whole epoch in a Python loop and in one `lax.scan`, in turns."""
         data = self.workload.data
         order = self._order(0)
-        scanned = _make_scan(self._steps["off"])
+        scanned = _make_scan(self._steps["off"].__wrapped__, self.workload.mesh)
 
         def loop() -> TrainState:
             self._walk(self._steps["off"], {}, data.batches(order))
@@ -297,7 +299,7 @@ def _costs(samples: _Samples, batch_size: int, steps_per_epoch: int) -> dict[str
     }
 
 
-def _make_scan(step: Callable) -> Callable:
+def _make_scan(step: Callable, mesh: Mesh) -> Callable:
     """Compiles (state, data, order, epoch, learning_rate, seed) -> (state, losses [S]): a whole epoch of `step`."""
 
     def run(
@@ -312,4 +314,4 @@ def _make_scan(step: Callable) -> Callable:
 
         return jax.lax.scan(body, state, order)
 
-    return jax.jit(run, donate_argnums=0)
+    return jit_on(run, mesh, donate_argnums=0)

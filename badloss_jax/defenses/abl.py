@@ -11,13 +11,12 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from badloss_jax.core.mesh import by_rows
+from badloss_jax.core.mesh import by_rows, jit_on
 from badloss_jax.defenses.context import Context, Suspicion
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.batch import Batch
@@ -77,4 +76,4 @@ def make_loss_step(spec: ModelSpec, mesh: Mesh) -> Callable[[Batch, TrainState],
         logits = network_of(spec, state)(images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
-    return jax.jit(step, out_shardings=by_rows(mesh))
+    return jit_on(step, mesh, out_shardings=by_rows(mesh))

@@ -24,7 +24,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from badloss_jax.core.mesh import by_rows, replicated
+from badloss_jax.core.mesh import by_rows, jit_on, replicated
 from badloss_jax.core.seeding import derived_seed
 from badloss_jax.defenses.context import Context, Suspicion
 from badloss_jax.models import ModelSpec
@@ -112,8 +112,8 @@ def make_distill(
     example = how.optimizer().init(jnp.ones((1, 1, 1, 1)))
     of_moments = jax.tree.map(lambda leaf: rows if leaf.ndim else replicated(mesh), example)
 
-    begin = jax.jit(_begin_of(spec, how), out_shardings=(rows, rows, rows, of_moments))
-    step = jax.jit(_step_of(spec, how), donate_argnums=(0, 1), out_shardings=(rows, of_moments))
+    begin = jit_on(_begin_of(spec, how), mesh, out_shardings=(rows, rows, rows, of_moments))
+    step = jit_on(_step_of(spec, how), mesh, donate_argnums=(0, 1), out_shardings=(rows, of_moments))
     norm = jax.jit(lambda raw: mask_of(raw).sum((1, 2, 3)), out_shardings=rows)
 
     def distill(batch: Batch, state: TrainState, seed: Int[np.ndarray, ""]) -> Float[Array, "B"]:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from badloss_jax.core.mesh import by_rows, round_up
+from badloss_jax.core.mesh import by_rows, jit_on, round_up
 from badloss_jax.core.seeding import generator
 from badloss_jax.defenses.context import Context, Suspicion
 from badloss_jax.models import ModelSpec
@@ -91,7 +91,7 @@ def _make_judge(spec: ModelSpec, mesh: Mesh) -> Callable[[Batch, TrainState], Ar
         logits = network_of(spec, detector)(dct2(images))
         return logits[:, 1] - logits[:, 0]
 
-    return jax.jit(judge, out_shardings=by_rows(mesh))
+    return jit_on(judge, mesh, out_shardings=by_rows(mesh))
 
 
 def detector_data(probes: Float[np.ndarray, "P H W C"], draw: np.random.Generator, mesh: Mesh) -> ResidentData:

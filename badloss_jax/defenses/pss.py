@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from badloss_jax.core.errors import UsageError
-from badloss_jax.core.mesh import by_rows
+from badloss_jax.core.mesh import by_rows, jit_on
 from badloss_jax.core.seeding import derived_seed
 from badloss_jax.defenses.context import Cleansed, Context
 from badloss_jax.models import ModelSpec
@@ -172,4 +172,4 @@ def make_consistency_step(spec: ModelSpec, mesh: Mesh) -> Callable:
         _, moved = forward(jax.vmap(transform)(images, keys))
         return jnp.sum((features - moved) ** 2, -1)
 
-    return jax.jit(step, out_shardings=by_rows(mesh))
+    return jit_on(step, mesh, out_shardings=by_rows(mesh))

@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from badloss_jax.core.mesh import by_rows, place, round_up, to_host
+from badloss_jax.core.mesh import by_rows, jit_on, place, round_up, to_host
 from badloss_jax.core.seeding import generator
 from badloss_jax.defenses.context import Context
 from badloss_jax.models import ModelSpec
@@ -101,8 +101,8 @@ def make_steps(spec: ModelSpec, learning_rate: float, mesh: Mesh) -> tuple[Calla
 
     return (
         jax.jit(begin, out_shardings=rows),
-        jax.jit(_learn_of(spec, optimizer), donate_argnums=(0, 1), out_shardings=rows),
-        jax.jit(_judge_of(spec), out_shardings=rows),
+        jit_on(_learn_of(spec, optimizer), mesh, donate_argnums=(0, 1), out_shardings=rows),
+        jit_on(_judge_of(spec), mesh, out_shardings=rows),
     )
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 from threadpoolctl import threadpool_limits
 
-from badloss_jax.core.mesh import by_rows, place_rows, round_up, to_host
+from badloss_jax.core.mesh import by_rows, jit_on, place_rows, round_up, to_host
 from badloss_jax.core.seeding import derived_seed
 from badloss_jax.scoring.growth import best_of_class
 from badloss_jax.scoring.impressions import MOST_ODDS, Impressions, chosen_epochs
@@ -298,4 +298,4 @@ def _program(mesh: Mesh, num_classes: int) -> Callable[..., tuple[Array, Array, 
     # XLA shares a product among the cores of a CPU only where it is not one of a batch.
     search = in_turn if mesh.devices.flat[0].platform == "cpu" else jax.vmap(one)
     shared = jax.shard_map(search, mesh=mesh, in_specs=rows.spec, out_specs=rows.spec, check_vma=False)
-    return jax.jit(shared, in_shardings=rows)
+    return jit_on(shared, mesh, in_shardings=rows)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from badloss_jax.core.mesh import replicated
+from badloss_jax.core.mesh import jit_on, replicated
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.objective import MeanLoss
 
@@ -108,7 +108,7 @@ def _make_init(
         optimizer_state = optimizer.transform().init((params, beside))
         return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer_state, beside)
 
-    return jax.jit(init, out_shardings=replicated(mesh))
+    return jit_on(init, mesh, out_shardings=replicated(mesh))
 
 
 def graph_of(spec: ModelSpec) -> nnx.GraphDef:

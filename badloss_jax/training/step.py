@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from badloss_jax.core.mesh import by_rows, replicated
+from badloss_jax.core.mesh import by_rows, jit_on, replicated
 from badloss_jax.data import AUGMENTATIONS
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.batch import Batch
@@ -89,8 +89,9 @@ def make_train_step(
 
     everywhere = replicated(mesh)
     rows = by_rows(mesh)
-    return jax.jit(
+    return jit_on(
         step,
+        mesh,
         donate_argnums=(0, 1),
         in_shardings=(everywhere, rows, None, None, None, None, None),
         out_shardings=(everywhere, rows, everywhere),
@@ -117,7 +118,7 @@ def make_sweep_step(spec: ModelSpec, kinds: Kinds, mesh: Mesh) -> Callable:
 
     everywhere = replicated(mesh)
     rows = by_rows(mesh)
-    return jax.jit(step, donate_argnums=1, in_shardings=(everywhere, rows, None, None), out_shardings=rows)
+    return jit_on(step, mesh, donate_argnums=1, in_shardings=(everywhere, rows, None, None), out_shardings=rows)
 
 
 def network_of(spec: ModelSpec, state: TrainState) -> Callable[[Float[Array, "B H W C"]], Float[Array, "B K"]]:
@@ -149,7 +150,7 @@ def make_predict_step(spec: ModelSpec, mesh: Mesh) -> Callable:
     def step(state: TrainState, images: Float[Array, "B H W C"]) -> Int[Array, "B"]:
         return network_of(spec, state)(images).argmax(-1)
 
-    return jax.jit(step, in_shardings=(replicated(mesh), by_rows(mesh)), out_shardings=by_rows(mesh))
+    return jit_on(step, mesh, in_shardings=(replicated(mesh), by_rows(mesh)), out_shardings=by_rows(mesh))
 
 
 @lru_cache(maxsize=32)
@@ -168,4 +169,4 @@ def make_observe_step(spec: ModelSpec, mesh: Mesh) -> Callable:
         images, _ = batch.examples(spec.param_dtype)
         return forward_of(spec, state)(images)
 
-    return jax.jit(step, out_shardings=by_rows(mesh))
+    return jit_on(step, mesh, out_shardings=by_rows(mesh))

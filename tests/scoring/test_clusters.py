@@ -145,12 +145,13 @@ def test_a_group_that_holds_its_probes_is_natural():
     """A quarter of each class lies far apart, with the probes that its size lets expect in it, or with none."""
     points = np.random.default_rng(0).normal(size=(64, 20)).astype(np.float32)
     points[:16, 0] += 30.0
+    search = jax.jit(partial(growth.best_of_class, num_classes=3))
     place, nothing, own = np.arange(64), np.zeros(64, np.float32), np.full(64, 3, np.int32)
 
     def widest(probe):
         seed = np.zeros(1, np.uint32)
         examples = ClassExamples(points, place >= 0, probe, nothing, own, own, nothing)
-        return growth.best_of_class(examples, seed, 3)[2]
+        return search(examples, seed)[2]
 
     assert widest(place % 4 == 0) > 8.0 > widest((place % 4 == 0) & (place >= 16))
 

@@ -128,6 +128,15 @@ def mesh():
     return make_mesh(jax.devices()[:1])
 
 
+@pytest.fixture(scope="module")
+def one_device(mesh):
+    """Commands that a module calls in its own process train on the first device, as those of most people do."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("experiment", "poison", "scan"):
+            patch.setattr(f"badloss_jax.runs.{name}.make_mesh", lambda: mesh)
+        yield
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, mesh):
     """One finished run, whose classes have hostile names; the tests only read it."""

@@ -4,7 +4,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,7 @@ from badloss_jax.attacks import ATTACKS
 from badloss_jax.cli import main
 from badloss_jax.defenses import DEFENSES
 from badloss_jax.runs.scan import suggest as original
-from tests.conftest import ENVIRONMENT
 from tests.runs.test_scan import write_digits
-
-ROOT = Path.cwd()
 
 GUIDES = (
     "README.md",
@@ -66,21 +62,16 @@ def run_shell(line, folder):
     if words[1] == "scan":
         line += f" {shlex.join(SHORT)}"
 
-    # A shell takes the line apart. What trains gets a process of its own, with one device; the rest starts faster here.
+    # A shell takes the line apart.
     taken_apart = subprocess.run(
         ["bash", "-ec", f"printf '%s\\0' {line}"], cwd=folder, capture_output=True, text=True, check=True
     )
     arguments = taken_apart.stdout.split("\0")[1:-1]
-    if words[1] != "run":
-        assert main(arguments) == 0, line
-        return
-    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "badloss_jax", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert main(arguments) == 0, line
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("guide", GUIDES)
 def test_every_block_of_a_guide_runs(guide, place, monkeypatch):
     names: dict = {"__name__": "guide"}

@@ -93,6 +93,7 @@ def test_detection_alone_is_reported_and_scored_again(defended, tmp_path, capsys
     assert "it is not of a whole run" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("one_device")
 def test_attacks_are_shown_as_a_picture(tmp_path, capsys):
     names = "--config.attacks.names=('patch','blend_p','narcissus')"
     arguments = ["attacks", "--config", "configs/digits.py", names, "--config.attacks.narcissus.ratio=0.1",

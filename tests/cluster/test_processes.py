@@ -1,7 +1,6 @@
 """Several processes on this machine, over gloo: they give the run of one, stop together, and name what differs."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -15,11 +14,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from badloss_jax.runs.experiment import run_experiment
 from badloss_jax.trajectories.store import TrajectoryStore
 from tests.conftest import ENVIRONMENT, overrides, without_cost
 
-SMALL = {"controls": "('oracle',)", "retraining__variants": "()", "scoring__kinds": "('loss','features')",
-         "recording__kinds": "('features',)"}  # fmt: skip
+SMALL = {
+    "controls": "('oracle',)",
+    "recording__kinds": "('features',)",
+    "retraining__variants": "()",
+    "scoring__kinds": "('loss','features')",
+}
+RECORDED = SMALL | {"controls": "()", "retraining__enabled": False}
+# Long enough to be stopped in its middle.
+LONG = RECORDED | {"recording__epochs": 40, "recording__schedule_epochs": 40}
 
 
 def start(workdir, process, count, address, *extra, devices=2, environment=(), **changed):
@@ -84,7 +91,7 @@ def stop_in(workdir, model, processes, which):
 def whole(workdir):
     """What must not depend on how often a run was stopped."""
     results = json.loads((workdir / "results.json").read_text())
-    kept = {key: results[key] for key in ("undefended", "recording_model", "epochs_kept")}
+    kept = {key: results[key] for key in ("recording_model", "epochs_kept")}
     kept["variants"] = without_cost(results["variants"])
     return (workdir / "scores.parquet").read_bytes(), kept
 
@@ -98,56 +105,141 @@ def pair(tmp_path_factory):
     return workdir, ends
 
 
-def test_two_processes_give_the_run_of_one(pair, tmp_path):
+def test_two_processes_give_the_run_of_one(pair, tmp_path, tiny, mesh):
     workdir, ((_, out, err), (_, quiet_out, quiet_err)) = pair
     assert "undefended" in out
     assert "4 cpu devices of 2 processes" in err
     assert "undefended" not in quiet_out  # gloo itself prints there
     assert "examples/s" not in quiet_err
-    ((code, *_, err),) = run(tmp_path / "one", 1, devices=1)
-    assert code == 0, err
-    ours, theirs = (
-        TrajectoryStore.open(folder / "trajectories").read("loss") for folder in (workdir, tmp_path / "one")
-    )
+
+    run_experiment(tiny(**RECORDED), tmp_path / "one", mesh=mesh)
+    ours, theirs = (losses_in(folder) for folder in (workdir, tmp_path / "one"))
     assert ours.shape == (300, 3)
     np.testing.assert_allclose(ours[:, 0], theirs[:, 0], rtol=0, atol=1e-5)  # ten steps, and Adam magnifies from there
     names = pq.read_table(workdir / "scores.parquet").column_names
     assert names == pq.read_table(tmp_path / "one" / "scores.parquet").column_names
 
 
+def losses_in(workdir):
+    return TrajectoryStore.open(workdir / "trajectories").read("loss")
+
+
+# What is no matter of the command line: many runs by the same two processes, of which a test looks at one each.
+_RUNS = """
+import json
+import sys
+from pathlib import Path
+from badloss_jax.core.processes import connect
+connect(sys.argv[1], 2, int(sys.argv[2]), 120)
+from badloss_jax.config import load_config
+from badloss_jax.core import hashing
+from badloss_jax.core.errors import UsageError
+from badloss_jax.runs.experiment import run_experiment
+own_code = hashing.__file__
+for case in json.loads(sys.argv[3]):
+    hashing.__file__ = case.get("code", own_code)
+    shared = Path(case["shared"]) if "shared" in case else None
+    try:
+        config = load_config("configs/digits.py", case["overrides"])
+        results = run_experiment(config, Path(case["workdir"]), shared=shared)
+        print(case["name"], "done", sorted(results["variants"]), flush=True)
+    except UsageError as error:
+        print(case["name"], "refused", error, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, pair):
+    """What two processes said of many runs, by name, and the folder of all."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "mine.txt").write_text("not a run")
+    other_code = shutil.copytree("badloss_jax", folder / "other" / "badloss_jax")
+    with open(other_code / "core" / "seeding.py", "a") as file:
+        file.write("# another version\n")
+
+    def case(name, *, workdir="run", **changed):
+        return {"name": name, "workdir": str(folder / workdir), "overrides": overrides(**RECORDED | changed)}
+
+    processes = []
+    address = free_address()
+    for i in range(2):
+        images = np.random.default_rng(i).integers(0, 256, (400, 12, 12, 1), np.uint8)
+        labels = np.arange(400) % 10
+        np.savez(folder / f"{i}.npz", x_train=images, y_train=labels, x_test=images[:60], y_test=labels[:60])
+        defended = {"scoring__kinds": "()", "defenses__names": "('mean_loss_low','spectral_signatures')"}
+        cases = [
+            case("data", data__source="arrays", data__dir=folder / f"{i}.npz", data__pad=0),
+            case("code") | ({"code": str(other_code / "core" / "hashing.py")} if i else {}),
+            case("folder", workdir=f"of-{i}"),
+            case("foreign", workdir="foreign"),
+            case("streamed", workdir="streamed", data__input="streamed"),
+            case("long", workdir="long", **LONG),
+            case("shared", workdir="item", **defended) | {"shared": str(folder / "shared")},
+        ]
+        arguments = [sys.executable, "-c", _RUNS, address, str(i), json.dumps(cases)]
+        environment = ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": "."}
+        processes.append(
+            subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+
+    said = {}
+    for code, out, err in finish(processes):
+        assert code == 0, err
+        for line in out.splitlines():
+            name, _, what = line.partition(" ")
+            said.setdefault(name, []).append(what)
+    return folder, said
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("data", "processes disagree on the test images and labels"),
+        ("code", r"on the code of badloss_jax \(a hash\): process 0 has \w{16}, process 1 has \w{16}"),
+        ("folder", "processes disagree on .*one folder that all processes share"),
+        ("foreign", "holds other files and no run"),  # which only the first looks for
+    ],
+)
+def test_what_processes_do_not_share_is_told_by_all(runs, name, message):
+    _, said = runs
+    assert len(said[name]) == 2
+    for what in said[name]:
+        assert re.match(f"refused .*{message}", what)
+
+
+def test_two_processes_stream_what_is_theirs(pair, runs):
+    folder, said = runs
+    assert [what.split()[0] for what in said["streamed"]] == ["done"] * 2
+    np.testing.assert_allclose(losses_in(folder / "streamed"), losses_in(pair[0]), rtol=0, atol=1e-5)
+
+
+def test_two_processes_share_artefacts_and_look_at_one_network(runs):
+    """The locks of artefacts are the run's: were they each process's own, the two would wait for each other."""
+    folder, said = runs
+    assert len(said["shared"]) == 2
+    assert all("'spectral_signatures/own'" in what for what in said["shared"])
+    assert len(list((folder / "shared" / "models").iterdir())) == 2  # recording and undefended
+    (observed,) = (folder / "shared" / "models").glob("*/observed")
+    assert np.load(observed / "features.npy").shape == (300, 8)
+
+
 @pytest.mark.slow
-def test_two_processes_stream_what_is_theirs(pair, tmp_path):
-    ends = run(tmp_path / "run", 2, data__input="streamed")
-    assert [code for code, *_ in ends] == [0, 0], ends
-    ours, theirs = (
-        TrajectoryStore.open(folder / "trajectories").read("loss") for folder in (tmp_path / "run", pair[0])
-    )
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
-
-
-def test_sigterm_to_one_process_stops_both_at_the_same_step(pair, tmp_path):
+def test_a_run_that_was_stopped_ends_bit_by_bit_like_one_that_was_not(runs, tmp_path):
+    """SIGTERM to one process stops both, at the same step."""
     workdir, address = tmp_path / "run", free_address()
-    longer = {"recording__epochs": 40, "recording__schedule_epochs": 40}
-    processes = [start(workdir, i, 2, address, **longer) for i in range(2)]
+    processes = [start(workdir, i, 2, address, **LONG) for i in range(2)]
     ends = stop_in(workdir, "recording", processes, [1])
     assert [code for code, *_ in ends] == [75, 75], ends
-    told = {err.split("after step ")[1].split(";")[0] for *_, err in ends}
-    assert len(told) == 1
-    assert int(told.pop()) > 0
+    (told,) = {err.split("after step ")[1].split(";")[0] for *_, err in ends}
+    assert int(told) > 0
     assert not (workdir / "results.json").exists()
 
-
-@pytest.mark.slow
-def test_a_run_that_was_stopped_ends_bit_by_bit_like_one_that_was_not(pair, tmp_path):
-    workdir, address = tmp_path / "run", free_address()
-    processes = [start(workdir, i, 2, address) for i in range(2)]
-    ends = stop_in(workdir, "recording", processes, [1])
-    assert {code for code, *_ in ends} <= {0, 75}, ends
-    ends = run(workdir, 2)
+    ends = run(workdir, 2, **LONG)
     assert [code for code, *_ in ends] == [0, 0], ends
-    assert whole(workdir) == whole(pair[0])
+    assert whole(workdir) == whole(runs[0] / "long")
     resumes = json.loads((workdir / "results.json").read_text())["resumes"]
-    assert all(resume["step"] > 0 for resume in resumes)
+    assert resumes == [{"phase": "recording", "step": int(told)}]
 
 
 def test_processes_that_disagree_all_say_on_what(tmp_path):
@@ -157,33 +249,6 @@ def test_processes_that_disagree_all_say_on_what(tmp_path):
         assert code == 2
         assert "processes disagree on config.seed: process 0 has 0, process 1 has 1" in err
         assert "Traceback" not in err
-
-
-def test_processes_with_other_code_are_told(tmp_path):
-    other = shutil.copytree("badloss_jax", tmp_path / "other" / "badloss_jax")
-    with open(other / "seeding.py", "a") as file:
-        file.write("# another version\n")
-    address = free_address()
-    processes = [start(tmp_path / "run", i, 2, address, environment={"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}.items())
-                 for i, path in enumerate((os.getcwd(), str(tmp_path / "other")))]  # fmt: skip
-    for code, _, err in finish(processes):
-        assert code == 2, err
-        assert re.search(
-            r"disagree on the code of badloss_jax \(a hash\): process 0 has \w{16}, process 1 has \w{16}", err
-        )
-
-
-def test_processes_with_other_data_are_told(tmp_path, rng):
-    address, processes = free_address(), []
-    for i in range(2):
-        images = rng.integers(0, 256, (400, 12, 12, 1), np.uint8)
-        labels = np.arange(400) % 10
-        np.savez(tmp_path / f"{i}.npz", x_train=images, y_train=labels, x_test=images[:60], y_test=labels[:60])
-        changed = {"data__source": "arrays", "data__dir": tmp_path / f"{i}.npz", "data__pad": 0}
-        processes.append(start(tmp_path / "run", i, 2, address, **changed))
-    for code, _, err in finish(processes):
-        assert code == 2, err
-        assert "processes disagree on the test images and labels" in err
 
 
 def test_a_process_that_hangs_ends_the_others_with_their_stacks(tmp_path):
@@ -199,23 +264,6 @@ def test_a_process_that_hangs_ends_the_others_with_their_stacks(tmp_path):
     assert code == 1, err
     assert "Timeout" in err
     assert "training/loop.py" in err
-
-
-def test_processes_without_a_shared_folder_are_told(tmp_path):
-    address = free_address()
-    processes = [start(tmp_path / f"run{i}", i, 2, address) for i in range(2)]
-    for code, _, err in finish(processes):
-        assert code == 2
-        assert "processes disagree on" in err
-        assert "one folder that all processes share" in err
-
-
-def test_an_error_of_the_first_process_ends_all(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "mine.txt").write_text("not a run")
-    for code, _, err in run(tmp_path / "run", 2):
-        assert code == 2
-        assert "holds other files and no run" in err
 
 
 @pytest.mark.parametrize("host", ["localhost", "nowhere.invalid"])
@@ -250,34 +298,3 @@ def test_addresses_without_distributed_are_refused(tmp_path):
     ((code, _, err),) = finish([process], 60)
     assert code == 2
     assert "need --distributed" in err
-
-
-_SHARED = """
-import sys
-from pathlib import Path
-from badloss_jax.core.processes import connect
-connect(sys.argv[1], 2, int(sys.argv[2]), 120)
-from badloss_jax.config import load_config
-from badloss_jax.runs.experiment import run_experiment
-folder = Path(sys.argv[3])
-config = load_config("configs/digits.py", sys.argv[4:])
-results = run_experiment(config, folder / "run", shared=folder / "shared")
-print(sorted(results["variants"]))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_share_artefacts_and_look_at_one_network(tmp_path):
-    """The locks of artefacts are the run's: were they each process's own, the two would wait for each other."""
-    changed = SMALL | {"scoring__kinds": "()", "controls": "()", "retraining__enabled": False,
-                       "defenses__names": "('mean_loss_low','spectral_signatures')"}  # fmt: skip
-    environment = ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": "."}
-    address = free_address()
-    arguments = [[sys.executable, "-c", _SHARED, address, str(i), tmp_path, *overrides(**changed)] for i in range(2)]
-    ends = finish([subprocess.Popen(told, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-                   for told in arguments])  # fmt: skip
-    assert [code for code, *_ in ends] == [0, 0], ends
-    assert all("'spectral_signatures/own'" in out.splitlines()[-1] for _, out, _ in ends)
-    assert len(list((tmp_path / "shared" / "models").iterdir())) == 2  # recording and undefended
-    (folder,) = (tmp_path / "shared" / "models").glob("*/observed")
-    assert np.load(folder / "features.npy").shape == (300, 8)

@@ -86,11 +86,14 @@ def test_passes_see_what_lies_on_the_devices(poisoning, devices):
     np.testing.assert_array_equal(ours[1], poisoning.labels[ids])
 
 
-def losses(folder, data, mesh, dtype="float32"):
+SPEC = ModelSpec("resnet_small", (12, 12, 1), 10, (8, 16), 1)
+DOUBLE = replace(SPEC, stages=(8,), dtype="float64")
+
+
+def losses(folder, data, mesh, spec=SPEC):
     """Records 50 steps with crops and flips, the last one of each epoch padded."""
     kinds, labels = Kinds((), 10, 16), np.zeros(COUNT, np.int32)
     store = TrajectoryStore.create(folder, "", labels, labels > 0, 2, kinds.layout())
-    spec = ModelSpec("resnet_small", (12, 12, 1), 10, (8, 16), 1, dtype)
     train(spec, Recipe(2, 30, 32, augment="crop_flip"), data, np.arange(COUNT), seed=0, phase="test", mesh=mesh,
           passengers=Passengers(Recorder(kinds, "sweep", store, mesh, 64)))  # fmt: skip
     return store.read("loss")
@@ -110,10 +113,10 @@ import sys, jax, numpy as np
 from pathlib import Path
 from badloss_jax.core.mesh import make_mesh
 from badloss_jax.training.streamed import StreamedData
-from tests.data.test_streamed import losses, make_poisoning, resident
+from tests.data.test_streamed import DOUBLE, losses, make_poisoning, resident
 poisoning, mesh = make_poisoning(), make_mesh()
-ours = losses(Path(sys.argv[1]) / "streamed", StreamedData(poisoning, mesh), mesh, "float64")
-theirs = losses(Path(sys.argv[1]) / "resident", resident(poisoning, mesh), mesh, "float64")
+ours = losses(Path(sys.argv[1]) / "streamed", StreamedData(poisoning, mesh), mesh, DOUBLE)
+theirs = losses(Path(sys.argv[1]) / "resident", resident(poisoning, mesh), mesh, DOUBLE)
 print(np.abs(ours - theirs).max())
 """
 

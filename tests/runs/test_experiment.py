@@ -565,6 +565,7 @@ def test_a_read_only_folder_is_said(tmp_path, tiny, mesh):
 def test_digits_find_and_remove_the_poison(tmp_path):
     """The claim of the README, for one seed: `combined` undoes the attacks."""
     arguments = ["run", "--config", "configs/digits.py", "--workdir", str(tmp_path / "d")]
+    arguments += ["--config.retraining.variants=('combined/fraction',)", "--config.controls=()"]
     done = run([sys.executable, "-m", "badloss_jax", *arguments])
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "d" / "results.json").read_text())

@@ -303,29 +303,27 @@ def without_seconds(path):
 
 @pytest.mark.slow
 def test_two_killed_processes_end_with_the_same_tables(tmp_path, swept):
-    """Two at a time, both killed soon after a network was saved, three times over; then one to the end."""
-    draw = random.Random(0)
+    """Both killed soon after a network was saved; then one to the end."""
     folder = tmp_path / "killed"
-    arguments = command(folder, seeds="0,1", recording__batch_size=64)
+    arguments = command(folder, recording__batch_size=64)
 
     def networks():
         return {path.parent.name for path in folder.glob("shared/models/*/about.json")}
 
-    for _ in range(3):
-        before = networks()
-        both = [subprocess.Popen(arguments, env=ENVIRONMENT | ONLY_READS, stderr=subprocess.DEVNULL) for _ in range(2)]
-        while networks() == before:
-            assert all(process.poll() is None for process in both)
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.5))
-        for process in both:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+    both = [subprocess.Popen(arguments, env=ENVIRONMENT | ONLY_READS, stderr=subprocess.DEVNULL) for _ in range(2)]
+    while len(networks()) < 2:
+        assert all(process.poll() is None for process in both)
+        time.sleep(0.01)
+    time.sleep(random.Random(0).uniform(0, 0.5))
+    for process in both:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
 
     done = sum((item / "results.json").is_file() for item in (folder / "items").glob("*"))
-    assert done < 2 * len(SMALL)
+    assert done < len(SMALL)
     ended = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("== item") == 2 * len(SMALL) - done
+    assert ended.stderr.count("== item") == len(SMALL) - done
     assert "Comparison; attacks: all" in ended.stdout
-    assert without_seconds(folder / "runs.csv") == without_seconds(swept[0] / "runs.csv")
+    whole = [row for row in without_seconds(swept[0] / "runs.csv") if row["seed"] == 0]
+    assert without_seconds(folder / "runs.csv") == whole

@@ -50,7 +50,7 @@ def training(
     stop_after=0,
     identity="this",
     capture="step",
-    dtype="float32",
+    spec=SPEC,
     augment="crop_flip",
     epochs=3,
     **changed,
@@ -64,7 +64,7 @@ def training(
     settings = {"every_steps": 7, "preemption": StopAfter(stop_after)} | changed
     with Checkpoints(folder / "checkpoints", identity, len(data), **settings) as checkpoints:
         state = train(
-            replace(SPEC, dtype=dtype),
+            spec,
             Recipe(epochs, 3, 32, augment=augment),
             data,
             np.arange(len(data)),
@@ -128,19 +128,20 @@ def test_a_training_moves_to_another_number_of_devices(tmp_path, mesh):
     assert not (ours[:, 2] == theirs[:, 2]).all()  # other devices did it, in another order of sums
 
 
+DOUBLE = replace(SPEC, stages=(8,), dtype="float64")
 _MOVED = """
 import sys
 from pathlib import Path
 import jax, numpy as np
 from badloss_jax.core.errors import PreemptedError
 from badloss_jax.core.mesh import make_mesh
-from tests.training.test_resume import training
+from tests.training.test_resume import DOUBLE, training
 one, eight, folder = make_mesh(jax.devices()[:1]), make_mesh(), Path(sys.argv[1])
-whole, *_ = training(folder / "whole", one, dtype="float64")
+whole, *_ = training(folder / "whole", one, spec=DOUBLE)
 try:
-    training(folder / "moved", eight, dtype="float64", stop_after=40)
+    training(folder / "moved", eight, spec=DOUBLE, stop_after=40)
 except PreemptedError:
-    moved, *_ = training(folder / "moved", one, dtype="float64")
+    moved, *_ = training(folder / "moved", one, spec=DOUBLE)
 print(np.abs(whole.read("loss") - moved.read("loss")).max())
 """
 

@@ -68,11 +68,12 @@ _X64 = """
 import sys, numpy as np, jax
 from pathlib import Path
 jax.config.update("jax_num_cpu_devices", 8)
-from tests.training.test_training import record, SPEC
 from dataclasses import replace
+from tests.training.test_training import SPEC, record
+double = replace(SPEC, stages=(8,), dtype="float64")
 def losses(n, augment):
     folder = Path(sys.argv[1]) / f"{n}{augment}"
-    return record(folder, n, epochs=3, spec=replace(SPEC, dtype="float64"), augment=augment)[0].read("loss")
+    return record(folder, n, epochs=3, spec=double, augment=augment)[0].read("loss")
 for augment, others in (("none", (4, 8)), ("crop_flip", (4,))):
     one = losses(1, augment)
     print(max(np.abs(losses(n, augment) - one).max() for n in others))

@@ -39,6 +39,7 @@ def test_docstrings_are_whole(name):
         assert "Raises:" in text
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("name", OBJECTS)
 def test_examples_run(name, finished):
     """`finished` is the folder of a run, for those that need one."""

@@ -5,6 +5,7 @@ round and then mirrored (sweep, off, step, step, off, sweep), so that a machine 
 work does not favour one of them.
 """
 
+import inspect
 import itertools
 import math
 import tempfile
@@ -177,7 +178,7 @@ class _Training:
         """Measures a whole epoch in a Python loop and in one `lax.scan`, in turns."""
         data = self.workload.data
         order = self._order(0)
-        scanned = _make_scan(self._steps["off"].__wrapped__, self.workload.mesh)
+        scanned = _make_scan(inspect.unwrap(self._steps["off"]), self.workload.mesh)
 
         def loop() -> TrainState:
             self._walk(self._steps["off"], {}, data.batches(order))

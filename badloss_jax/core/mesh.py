@@ -43,7 +43,7 @@ def jit_on(function: Callable, mesh: Mesh, **how: Any) -> Callable:
     compile.
 
     Args:
-      function: to be compiled; not within another one, where JAX takes no options (there, use its `__wrapped__`).
+      function: to be compiled; not within another one, where JAX takes no options (there, `inspect.unwrap` it).
       mesh: whose devices say what the compiler is told.
       how: `jax.jit`'s own arguments.
 

@@ -29,7 +29,7 @@ SlurmctldHost=localhost
 SlurmctldPort={ports[0]}
 SlurmUser=root
 SlurmdUser=root
-AuthInfo=socket={folder}/munge.socket,cred_expire=10
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -252,10 +252,12 @@ SHRUNK = [
     "--config",
     "configs/digits.py",
     *overrides(
+        recording__batch_size=100,  # few steps, as each waits for messages of the nodes to one another
         recording__epochs=40,
         recording__schedule_epochs=40,
         recording__kinds="()",
         scoring__kinds="('loss',)",
+        retraining__enabled=False,
         retraining__variants="()",
         controls="()",
     ),
@@ -278,7 +280,7 @@ def unbroken(slurm):
 def test_a_run_on_two_nodes(unbroken):
     workdir, ended, log = unbroken
     assert ended == ("COMPLETED", "0:0", 0), log
-    assert "undefended" in json.loads((workdir / "results.json").read_text())
+    assert "loss/fraction" in json.loads((workdir / "results.json").read_text())["variants"]
     assert log.count("Report: ") == 1
     assert "on 4 cpu devices" in log
 
@@ -301,10 +303,10 @@ def test_a_preempted_run_ends_as_if_it_had_not_been(slurm, unbroken):
 def test_a_sweep_runs_as_an_array(slurm):
     folder = slurm.folder / "sweep"
     arguments = ["--config", "configs/sweeps/paper_table.py:digits", "--attacks", "all", "--seeds", "0", "--defenses",
-                 "none,oracle,badloss", *overrides(), "--workdir", str(folder)]  # fmt: skip
+                 "none,badloss", *overrides(), "--workdir", str(folder)]  # fmt: skip
     items = slurm("badloss", "sweep", *arguments, "--list").splitlines()
-    assert len(items) == 3
-    job = slurm.submit(*arguments, file="sweep", options=("--array=0-2%2", "--mem=0"))
+    assert len(items) == 2
+    job = slurm.submit(*arguments, file="sweep", options=("--array=0-1", "--mem=0"))
 
     def states():
         return slurm("squeue", "--noheader", f"--job={job}", "--states=all", "--array", "--format=%T").split()
@@ -312,7 +314,7 @@ def test_a_sweep_runs_as_an_array(slurm):
     wait_until(lambda: set(states()) <= {"COMPLETED", "FAILED", "CANCELLED"}, 300)
     logs = "\n".join(file.read_text() for file in slurm.folder.glob("*.log"))
     listed = slurm("badloss", "sweep", *arguments, "--list").splitlines()
-    assert [line.split()[1] for line in listed] == ["done"] * 3, logs
-    assert len(list((folder / "shared" / "models").iterdir())) == 4  # recording, undefended, oracle, badloss
+    assert [line.split()[1] for line in listed] == ["done"] * 2, logs
+    assert len(list((folder / "shared" / "models").iterdir())) == 3  # recording, undefended, badloss
     slurm("badloss", "report", "--sweep", str(folder))
-    assert "3 of 3 runs are done" in (folder / "report.md").read_text()
+    assert "2 of 2 runs are done" in (folder / "report.md").read_text()

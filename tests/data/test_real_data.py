@@ -18,7 +18,8 @@ GTSRB = os.environ.get("BADLOSS_GTSRB", "")
 
 def shrunk(spec, **changed):
     """A shipped config with its own data, attacks and network, and little of everything else."""
-    settings = overrides(data__train_examples=2000, data__test_examples=300, probes__count=100, **changed)
+    little = {"data__train_examples": 2000, "data__test_examples": 300, "probes__count": 100}
+    settings = overrides(**little, retraining__variants="()", controls="()", **changed)
     dropped = ("--config.attacks.names", "--config.model.stages", "--config.scoring.loss.k")
     return load_config(spec, [text for text in settings if not text.startswith(dropped)])
 

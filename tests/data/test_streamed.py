@@ -86,13 +86,13 @@ def test_passes_see_what_lies_on_the_devices(poisoning, devices):
     np.testing.assert_array_equal(ours[1], poisoning.labels[ids])
 
 
-SPEC = ModelSpec("resnet_small", (12, 12, 1), 10, (8, 16), 1)
-DOUBLE = replace(SPEC, stages=(8,), dtype="float64")
+SPEC = ModelSpec("resnet_small", (12, 12, 1), 10, (8,), 1)
+DOUBLE = replace(SPEC, dtype="float64")
 
 
 def losses(folder, data, mesh, spec=SPEC):
     """Records 50 steps with crops and flips, the last one of each epoch padded."""
-    kinds, labels = Kinds((), 10, 16), np.zeros(COUNT, np.int32)
+    kinds, labels = Kinds((), 10, 8), np.zeros(COUNT, np.int32)
     store = TrajectoryStore.create(folder, "", labels, labels > 0, 2, kinds.layout())
     train(spec, Recipe(2, 30, 32, augment="crop_flip"), data, np.arange(COUNT), seed=0, phase="test", mesh=mesh,
           passengers=Passengers(Recorder(kinds, "sweep", store, mesh, 64)))  # fmt: skip
@@ -189,13 +189,13 @@ def test_what_cannot_be_read_stops_the_run_and_is_named(poisoning):
 @pytest.mark.slow
 def test_runs_are_the_same_either_way(tmp_path, tiny, mesh):
     said = io.StringIO()
-    config = tiny(data__input="streamed", controls="()", retraining__augment="crop_flip")
+    changed = {"controls": "()", "retraining__augment": "crop_flip", "retraining__variants": "('loss/fraction',)"}
+    config = tiny(data__input="streamed", **changed)
     ours = run_experiment(config, tmp_path / "streamed", Progress(said, 0), mesh=mesh)
     assert re.search(r"epoch \d/3 .* input \d+ %", said.getvalue())
     lines = [json.loads(line) for line in (tmp_path / "streamed" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < line["input_wait"] < 1 for line in lines)
-    resident = tiny(controls="()", retraining__augment="crop_flip")
-    theirs = run_experiment(resident, tmp_path / "resident", Progress(said_there := io.StringIO(), 0), mesh=mesh)
+    theirs = run_experiment(tiny(**changed), tmp_path / "resident", Progress(said_there := io.StringIO(), 0), mesh=mesh)
     assert "  input " not in said_there.getvalue()
     assert ours["variants"].keys() == theirs["variants"].keys()
     one, other = (TrajectoryStore.open(tmp_path / name / "trajectories") for name in ("streamed", "resident"))

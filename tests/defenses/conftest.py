@@ -18,8 +18,8 @@ HOME = {
 }
 
 
-def home_config(name, *overrides):
-    settings = HOME | {"defenses.names": f"('{name}',)"}
+def home_config(names, *overrides):
+    settings = HOME | {"defenses.names": f"{tuple(names.split(','))}"}
     return load_config(
         "configs/digits.py", [*(f"--config.{key}={value}" for key, value in settings.items()), *overrides]
     )
@@ -27,11 +27,11 @@ def home_config(name, *overrides):
 
 @pytest.fixture(scope="session")
 def at_home(tmp_path_factory, mesh):
-    """Lets a defence work at home, on one attacked network for all: (name, *overrides) -> what results.json holds."""
+    """Lets defences work at home, on one attacked network for all: ("A,B", *overrides) -> what results.json holds."""
     folder = tmp_path_factory.mktemp("home")
 
-    def run(name, *overrides):
-        workdir = folder / f"{name}-{len(list(folder.iterdir()))}"
-        return run_experiment(home_config(name, *overrides), workdir, mesh=mesh, shared=folder / "shared")
+    def run(names, *overrides):
+        workdir = folder / f"{names}-{len(list(folder.iterdir()))}"
+        return run_experiment(home_config(names, *overrides), workdir, mesh=mesh, shared=folder / "shared")
 
     return run

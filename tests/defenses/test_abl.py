@@ -8,7 +8,8 @@ from badloss_jax.training.loop import Passengers, Recipe, train
 from badloss_jax.training.objective import Flooding
 from badloss_jax.training.passes import map_examples
 from badloss_jax.training.step import make_observe_step
-from tests.training.test_training import SPEC, resident
+from tests.training.test_training import WIDER as SPEC
+from tests.training.test_training import resident
 
 RECIPE = Recipe(8, 100, 32, learning_rate=1e-2)
 

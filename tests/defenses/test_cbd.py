@@ -10,8 +10,9 @@ from flax import nnx
 from badloss_jax.defenses.cbd import Deconfounded, dependence, hardness, next_real, normalised, score
 from badloss_jax.training.loop import Recipe, train
 from badloss_jax.training.objective import Forward
-from badloss_jax.training.state import AdamW, create_state, graph_of
-from tests.training.test_training import SPEC, resident
+from badloss_jax.training.state import AdamW, create_state, forward_of, graph_of
+from tests.training.test_training import WIDER as SPEC
+from tests.training.test_training import resident
 
 
 def test_hardness_by_hand():
@@ -121,8 +122,8 @@ def test_critic_learns_to_tell_pairs_from_shuffled_ones(mesh):
     state = train(SPEC, replace(recipe, epochs=4, objective=objective), data, np.arange(200), seed=0, phase="clean",
                   mesh=mesh, given=given)  # fmt: skip
     images, _ = next(data.batches(np.arange(200)[None])).examples(np.float32)
-    features = [nnx.merge(graph_of(SPEC), network.params, network.batch_stats)(images, train=False)[1]
-                for network in (given, state)]  # fmt: skip
+    seen = jax.jit(lambda network: forward_of(SPEC, network)(images)[1])
+    features = [seen(given), seen(state)]
     fresh, learned = (float(dependence(critic, *features, np.ones(200, bool))) for critic in (before, state.beside))
     assert learned > 2 * abs(fresh)
     assert score(state.beside, *features).shape == (200,)

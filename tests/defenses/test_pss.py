@@ -13,7 +13,8 @@ from badloss_jax.training.loop import Passengers, Recipe, train
 from badloss_jax.training.objective import Ascent
 from badloss_jax.training.passes import map_examples
 from badloss_jax.training.state import AdamW, create_state
-from tests.training.test_training import SPEC, resident
+from tests.training.test_training import WIDER as SPEC
+from tests.training.test_training import resident
 
 RECIPE = Recipe(4, 100, 32, learning_rate=1e-2)
 

@@ -85,15 +85,34 @@ def test_a_share_of_each_class_goes():
 
 
 @pytest.mark.slow
-def test_at_home(at_home):
-    """Seed 0: AUROC 0.97, 81 % of the poison and 12 % of the clean images removed, as any class loses its 15 %.
+def test_this_and_activation_clustering_at_home(at_home):
+    """On one network, with a patch on 2 % of all images, which are 16 % of class 3. It is wider than HOME's.
 
-    2 % of all images are 16 % of class 3. At HOME's 10 % half of the class is poison: then the mean lies halfway
-    between the two kinds, and squares tell them apart no more, although the sign of the projection does. The network is
-    wider, for at half this width the poison's direction is not that of the largest variance.
+    Spectral signatures, seed 0: AUROC 0.97, 81 % of the poison and 12 % of the clean images removed, as any class loses
+    its 15 %. At HOME's 10 % half of the class is poison: then the mean lies halfway between the two kinds, and squares
+    tell them apart no more, although the sign of the projection does. At half this width the poison's direction is not
+    that of the largest variance.
+
+    Activation clustering: the target class is found, AUROC 0.91, 74 % of the poison and no clean image removed. Of 164
+    images of a class, 27 of them poison, 2-means in 10 whitened dimensions follows noise: the target class is still
+    found at the paper's threshold, but 30 % of its poison only. In 2 dimensions silhouettes are higher.
     """
-    found = at_home("spectral_signatures", "--config.attacks.patch.ratio=0.02", "--config.model.stages=(32,64)")
-    found = found["variants"]["spectral_signatures/own"]
+    variants = at_home(
+        "spectral_signatures,activation_clustering",
+        "--config.attacks.patch.ratio=0.02",
+        "--config.defenses.activation_clustering.components=2",
+        "--config.defenses.activation_clustering.silhouette=0.55",
+        "--config.model.stages=(32,64)",
+        "--config.retraining.enabled=False",
+    )["variants"]
+
+    found = variants["spectral_signatures/own"]
     assert found["detection"]["auroc"]["patch"] > 0.85
     assert found["recall"]["patch"] > 0.55
     assert 0.1 < found["clean_removed_share"] < 0.15
+
+    found = variants["activation_clustering/own"]
+    assert found["details"]["attacked_classes"] == [3]
+    assert found["detection"]["auroc"]["patch"] > 0.8
+    assert found["recall"]["patch"] > 0.5
+    assert found["clean_removed_share"] < 0.02

@@ -21,7 +21,7 @@ from tests.training.test_training import SPEC, record, resident
 WANTED = bool(os.environ.get("BADLOSS_TEST_GPU"))
 pytestmark = pytest.mark.skipif(not WANTED or jax.default_backend() != "gpu",
                                 reason="missing: a GPU, and BADLOSS_TEST_GPU=1")  # fmt: skip
-KINDS = Kinds(("prob", "logits", "ranked", "features"), 10, 16, feature_dim=4)
+KINDS = Kinds(("prob", "logits", "ranked", "features"), 10, SPEC.num_features, feature_dim=4)
 
 
 @pytest.fixture

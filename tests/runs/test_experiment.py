@@ -1,4 +1,3 @@
-import io
 import json
 import os
 import resource
@@ -6,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,6 @@ import pytest
 from badloss_jax.config import load_config, override
 from badloss_jax.core.errors import DataError, NonFiniteLossError, UsageError
 from badloss_jax.core.files import locked
-from badloss_jax.core.progress import Progress
 from badloss_jax.runs.experiment import run_experiment
 from badloss_jax.runs.rescore import rescore
 from badloss_jax.runs.writers import open_writers
@@ -495,39 +492,6 @@ def test_step_capture_runs(tmp_path, tiny, mesh):
         tiny(recording__capture="step", retraining__variants="()", controls="()"), tmp_path, mesh=mesh
     )
     assert results["variants"]["combined/fraction"]["detection"]["auroc"]["overall"] > 0
-
-
-@pytest.mark.slow
-def test_killed_and_run_again_ends_alike(tmp_path, tiny, mesh):
-    """kill -9 in the middle of every phase in turn, until the run gets through."""
-    changed = {"retraining__variants": "('loss/fraction',)", "scoring__kinds": "('loss',)", "recording__kinds": "()"}
-    theirs = run_experiment(tiny(**changed), tmp_path / "whole", mesh=mesh)
-    workdir = tmp_path / "k"
-    arguments = command(workdir, **changed)
-    watched = [
-        "trajectories/loss/epoch_0001-00000-of-00001.npy",
-        "models/recording/about.json",
-        "models/loss-fraction/about.json",
-    ]
-    for path in watched:
-        process = subprocess.Popen(
-            arguments, env=ENVIRONMENT | ONLY_READS, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 120
-        while not (workdir / path).exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert process.poll() is None, f"the run ended before {path} was there"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (workdir / "results.json").exists()
-
-    said = io.StringIO()
-    ours = run_experiment(tiny(**changed), workdir, Progress(said), mesh=mesh)
-    assert "recording  done before" in said.getvalue()
-    assert (workdir / "scores.parquet").read_bytes() == (tmp_path / "whole" / "scores.parquet").read_bytes()
-    assert without_cost(json.loads(json.dumps(ours["variants"]))) == without_cost(
-        json.loads(json.dumps(theirs["variants"]))
-    )
 
 
 @pytest.mark.filterwarnings("ignore:os.fork")

@@ -31,8 +31,9 @@ from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.store import TrajectoryStore
 from tests.conftest import ENVIRONMENT
 
-SPEC = ModelSpec("resnet_small", (8, 8, 1), 10, (8, 16), 1)
-KINDS = Kinds((), 10, 16)
+SPEC = ModelSpec("resnet_small", (8, 8, 1), 10, (8,), 1)
+WIDER = replace(SPEC, stages=(8, 16))  # with a step from one resolution to the next
+KINDS = Kinds((), 10, 8)
 
 
 def resident(mesh, count=797):
@@ -58,7 +59,7 @@ def record(folder, num_devices, *, capture="step", epochs=2, kinds=KINDS, spec=S
 @pytest.mark.slow
 @pytest.mark.parametrize("capture", ["step", "sweep"])
 def test_fifty_steps_agree_on_any_number_of_devices(tmp_path, capture):
-    one, four, eight = (record(tmp_path / str(n), n, capture=capture)[0].read("loss") for n in (1, 4, 8))
+    one, four, eight = (record(tmp_path / str(n), n, capture=capture, spec=WIDER)[0].read("loss") for n in (1, 4, 8))
     np.testing.assert_allclose(four, one, rtol=0, atol=1e-5)
     np.testing.assert_allclose(eight, one, rtol=0, atol=1e-5)
     assert one.std() > 0.1
@@ -70,7 +71,7 @@ from pathlib import Path
 jax.config.update("jax_num_cpu_devices", 8)
 from dataclasses import replace
 from tests.training.test_training import SPEC, record
-double = replace(SPEC, stages=(8,), dtype="float64")
+double = replace(SPEC, dtype="float64")
 def losses(n, augment):
     folder = Path(sys.argv[1]) / f"{n}{augment}"
     return record(folder, n, epochs=3, spec=double, augment=augment)[0].read("loss")
@@ -118,7 +119,7 @@ def test_compiled_step_gathers_only_ids_and_losses_and_aliases_the_buffer():
 
 
 def test_compiled_sweep_gathers_only_one_batch_of_values_and_aliases_the_buffer():
-    mesh, kinds = make_mesh(), Kinds(("logits", "ranked", "features"), 10, 16, feature_dim=7)
+    mesh, kinds = make_mesh(), Kinds(("logits", "ranked", "features"), 10, 8, feature_dim=7)
     data, buffer = resident(mesh), create_buffer(kinds, 797, 30, mesh)
     state = create_state(SPEC, AdamW(), 0, mesh)
     step = make_sweep_step(SPEC, kinds, mesh)
@@ -150,7 +151,7 @@ def test_weights_that_diverge_in_the_last_update_are_noticed(tmp_path, monkeypat
 
 def test_step_capture_is_what_the_training_step_saw(tmp_path):
     """With a learning rate of zero nothing moves but the batch statistics, which train-mode outputs do not use."""
-    store, state = record(tmp_path, 1, learning_rate=0.0, epochs=1)
+    store, state = record(tmp_path, 1, learning_rate=0.0)
     mesh = make_mesh(jax.devices()[:1])
     data = resident(mesh)
     fresh = create_state(SPEC, AdamW(), derived_seed(0, "test", "weights"), mesh)
@@ -168,22 +169,22 @@ def test_step_capture_is_what_the_training_step_saw(tmp_path):
 
 
 def test_sweep_is_an_evaluation_pass_after_the_epoch(tmp_path):
-    store, state = record(tmp_path, 1, capture="sweep", epochs=1, kinds=Kinds(("logits",), 10, 16))
+    store, state = record(tmp_path, 1, capture="sweep", kinds=Kinds(("logits",), 10, 8))
     data = resident(make_mesh(jax.devices()[:1]))
     (shown,) = data.batches(np.arange(797, dtype=np.int32)[None])
     images, labels = shown.examples(jnp.float32)
     assert float(images[3].max()) == 0  # the replaced image is the one that is shown
     logits, _ = nnx.merge(graph_of(SPEC), state.params, state.batch_stats)(images, train=False)
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    np.testing.assert_allclose(store.read("loss")[:, 0], expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(store.read("logits")[:, 0], logits, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(store.read("loss")[:, 1], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(store.read("logits")[:, 1], logits, rtol=2e-3, atol=2e-3)
 
 
 def test_a_sweep_that_records_the_step_too_changes_nothing_else(tmp_path):
     """In one training both: what "step" capture sees, and what an evaluation pass after the epoch does."""
-    both = Kinds(("step", "logits"), 10, 16)
+    both = Kinds(("step", "logits"), 10, 8)
     step = record(tmp_path / "step", 1)[0]
-    sweep = record(tmp_path / "sweep", 1, capture="sweep", kinds=Kinds(("logits",), 10, 16))[0]
+    sweep = record(tmp_path / "sweep", 1, capture="sweep", kinds=Kinds(("logits",), 10, 8))[0]
     ours = record(tmp_path / "both", 1, capture="sweep", kinds=both)[0]
     np.testing.assert_allclose(ours.read("step"), step.read("loss"), rtol=0, atol=1e-5)
     np.testing.assert_allclose(ours.read("loss"), sweep.read("loss"), rtol=0, atol=1e-5)
@@ -322,7 +323,7 @@ def test_cosine_is_stepped_once_an_epoch_over_the_full_schedule():
 
 def test_non_finite_loss_stops_at_the_step_and_keeps_what_was_recorded(tmp_path):
     with pytest.raises(NonFiniteLossError, match=r"phase 'test' at step \d+ \(epoch \d,.*kept in") as caught:
-        record(tmp_path, 1, learning_rate=1e30, epochs=3)
+        record(tmp_path, 1, learning_rate=1e30)
     step = int(re.search(r"at step (\d+)", str(caught.value)).group(1))
     store = TrajectoryStore.open(tmp_path)
     recorded = np.concatenate([np.load(path) for path in sorted((tmp_path / "loss").glob("*.npy"))])

@@ -38,9 +38,9 @@ def by_columns(mesh: Mesh) -> NamedSharding:
 def jit_on(function: Callable, mesh: Mesh, **how: Any) -> Callable:
     """As `jax.jit`, for a large program whose work is in products and convolutions, and which will run on the mesh.
 
-    On CPUs LLVM stops at its first level. The higher ones do not touch the libraries that do this work: programs were
-    as fast and gave the same bits, and took 1.2 (the search for clusters) to 6 times (a network's weights) as long to
-    compile.
+    On CPUs LLVM stops at its first level, as the higher ones do not touch the libraries that do this work. With those,
+    small ResNets and the search for clusters were as fast and gave the same bits, and took 1.2 (the search) to 6 times
+    (the network's weights) as long to compile.
 
     Args:
       function: to be compiled; not within another one, where JAX takes no options (there, `inspect.unwrap` it).

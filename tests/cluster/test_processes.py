@@ -152,7 +152,7 @@ for case in json.loads(sys.argv[3]):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, pair):
+def runs(tmp_path_factory):
     """What two processes said of many runs, by name, and the folder of all."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "foreign").mkdir()
@@ -161,6 +161,7 @@ def runs(tmp_path_factory, pair):
     with open(other_code / "core" / "seeding.py", "a") as file:
         file.write("# another version\n")
 
+    # In the order in which both go through them, as every run waits for both.
     def case(name, *, workdir="run", **changed):
         return {"name": name, "workdir": str(folder / workdir), "overrides": overrides(**RECORDED | changed)}
 

@@ -140,6 +140,7 @@ def train(
         seed=seed,
         given=given,
         step=make_train_step(spec, recipe.optimizer, recipe.objective, recipe.augment, step_kinds, mesh),
+        writes=step_kinds is not None,
         recorder=recorder,
         checkpoints=passengers.checkpoints,
         watchdog=passengers.watchdog,
@@ -170,6 +171,7 @@ class _Phase:
     Attributes:
       padding: the id that fills up the last batch of an epoch.
       step: as `make_train_step` compiles it.
+      writes: whether the step writes into the recorder's buffer.
       origin: seconds, the monotonic clock's when this training would have begun, had it never been stopped.
     """
 
@@ -182,6 +184,7 @@ class _Phase:
     seed: int
     given: Any
     step: Callable
+    writes: bool
     recorder: Recorder | None
     checkpoints: Checkpoints | None
     watchdog: Watchdog
@@ -227,11 +230,13 @@ class _Phase:
 
         for number in range(begun.step, self.steps_per_epoch):
             batch = clock.pull(batches)
-            state, buffer, loss = self.step(
-                state, buffer, batch, np.int32(epoch), learning_rate, augmentation_seed, self.given
+            # Of a recording by sweeps the step has nothing to write: it is the program of any other training.
+            written: Buffer = buffer if self.writes else {}
+            state, written, loss = self.step(
+                state, written, batch, np.int32(epoch), learning_rate, augmentation_seed, self.given
             )
-            if self.recorder:
-                self.recorder.buffer = buffer  # the one that it held was donated
+            if self.recorder and self.writes:
+                buffer = self.recorder.buffer = written  # the one that it held was donated
 
             # Waits for the loss of the step before, while the devices are at work on this one.
             losses.append(loss)

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import tempfile
+from pathlib import Path
 
 # The first process of a session makes the folder; its workers, and what tests start, find it in their environment.
 # Set JAX_COMPILATION_CACHE_DIR to keep it for the next session.
@@ -135,6 +136,20 @@ def one_device(mesh):
         for name in ("experiment", "poison", "scan"):
             patch.setattr(f"badloss_jax.runs.{name}.make_mesh", lambda: mesh)
         yield
+
+
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Reports are written, and all of their plots are drawn, but Matplotlib makes no picture of them.
+
+    For runs whose pictures nobody looks at: these take as long as all the rest of a small run.
+    """
+
+    def savefig(figure, file, **how):
+        if not hasattr(file, "write"):
+            Path(file).write_bytes(b"")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
 
 
 @pytest.fixture(scope="session")

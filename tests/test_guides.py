@@ -71,7 +71,7 @@ def run_shell(line, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_device")
+@pytest.mark.usefixtures("one_device", "unrendered")
 @pytest.mark.parametrize("guide", GUIDES)
 def test_every_block_of_a_guide_runs(guide, place, monkeypatch):
     names: dict = {"__name__": "guide"}

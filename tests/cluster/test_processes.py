@@ -29,18 +29,29 @@ SMALL = {
 }
 RECORDED = SMALL | {"controls": "()", "retraining__enabled": False}
 # Long enough to be stopped in its middle.
-LONG = RECORDED | {"recording__epochs": 25, "recording__schedule_epochs": 25}
+LONG = RECORDED | {"recording__epochs": 15, "recording__schedule_epochs": 15}
 
 
-def start(workdir, process, count, address, *extra, devices=2, environment=(), **changed):
-    """Starts one of `count` processes of a run."""
-    arguments = [sys.executable, "-m", "badloss_jax", "run", "--config", "configs/digits.py", "--workdir", str(workdir),
-                 *overrides(**SMALL | changed), *extra]  # fmt: skip
+def command(workdir, process, count, address, *extra, **changed):
+    """What one of `count` processes of a run is told."""
+    arguments = ["run", "--config", "configs/digits.py", "--workdir", str(workdir), *overrides(**SMALL | changed)]
     if count > 1:
         arguments += ["--distributed", "--coordinator", address, "--num_processes", str(count),
                       "--process_id", str(process)]  # fmt: skip
-    settings = ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": str(devices)} | dict(environment)
-    return subprocess.Popen(arguments, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return [*arguments, *extra]
+
+
+def python(*arguments):
+    """Starts a Python with two devices."""
+    environment = ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": "."}
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def start(*arguments, **changed):
+    """Starts one process of a run."""
+    return python("-m", "badloss_jax", *command(*arguments, **changed))
 
 
 def free_port():
@@ -99,41 +110,20 @@ def whole(workdir):
     return (workdir / "scores.parquet").read_bytes(), kept
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """A run by two processes of two devices each that nothing interrupted."""
-    workdir = tmp_path_factory.mktemp("pair") / "run"
-    ends = run(workdir, 2)
-    assert [code for code, *_ in ends] == [0, 0], ends
-    return workdir, ends
-
-
-def test_two_processes_give_the_run_of_one(pair, tmp_path, tiny, mesh):
-    workdir, ((_, out, err), (_, quiet_out, quiet_err)) = pair
-    assert "undefended" in out
-    assert "4 cpu devices of 2 processes" in err
-    assert "undefended" not in quiet_out  # gloo itself prints there
-    assert "examples/s" not in quiet_err
-
-    run_experiment(tiny(**RECORDED), tmp_path / "one", mesh=mesh)
-    ours, theirs = (losses_in(folder) for folder in (workdir, tmp_path / "one"))
-    assert ours.shape == (300, 3)
-    np.testing.assert_allclose(ours[:, 0], theirs[:, 0], rtol=0, atol=1e-5)  # Adam magnifies from there
-    names = pq.read_table(workdir / "scores.parquet").column_names
-    assert names == pq.read_table(tmp_path / "one" / "scores.parquet").column_names
-
-
 def losses_in(workdir):
     return TrajectoryStore.open(workdir / "trajectories").read("loss")
 
 
-# What is no matter of the command line: many runs by the same two processes, of which a test looks at one each.
+# One run from the command line, and what is no matter of it: many runs by the same two processes, which tests look at.
+_NEXT = "-- the next runs --"
 _RUNS = """
 import json
 import sys
 from pathlib import Path
-from badloss_jax.core.processes import connect
-connect(sys.argv[1], 2, int(sys.argv[2]), 120)
+from badloss_jax.cli import main
+assert main(json.loads(sys.argv[1])) == 0
+for stream in (sys.stdout, sys.stderr):
+    print(sys.argv[2], file=stream, flush=True)
 from badloss_jax.config import load_config
 from badloss_jax.core import hashing
 from badloss_jax.core.errors import UsageError
@@ -153,7 +143,7 @@ for case in json.loads(sys.argv[3]):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What two processes said of many runs, by name, and the folder of all."""
+    """The folder of many runs by two processes of two devices each, what these said of each by name, and of the first."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "foreign").mkdir()
     (folder / "foreign" / "mine.txt").write_text("not a run")
@@ -181,19 +171,34 @@ def runs(tmp_path_factory):
             case("long", workdir="long", **LONG),
             case("shared", workdir="item", **defended) | {"shared": str(folder / "shared")},
         ]
-        arguments = [sys.executable, "-c", _RUNS, address, str(i), json.dumps(cases)]
-        environment = ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": "."}
-        processes.append(
-            subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
+        first = command(folder / "pair", i, 2, address)
+        processes.append(python("-c", _RUNS, json.dumps(first), _NEXT, json.dumps(cases)))
 
     said = {}
+    shown = []
     for code, out, err in finish(processes):
         assert code == 0, err
-        for line in out.splitlines():
+        shown += [out.partition(_NEXT)[0], err.partition(_NEXT)[0]]
+        for line in out.partition(_NEXT)[2].splitlines():
             name, _, what = line.partition(" ")
             said.setdefault(name, []).append(what)
-    return folder, said
+    return folder, said, shown
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_two_processes_give_the_run_of_one(runs, tmp_path, tiny, mesh):
+    folder, _, (out, err, quiet_out, quiet_err) = runs
+    assert "undefended" in out
+    assert "4 cpu devices of 2 processes" in err
+    assert "undefended" not in quiet_out  # gloo itself prints there
+    assert "examples/s" not in quiet_err
+
+    run_experiment(tiny(**RECORDED), tmp_path / "one", mesh=mesh)
+    ours, theirs = (losses_in(workdir) for workdir in (folder / "pair", tmp_path / "one"))
+    assert ours.shape == (300, 3)
+    np.testing.assert_allclose(ours[:, 0], theirs[:, 0], rtol=0, atol=1e-5)  # Adam magnifies from there
+    names = pq.read_table(folder / "pair" / "scores.parquet").column_names
+    assert names == pq.read_table(tmp_path / "one" / "scores.parquet").column_names
 
 
 @pytest.mark.parametrize(
@@ -206,21 +211,21 @@ def runs(tmp_path_factory):
     ],
 )
 def test_what_processes_do_not_share_is_told_by_all(runs, name, message):
-    _, said = runs
+    _, said, _ = runs
     assert len(said[name]) == 2
     for what in said[name]:
         assert re.match(f"refused .*{message}", what)
 
 
-def test_two_processes_stream_what_is_theirs(pair, runs):
-    folder, said = runs
+def test_two_processes_stream_what_is_theirs(runs):
+    folder, said, _ = runs
     assert [what.split()[0] for what in said["streamed"]] == ["done"] * 2
-    np.testing.assert_allclose(losses_in(folder / "streamed"), losses_in(pair[0]), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(losses_in(folder / "streamed"), losses_in(folder / "pair"), rtol=0, atol=1e-5)
 
 
 def test_two_processes_share_artefacts_and_look_at_one_network(runs):
     """The locks of artefacts are the run's: were they each process's own, the two would wait for each other."""
-    folder, said = runs
+    folder, said, _ = runs
     assert len(said["shared"]) == 2
     assert all("'spectral_signatures/own'" in what for what in said["shared"])
     assert len(list((folder / "shared" / "models").iterdir())) == 2  # recording and undefended

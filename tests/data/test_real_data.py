@@ -15,6 +15,8 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 CIFAR10 = os.environ.get("BADLOSS_CIFAR10", "")
 GTSRB = os.environ.get("BADLOSS_GTSRB", "")
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 def shrunk(spec, **changed):
     """A shipped config with its own data, attacks and network, and little of everything else."""

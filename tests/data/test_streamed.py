@@ -187,6 +187,7 @@ def test_what_cannot_be_read_stops_the_run_and_is_named(poisoning):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unrendered")
 def test_runs_are_the_same_either_way(tmp_path, tiny, mesh):
     said = io.StringIO()
     changed = {"controls": "()", "retraining__augment": "crop_flip", "retraining__variants": "('loss/fraction',)"}

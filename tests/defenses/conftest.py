@@ -25,6 +25,11 @@ def home_config(names, *overrides):
     )
 
 
+@pytest.fixture(autouse=True)
+def _unrendered(unrendered):
+    """Nobody looks at pictures at home."""
+
+
 @pytest.fixture(scope="session")
 def at_home(tmp_path_factory, mesh):
     """Lets defences work at home, on one attacked network for all: ("A,B", *overrides) -> what results.json holds."""

@@ -9,22 +9,18 @@ from badloss_jax.models.layers import Head
 from badloss_jax.models.resnet import BasicBlock
 from badloss_jax.training.loop import Passengers, Recipe, train
 from badloss_jax.training.resident import ResidentData
+from badloss_jax.training.state import AdamW, create_state, graph_of
 
 
-@nnx.jit(static_argnums=0)
-def built(spec):
-    return spec.build(nnx.Rngs(0))
+def built(spec, mesh):
+    state = create_state(spec, AdamW(), 0, mesh)
+    return nnx.merge(graph_of(spec), state.params, state.batch_stats, copy=True)
 
 
 @nnx.jit
 def trained(model, x, mask=None):
     """What the network says in training, which moves its statistics."""
     return model(x, train=True, mask=mask)
-
-
-def parameters(spec):
-    shapes = nnx.eval_shape(lambda: nnx.state(spec.build(nnx.Rngs(0)), nnx.Param))
-    return sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
 @pytest.mark.parametrize(
@@ -43,9 +39,13 @@ def parameters(spec):
     ],
 )
 def test_sizes(spec, count, features):
-    assert parameters(spec) == count
+    def look():
+        model = spec.build(nnx.Rngs(0))
+        return nnx.state(model, nnx.Param), model(jnp.zeros((2, *spec.image_shape)), train=True)
+
+    shapes, (logits, penultimate) = nnx.eval_shape(look)
+    assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == count
     assert spec.num_features == features
-    logits, penultimate = nnx.eval_shape(lambda: spec.build(nnx.Rngs(0))(jnp.zeros((2, *spec.image_shape)), train=True))
     assert logits.shape == (2, spec.num_classes)
     assert penultimate.shape == (2, features)
 
@@ -94,9 +94,9 @@ def test_depthwise_convolutions_learn(mesh):
     assert losses[-1] < losses[0] / 2
 
 
-def test_bfloat16_computes_in_16_bits_and_answers_in_32():
+def test_bfloat16_computes_in_16_bits_and_answers_in_32(mesh):
     spec = ModelSpec("resnet_small", (8, 8, 1), 10, (8,), 1, "bfloat16")
-    model = built(spec)
+    model = built(spec, mesh)
     assert model.head.linear.kernel.dtype == jnp.float32
     x = jax.random.uniform(jax.random.key(0), (4, 8, 8, 1))
     assert model.stem(x, True, None).dtype == jnp.bfloat16
@@ -104,10 +104,10 @@ def test_bfloat16_computes_in_16_bits_and_answers_in_32():
     assert logits.dtype == features.dtype == jnp.float32
 
 
-def test_padding_counts_neither_in_outputs_nor_in_statistics():
+def test_padding_counts_neither_in_outputs_nor_in_statistics(mesh):
     spec = ModelSpec("resnet_small", (8, 8, 1), 10, (8, 16), 1)
     x = jax.random.uniform(jax.random.key(0), (6, 8, 8, 1))
-    alone, padded = built(spec), built(spec)
+    alone, padded = built(spec, mesh), built(spec, mesh)
     expected, _ = trained(alone, x[:4])
     got, _ = trained(padded, x.at[4:].set(1e3), jnp.arange(6) < 4)
     np.testing.assert_allclose(got[:4], expected, rtol=1e-5, atol=1e-5)
@@ -115,8 +115,8 @@ def test_padding_counts_neither_in_outputs_nor_in_statistics():
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_batch_norm_keeps_nine_tenths_of_its_statistics():
-    model = built(ModelSpec("resnet_small", (8, 8, 1), 10, (8,), 1))
+def test_batch_norm_keeps_nine_tenths_of_its_statistics(mesh):
+    model = built(ModelSpec("resnet_small", (8, 8, 1), 10, (8,), 1), mesh)
     x = jax.random.uniform(jax.random.key(0), (16, 8, 8, 1))
     before = model.stem.conv(x)
     trained(model, x)

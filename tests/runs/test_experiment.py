@@ -122,6 +122,7 @@ def test_models_are_saved(finished, mesh):
     assert retrained == about["evaluation"] | {"defense_effectiveness": retrained["defense_effectiveness"]}
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_finished_phases_are_not_run_again(finished, mesh, monkeypatch):
     workdir, config, results = finished
     before = tree(workdir / "models") | tree(workdir / "trajectories")
@@ -131,6 +132,7 @@ def test_finished_phases_are_not_run_again(finished, mesh, monkeypatch):
     assert without_cost(again["variants"]) == json.loads(json.dumps(without_cost(results["variants"])))
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_shared_artefacts_are_made_once_and_say_the_same(finished, tmp_path, mesh, monkeypatch):
     """Two runs over one folder say together what a run of its own does."""
     _, config, results = finished
@@ -161,6 +163,7 @@ def test_shared_artefacts_are_made_once_and_say_the_same(finished, tmp_path, mes
     assert theirs["variants"]["badloss/fraction"]["cost"]["seconds_of"]["recording"] == ours["seconds"]["recording"]
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_surrogates_are_shared_only_if_they_are_trained_alike(tmp_path, tiny, mesh):
     changed = {"attacks__names": "('narcissus',)", "attacks__narcissus__ratio": 0.2, "controls": "('none',)",
                "attacks__narcissus__surrogate_epochs": 1, "attacks__narcissus__steps": 2, "scoring__kinds": "()",
@@ -204,6 +207,7 @@ def test_detection_alone_trains_the_recording_alone(defended):
         assert variant["cost"]["seconds_of"].keys() == {"recording", "scoring" if who == "loss" else who}
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_detection_alone_can_be_scored_again(defended, tmp_path):
     shutil.copytree(defended[0], tmp_path / "run")
     folder, rescored = rescore(tmp_path / "run", lambda config: override(config, ["--config.scoring.loss.k=7"]))
@@ -213,6 +217,7 @@ def test_detection_alone_can_be_scored_again(defended, tmp_path):
         rescore(tmp_path / "run", lambda config: override(config, ["--config.scoring.kinds=()"]))
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_contaminated_probes_go_through(tmp_path, tiny, mesh):
     config = tiny(probes__contaminated=0.1, attacks__overlap=0.5, retraining__enabled=False, controls="()",
                   scoring__kinds="('loss',)", retraining__variants="()", scoring__epochs=3)  # fmt: skip
@@ -224,12 +229,14 @@ def test_contaminated_probes_go_through(tmp_path, tiny, mesh):
     assert results["variants"]["loss/fraction"]["detection"]["auroc"]["overall"] is not None
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_same_seed_gives_identical_scores(finished, tmp_path, mesh):
     workdir, config, _ = finished
     run_experiment(config, tmp_path / "b", mesh=mesh)
     assert (tmp_path / "b" / "scores.parquet").read_bytes() == (workdir / "scores.parquet").read_bytes()
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_a_manifest_can_be_given(finished, tmp_path, tiny, mesh):
     workdir, _, results = finished
     config = tiny(attacks__manifest=workdir / "manifest.json", attacks__patch__ratio=0.3, controls="()",
@@ -253,6 +260,7 @@ def test_a_clean_training_set_runs(tmp_path, tiny, mesh):
     assert page.count('<figure class="card"') == 5 * 60
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_levels_can_be_named(tmp_path, tiny, mesh):
     config = tiny(rejection__rules="('fraction','fraction@0.1')", retraining__variants="('loss/fraction@0.1',)",
                   controls="()", scoring__kinds="('loss',)", report__gallery=0)  # fmt: skip
@@ -265,6 +273,7 @@ def test_levels_can_be_named(tmp_path, tiny, mesh):
     assert sum(pq.read_table(tmp_path / "scores.parquet")["removed_loss_fraction@0.1"].to_pylist()) == 30
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_narcissus_trains_its_surrogate_once(tmp_path, tiny, mesh, monkeypatch):
     changed = {"attacks__names": "('patch','narcissus')", "attacks__narcissus__ratio": 0.2, "controls": "()",
                "attacks__narcissus__surrogate_epochs": 2, "attacks__narcissus__steps": 5,
@@ -287,6 +296,7 @@ def test_narcissus_trains_its_surrogate_once(tmp_path, tiny, mesh, monkeypatch):
     assert given["undefended"] == results["undefended"]
 
 
+@pytest.mark.usefixtures("unrendered")
 @pytest.mark.parametrize("name", ["imagenette", "imagenet", "gtsrb"])
 def test_large_configs_run_shrunk(tmp_path, mesh, name, rng):
     """Images of mixed sizes and modes at 112 px, where patches are blocks and augmentation crops and resizes."""
@@ -316,6 +326,7 @@ def test_large_configs_run_shrunk(tmp_path, mesh, name, rng):
     assert "retrained" in results["variants"]["combined/fraction@0.1"]
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_tensorboard_reads_the_metrics(tmp_path, tiny, mesh):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -350,6 +361,7 @@ def test_wandb_takes_the_metrics(tmp_path, tiny, monkeypatch):
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_rescoring_never_touches_the_run(finished):
     workdir, _, results = finished
     before = tree(workdir)
@@ -368,6 +380,7 @@ def test_rescoring_never_touches_the_run(finished):
     assert same == folder
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_rescoring_takes_fewer_kinds(finished):
     workdir, *_ = finished
     _, rescored = rescore(workdir, lambda config: override(config, ["--config.scoring.kinds=('loss',)"]))
@@ -401,6 +414,7 @@ def test_foreign_and_busy_folders_are_refused(finished, tmp_path, tiny, mesh):
         run_experiment(config, workdir, mesh=mesh)
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_other_data_under_the_same_config_is_refused(tmp_path, mesh):
     from PIL import Image
 
@@ -425,6 +439,7 @@ def test_other_data_under_the_same_config_is_refused(tmp_path, mesh):
     assert tree(tmp_path / "run") == before
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_another_manifest_under_the_same_config_is_refused(finished, tmp_path, tiny, mesh):
     workdir, *_ = finished
     own = tmp_path / "own.json"
@@ -440,6 +455,7 @@ def test_another_manifest_under_the_same_config_is_refused(finished, tmp_path, t
     assert tree(tmp_path / "run") == before
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_lost_trajectories_are_recorded_again(finished, tmp_path, mesh):
     workdir, config, results = finished
     shutil.copytree(workdir, tmp_path / "run")
@@ -487,6 +503,7 @@ def test_a_loss_that_becomes_nan_stops_the_run(tmp_path, tiny, mesh):
         rescore(tmp_path, lambda c: c)
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_step_capture_runs(tmp_path, tiny, mesh):
     results = run_experiment(
         tiny(recording__capture="step", retraining__variants="()", controls="()"), tmp_path, mesh=mesh
@@ -504,6 +521,7 @@ def test_a_full_disk_is_said(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:os.fork")
+@pytest.mark.usefixtures("unrendered")
 def test_a_full_disk_loses_nothing(finished, tmp_path, mesh):
     """While a model is saved; orbax's own threads may have their say beside ours then."""
     shutil.copytree(finished[0], tmp_path / "full")

@@ -27,7 +27,7 @@ def by_id(context, settings):
 
 
 @pytest.fixture
-def run(tmp_path, tiny, mesh, monkeypatch):
+def run(tmp_path, tiny, mesh, monkeypatch, unrendered):
     """Runs a function as the defence "abl", or "cbd" if it cleanses, and nothing else."""
 
     def run(function, cleanses=False, folder="run", **changed):
@@ -58,7 +58,7 @@ def test_what_a_defence_found_is_kept(run, tmp_path):
     assert run(never)["variants"] == json.loads(json.dumps(results["variants"]))
 
 
-def test_a_run_without_a_recording_has_a_report(run, tmp_path):
+def test_a_run_without_a_recording_has_a_report(run, tmp_path, monkeypatch):
     run(by_id)
     page, markdown = ((tmp_path / "run" / f"report.{end}").read_text() for end in ("html", "md"))
     assert "abl (its own rule)" in page
@@ -69,6 +69,9 @@ def test_a_run_without_a_recording_has_a_report(run, tmp_path):
     assert "trajectories.png" not in markdown
     assert not (tmp_path / "run" / "trajectories.png").exists()
     assert write_reports(tmp_path / "run").read_text() == page
+    monkeypatch.undo()
+    assert "data:image/svg+xml;base64,PD94" in write_reports(tmp_path / "run").read_text()
+    assert (tmp_path / "run" / "roc.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UsageError, match=r"scoring.kinds is empty"):
         rescore(tmp_path / "run", lambda config: config)
 
@@ -196,6 +199,7 @@ def test_the_attacked_network_is_trained_for_a_defence_though_it_is_not_shown(ru
     assert "The network" not in (tmp_path / "run" / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_a_shared_network_is_tested_in_another_way_without_being_trained_again(tmp_path, tiny, mesh, monkeypatch):
     def run(folder, **changed):
         settings = {"scoring__kinds": "()", "controls": "('none',)", "retraining__variants": "()"} | changed
@@ -222,6 +226,7 @@ def test_as_many_trainings_are_promised_as_a_defence_makes(tiny):
     assert planned_trainings(turns) - planned_trainings(without) == 7
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_the_last_training_is_the_last_that_was_promised(tmp_path, tiny, mesh):
     stream = io.StringIO()
     changed = {"scoring__kinds": "('loss',)", "retraining__variants": "('loss/fraction',)"}

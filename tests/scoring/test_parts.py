@@ -5,13 +5,14 @@ import pytest
 
 from badloss_jax.scoring.parts import attacks_among
 
-CLASSES, WIDTH = 8, 30
+CLASSES, WIDTH = 8, 90
 
 
 def images(draw, attacks, classes=CLASSES):
     """Points of a few attacks of 120 images each, taken from so many classes; where they came from shows, too."""
     sources = draw.integers(0, classes, (attacks, 120))
-    centres, triggers = 4 * draw.normal(size=(classes, WIDTH)), 1.2 * draw.normal(size=(attacks, 1, WIDTH))
+    # As far apart as in 30 dimensions of 4 and 1.2 standard deviations.
+    centres, triggers = 2.3 * draw.normal(size=(classes, WIDTH)), 0.69 * draw.normal(size=(attacks, 1, WIDTH))
     points = centres[sources] + triggers + draw.normal(size=(attacks, 120, WIDTH))
     return points.reshape(-1, WIDTH).astype(np.float32), sources.ravel(), np.arange(attacks).repeat(120)
 
@@ -40,7 +41,7 @@ def test_parts_of_one_attack_are_joined(rng):
 def test_what_has_no_parts_is_not_cut(rng, count):
     """Points of one Gaussian, whose best cut of many is the widest by chance."""
     for _ in range(5):
-        points = (rng.normal(size=(count, 90)) / np.sqrt(np.arange(1, 91))).astype(np.float32)
+        points = (rng.normal(size=(count, WIDTH)) / np.sqrt(np.arange(1, WIDTH + 1))).astype(np.float32)
         assert len(divided([np.arange(count)], points, rng.integers(0, CLASSES, count))) == 1
 
 

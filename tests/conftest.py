@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 # The first process of a session makes the folder; its workers, and what tests start, find it in their environment.
@@ -138,9 +139,9 @@ def one_device(mesh):
         yield
 
 
-@pytest.fixture
-def unrendered(monkeypatch):
-    """Reports are written, and all of their plots are drawn, but Matplotlib makes no picture of them.
+@contextmanager
+def no_pictures():
+    """Within it reports are written, and all of their plots are drawn, but Matplotlib makes no picture of them.
 
     For runs whose pictures nobody looks at: these take as long as all the rest of a small run.
     """
@@ -149,7 +150,15 @@ def unrendered(monkeypatch):
         if not hasattr(file, "write"):
             Path(file).write_bytes(b"")
 
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", savefig)
+        yield
+
+
+@pytest.fixture
+def unrendered():
+    with no_pictures():
+        yield
 
 
 @pytest.fixture(scope="session")

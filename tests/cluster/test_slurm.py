@@ -253,8 +253,8 @@ SHRUNK = [
     "configs/digits.py",
     *overrides(
         recording__batch_size=100,  # few steps, as each waits for messages of the nodes to one another
-        recording__epochs=40,
-        recording__schedule_epochs=40,
+        recording__epochs=30,
+        recording__schedule_epochs=30,
         recording__kinds="()",
         scoring__kinds="('loss',)",
         retraining__enabled=False,

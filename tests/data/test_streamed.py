@@ -133,6 +133,7 @@ def test_a_whole_run_in_float64_is_that_of_resident_data(tmp_path):
 
 _WORKERS = """
 if __name__ == "__main__":  # all of it, as the workers import this module, too, and need nothing of it
+    import jax
     import numpy as np
     from badloss_jax.core.order import epoch_batches
     from badloss_jax.core.mesh import make_mesh
@@ -140,9 +141,10 @@ if __name__ == "__main__":  # all of it, as the workers import this module, too,
     from tests.data.test_streamed import COUNT, make_poisoning
     poisoning, mesh = make_poisoning(), make_mesh()
     order = epoch_batches(np.arange(COUNT), 32, 800, seed=0, phase="p", epoch=0)
+    shown = jax.jit(lambda batch: (*batch.examples(np.float32), batch.ids))
     def batches(workers):
         for batch in StreamedData(poisoning, mesh, workers).batches(order, 3):
-            yield [np.asarray(part) for part in (*batch.examples(np.float32), batch.ids)]
+            yield [np.asarray(part) for part in shown(batch)]
     count = 0
     for ours, theirs in zip(batches(2), batches(0), strict=True):
         assert all((a == b).all() for a, b in zip(ours, theirs, strict=True))

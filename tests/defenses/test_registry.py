@@ -7,7 +7,7 @@ import pytest
 from badloss_jax.config import default_config, load_config
 from badloss_jax.defenses import DEFENSES
 from badloss_jax.runs.experiment import run_experiment
-from tests.conftest import overrides
+from tests.conftest import no_pictures, overrides
 
 SHRUNK = {
     "recording.kinds": "('step','prob','logits','ranked','features')",
@@ -30,7 +30,8 @@ def everything(tmp_path_factory, mesh):
     """One run of all defences on digits, shrunk: that they work together, not how well."""
     workdir = tmp_path_factory.mktemp("everything") / "run"
     config = load_config("configs/digits.py", [*overrides(), *(f"--config.{k}={v}" for k, v in SHRUNK.items())])
-    return workdir, config, run_experiment(config, workdir, mesh=mesh)
+    with no_pictures():
+        return workdir, config, run_experiment(config, workdir, mesh=mesh)
 
 
 def test_all_defences_end_to_end(everything):

@@ -522,20 +522,21 @@ def test_a_full_disk_is_said(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:os.fork")
 @pytest.mark.usefixtures("unrendered")
-def test_a_full_disk_loses_nothing(finished, tmp_path, mesh):
+def test_a_full_disk_loses_nothing(tmp_path, tiny, mesh):
     """While a model is saved; orbax's own threads may have their say beside ours then."""
-    shutil.copytree(finished[0], tmp_path / "full")
+    changed = {"recording__kinds": "()", "scoring__kinds": "('loss',)", "controls": "()", "retraining__variants": "()"}
+    run_experiment(tiny(**changed), tmp_path / "full", mesh=mesh)
     shutil.rmtree(tmp_path / "full" / "models" / "undefended")
     (tmp_path / "full" / "results.json").unlink()
     before = tree(tmp_path / "full")
-    arguments = command(tmp_path / "full", **FINISHED)
+    arguments = command(tmp_path / "full", **changed)
     failed = run_on_a_full_disk(arguments, tmp_path)
     assert failed.returncode == 1
     assert failed.stderr.count("badloss: error:") == 1
     after = tree(tmp_path / "full")
     assert all(after[name] == content for name, content in before.items() if name not in (".lock", "metrics.jsonl"))
     assert not (tmp_path / "full" / "results.json").exists()
-    assert "undefended" in run_experiment(finished[1], tmp_path / "full", mesh=mesh)
+    assert "undefended" in run_experiment(tiny(**changed), tmp_path / "full", mesh=mesh)
 
 
 def test_a_read_only_folder_is_said(tmp_path, tiny, mesh):

@@ -143,7 +143,7 @@ for case in json.loads(sys.argv[3]):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder of many runs by two processes of two devices each, what these said of each by name, and of the first."""
+    """Many runs by two processes of two devices each: their folder, what was said of each by name, and of the first."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "foreign").mkdir()
     (folder / "foreign" / "mine.txt").write_text("not a run")

@@ -461,7 +461,8 @@ def test_resized_crop_flip_is_a_piece_of_the_image_enlarged(rng):
     rows, cols = np.mgrid[:32, :48].astype(np.float32)
     image = np.stack([rows, cols, np.ones_like(rows)], axis=-1)
     areas, flips = [], 0
-    for out in np.asarray(jax.vmap(resized_crop_flip, (None, 0))(image, jax.random.split(jax.random.key(0), 400))):
+    enlarged = jax.jit(jax.vmap(resized_crop_flip, (None, 0)))
+    for out in np.asarray(enlarged(image, jax.random.split(jax.random.key(0), 400))):
         assert out.shape == image.shape
         assert out[..., 0].min() >= 0
         assert out[..., 0].max() <= 31
@@ -484,7 +485,7 @@ def test_crop_flip_is_a_shift_or_flip_of_the_reflected_image(rng):
     padded = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode="reflect")
     crops = {padded[r : r + 8, c : c + 24].tobytes(): (r, c) for r in range(9) for c in range(9)}
     seen, flips = set(), 0
-    for out in np.asarray(jax.vmap(crop_flip, (None, 0))(image, jax.random.split(jax.random.key(0), 600))):
+    for out in np.asarray(jax.jit(jax.vmap(crop_flip, (None, 0)))(image, jax.random.split(jax.random.key(0), 600))):
         straight, flipped = crops.get(out.tobytes()), crops.get(out[:, ::-1].tobytes())
         assert (straight is None) != (flipped is None)
         flips += straight is None

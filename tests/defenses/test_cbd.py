@@ -92,8 +92,8 @@ def test_network_descends_where_the_critic_ascends(played):
     def estimate(features, critic):
         return 0.5 * dependence(critic, confounders, features, forward.real)
 
-    ours = jax.grad(value, (0, 1))(forward.features, critic)
-    plain = jax.grad(estimate, (0, 1))(forward.features, critic)
+    ours = jax.jit(jax.grad(value, (0, 1)))(forward.features, critic)
+    plain = jax.jit(jax.grad(estimate, (0, 1)))(forward.features, critic)
     np.testing.assert_allclose(ours[0], plain[0], rtol=1e-5, atol=1e-7)
     for name in critic:
         np.testing.assert_allclose(ours[1][name], -plain[1][name], rtol=1e-5, atol=1e-7)

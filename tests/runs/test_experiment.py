@@ -21,7 +21,7 @@ from badloss_jax.scoring import filter_epochs, knn_distances
 from badloss_jax.settings import KINDS, RULES
 from badloss_jax.training.saved_model import load_model
 from badloss_jax.trajectories.store import TrajectoryStore
-from tests.conftest import CLASS_NAMES, ENVIRONMENT, FINISHED, ONLY_READS, overrides, without_cost
+from tests.conftest import CLASS_NAMES, ENVIRONMENT, ONLY_READS, overrides, without_cost
 
 
 def command(workdir, *extra, **changed):

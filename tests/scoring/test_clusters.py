@@ -274,8 +274,8 @@ def test_odd_inputs_give_numbers(spoil):
         kinds[0][labels == 2], kinds[1][labels == 2] = kinds[0][0], kinds[1][0]
     if spoil == "one class of one":
         kept = (labels < 5) | (np.arange(len(labels)) == 2_001)
-        kinds, looks = [kind[kept] for kind in kinds], Impressions(looks.first[kept], looks.late[kept], looks.odds[kept])
-        labels, is_probe, far = labels[kept], is_probe[kept], far[kept]
+        kinds, labels, is_probe, far = [kind[kept] for kind in kinds], labels[kept], is_probe[kept], far[kept]
+        looks = Impressions(looks.first[kept], looks.late[kept], looks.odds[kept])
     if spoil == "no probes in a class":
         is_probe = is_probe & (labels != 1)
     if spoil == "three epochs":

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import jax
 import numpy as np
@@ -51,6 +50,7 @@ def training(
     identity="this",
     capture="step",
     spec=SPEC,
+    kinds=KINDS,
     augment="crop_flip",
     epochs=3,
     **changed,
@@ -58,8 +58,8 @@ def training(
     """Three epochs of 25 steps (the last one padded), recorded; stopped after some steps if asked to."""
     data = resident(mesh)
     nobody = np.zeros(len(data), bool)
-    store = TrajectoryStore.create(folder / "store", "", np.asarray(data.labels), nobody, epochs, KINDS.layout())
-    recorder = Recorder(KINDS, capture, store, mesh, 64)
+    store = TrajectoryStore.create(folder / "store", "", np.asarray(data.labels), nobody, epochs, kinds.layout())
+    recorder = Recorder(kinds, capture, store, mesh, 64)
     reports = []
     settings = {"every_steps": 7, "preemption": StopAfter(stop_after)} | changed
     with Checkpoints(folder / "checkpoints", identity, len(data), **settings) as checkpoints:
@@ -125,32 +125,44 @@ def test_a_training_moves_to_another_number_of_devices(stopped, unbroken):
     assert not (ours[:, 2] == theirs[:, 2]).all()  # other devices did it, in another order of sums
 
 
-DOUBLE = replace(SPEC, dtype="float64")
-_MOVED = """
-import sys
+_DOUBLE = """
+import json, sys
+from dataclasses import replace
 from pathlib import Path
 import jax, numpy as np
 from badloss_jax.core.errors import PreemptedError
 from badloss_jax.core.mesh import make_mesh
-from tests.training.test_resume import DOUBLE, training
-one, eight, folder = make_mesh(jax.devices()[:1]), make_mesh(), Path(sys.argv[1])
-whole, *_ = training(folder / "whole", one, spec=DOUBLE)
+from tests.training.test_resume import training
+from tests.training.test_training import KINDS, SPEC, record
+folder, how = Path(sys.argv[1]), {"spec": replace(SPEC, dtype="float64"), "kinds": KINDS}
+def on(count, augment):
+    return record(folder / f"{count}{augment}", count, epochs=3, augment=augment, **how)[0].read("loss")
+apart = {}
+for augment, counts in (("none", (4, 8)), ("crop_flip", (4,))):
+    one = on(1, augment)
+    apart[augment] = max(np.abs(on(count, augment) - one).max() for count in counts)
+one, eight = make_mesh(jax.devices()[:1]), make_mesh()
+whole, *_ = training(folder / "whole", one, **how)
 try:
-    training(folder / "moved", eight, spec=DOUBLE, stop_after=40)
+    training(folder / "moved", eight, stop_after=40, **how)
 except PreemptedError:
-    moved, *_ = training(folder / "moved", one, spec=DOUBLE)
-print(np.abs(whole.read("loss") - moved.read("loss")).max())
+    moved, *_ = training(folder / "moved", one, **how)
+apart["moved"] = np.abs(whole.read("loss") - moved.read("loss")).max()
+print(json.dumps({name: float(value) for name, value in apart.items()}))
 """
 
 
 @pytest.mark.slow
-def test_a_whole_run_that_moved_agrees_in_float64(tmp_path):
+def test_whole_runs_agree_in_float64(tmp_path):
+    """On any number of devices, with and without augmentation, and moved from eight to one in the middle."""
     environment = ENVIRONMENT | {"JAX_ENABLE_X64": "1", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": "."}
     run = subprocess.run(
-        [sys.executable, "-c", _MOVED, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", _DOUBLE, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    assert float(run.stdout) <= 1e-6
+    apart = json.loads(run.stdout)
+    assert apart.keys() == {"none", "crop_flip", "moved"}
+    assert max(apart.values()) <= 1e-6
 
 
 def test_another_trainings_checkpoint_is_refused(stopped, mesh):

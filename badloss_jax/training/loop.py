@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Int
+from jaxtyping import Array, Bool, Int
 
 from badloss_jax.core.errors import NonFiniteLossError
 from badloss_jax.core.order import epoch_batches
@@ -158,10 +159,15 @@ def train(
             passengers.on_epoch(report)
 
     # No loss was computed with the weights of the last update.
-    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params)):
+    if not bool(_all_finite(state.params)):
         raise NonFiniteLossError(f"the last update of phase {phase!r} made the network's weights NaN or infinite")
     running.progress.end()
     return state
+
+
+@jax.jit
+def _all_finite(params: nnx.State) -> Bool[Array, ""]:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
 
 
 @dataclass(frozen=True)

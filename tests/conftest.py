@@ -4,6 +4,7 @@ All processes of a session, those that tests start included, keep what XLA compi
 """
 
 import atexit
+import fcntl
 import io
 import json
 import os
@@ -162,11 +163,34 @@ def unrendered():
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory, mesh):
+def common(tmp_path_factory):
+    """A folder of all test processes of the session; their own ones lie in it, beside each other."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def run_once(tmp_path_factory, common, mesh):
+    """Lets the first test process of the session run an experiment, by its name, and gives each a copy of its own."""
+
+    def run(name, config):
+        made, said = common / name, common / f"{name}.json"
+        with open(common / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not said.exists():
+                said.write_text(json.dumps(run_experiment(config, made, mesh=mesh)))
+
+        workdir = tmp_path_factory.mktemp(name) / "run"
+        shutil.copytree(made, workdir)
+        return workdir, config, json.loads(said.read_text())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(run_once):
     """One finished run, whose classes have hostile names; the tests only read it."""
-    workdir = tmp_path_factory.mktemp("run") / "run"
-    config = load_config("configs/digits.py", overrides(**FINISHED))
-    return workdir, config, run_experiment(config, workdir, mesh=mesh)
+    return run_once("finished", load_config("configs/digits.py", overrides(**FINISHED)))
 
 
 DEFENDED = {
@@ -179,11 +203,9 @@ DEFENDED = {
 
 
 @pytest.fixture(scope="session")
-def defended(tmp_path_factory, mesh):
+def defended(run_once):
     """As `finished`, but with defences beside one kind of trajectory, and nothing retrained; the tests only read it."""
-    workdir = tmp_path_factory.mktemp("defended") / "run"
-    config = load_config("configs/digits.py", overrides(**FINISHED | DEFENDED))
-    return workdir, config, run_experiment(config, workdir, mesh=mesh)
+    return run_once("defended", load_config("configs/digits.py", overrides(**FINISHED | DEFENDED)))
 
 
 @pytest.fixture

@@ -31,12 +31,11 @@ def _unrendered(unrendered):
 
 
 @pytest.fixture(scope="session")
-def at_home(tmp_path_factory, mesh):
+def at_home(tmp_path_factory, common, mesh):
     """Lets defences work at home, on one attacked network for all: ("A,B", *overrides) -> what results.json holds."""
-    folder = tmp_path_factory.mktemp("home")
 
     def run(names, *overrides):
-        workdir = folder / f"{names}-{len(list(folder.iterdir()))}"
-        return run_experiment(home_config(names, *overrides), workdir, mesh=mesh, shared=folder / "shared")
+        workdir = tmp_path_factory.mktemp("home") / "run"
+        return run_experiment(home_config(names, *overrides), workdir, mesh=mesh, shared=common / "at-home")
 
     return run

@@ -99,9 +99,9 @@ def losses(folder, data, mesh, spec=SPEC):
     return store.read("loss")
 
 
-def test_fifty_steps_are_those_of_resident_data(poisoning, tmp_path):
-    """On four devices; `test_runs_are_the_same_either_way` has one."""
-    mesh = make_mesh(jax.devices()[:4])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_fifty_steps_are_those_of_resident_data(poisoning, tmp_path, devices):
+    mesh = make_mesh(jax.devices()[:devices])
     ours = losses(tmp_path / "streamed", StreamedData(poisoning, mesh), mesh)
     theirs = losses(tmp_path / "resident", resident(poisoning, mesh), mesh)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)

@@ -323,8 +323,7 @@ def test_a_recorder_finds_attacks_if_it_is_told_the_labels(own_loop):
         recorder.score(probe_ids, kind="loss", labels=labels)
 
 
-def test_stored_trajectories_are_removed_by_the_same_clusters(own_loop, tmp_path, mesh, monkeypatch):
-    monkeypatch.setattr("badloss_jax.core.mesh.make_mesh", lambda: mesh)
+def test_stored_trajectories_are_removed_by_the_same_clusters(own_loop, tmp_path):
     recorder, labels, probe_ids, _, folder = own_loop
     (tmp_path / "probes.txt").write_text(" ".join(map(str, probe_ids)))
     command = ["score", "--trajectories", str(folder), "--probes", str(tmp_path / "probes.txt"), "--workdir"]

@@ -58,7 +58,8 @@ def run_shell(line, folder):
     if words[1] == "run":  # the folder RUN holds a finished run of another config
         line = line.replace("--workdir RUN", "--workdir RAN").replace("/tmp/digits", "DIGITS")
         trains = "retraining" in line
-        line += f" {shlex.join((*SHORT, '--config.retraining.epochs=1', f'--config.retraining.enabled={trains}'))}"
+        retraining = (f"enabled={trains}", "epochs=1", "batch_size=128")
+        line += f" {shlex.join((*SHORT, *(f'--config.retraining.{text}' for text in retraining)))}"
     if words[1] == "scan":
         line += f" {shlex.join(SHORT)}"
 

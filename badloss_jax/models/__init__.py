@@ -8,6 +8,7 @@ line in `MODELS`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ class ModelSpec:
     @property
     def num_features(self) -> int:
         """F, the width of the penultimate layer."""
-        return nnx.eval_shape(lambda: self.build(nnx.Rngs(0))).head.linear.in_features
+        return _num_features(self)
 
     @property
     def param_dtype(self) -> jnp.dtype:
@@ -70,6 +71,11 @@ class ModelSpec:
             stages=self.stages,
             stem_stride=self.stem_stride,
         )
+
+
+@lru_cache(maxsize=32)
+def _num_features(spec: ModelSpec) -> int:
+    return nnx.eval_shape(lambda: spec.build(nnx.Rngs(0))).head.linear.in_features
 
 
 __all__ = ["MODELS", "ModelSpec"]

@@ -20,13 +20,13 @@ class ResidentData:
     Attributes:
       images: uint8 [N, H, W, C], the originals.
       labels: int32 [N], the poisoned labels.
-      override: float32 [M + 1, H, W, C], images that replace originals; the first row is never shown.
+      override: float32 [R, H, W, C], images that replace originals, from the second row on; the others are never shown.
       override_row: int32 [N], the row of `override` that replaces this example, or 0.
     """
 
     images: UInt8[Array, "N H W C"]
     labels: Int[Array, "N"]
-    override: Float[Array, "M+1 H W C"]
+    override: Float[Array, "R H W C"]
     override_row: Int[Array, "N"]
 
     @classmethod
@@ -53,9 +53,9 @@ class ResidentData:
         override_row = np.zeros(len(images), np.int32)
         override_row[override_ids] = np.arange(1, len(override_ids) + 1)
 
-        # Row 0 stands for "not replaced", and keeps the array from being empty.
-        never_shown = np.zeros((1, *images.shape[1:]), np.float32)
-        override = np.concatenate([never_shown, override_images.astype(np.float32)])
+        # Row 0 stands for "not replaced".
+        override = np.zeros((_rows_for(len(override_ids), len(images)), *images.shape[1:]), np.float32)
+        override[1 : 1 + len(override_ids)] = override_images
 
         return cls(*place((images, labels.astype(np.int32), override, override_row), replicated(mesh)))
 
@@ -73,6 +73,15 @@ class ResidentData:
         placed = place(order, by_columns(self.labels.sharding.mesh))  # type: ignore[attr-defined]
         for number in range(start, len(order)):
             yield ResidentBatch(self, _row(placed, np.int32(number)))
+
+
+def _rows_for(replaced: int, examples: int) -> int:
+    """Returns how many rows `override` has, some of them to spare.
+
+    So what is compiled for one attack serves all of about its size, and clean images.
+    """
+    step = max(64, examples // 64)
+    return -(-(1 + replaced) // step) * step
 
 
 @jax.jit

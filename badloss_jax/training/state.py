@@ -111,8 +111,12 @@ def _make_init(
     return jit_on(init, mesh, out_shardings=replicated(mesh))
 
 
+@lru_cache(maxsize=32)
 def graph_of(spec: ModelSpec) -> nnx.GraphDef:
-    """Returns the static part of the network, to be merged with parameters and statistics."""
+    """Returns the static part of the network, to be merged with parameters and statistics.
+
+    Building a ResNet-50 takes seconds, even of shapes alone, and each step asks for it.
+    """
     return nnx.graphdef(nnx.eval_shape(lambda: spec.build(nnx.Rngs(0))))
 
 

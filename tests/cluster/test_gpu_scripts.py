@@ -18,8 +18,8 @@ SHRUNK = [f"--config.{setting}" for setting in (
     "data.source=digits", "data.train_examples=300", "data.test_examples=60", "attacks.names=('patch',)",
     "attacks.patch.ratio=0.1", "probes.count=30", "model.name=resnet_small", "model.stages=(8,)",
     "recording.epochs=40", "recording.batch_size=16", "recording.kinds=()", "scoring.kinds=('loss',)",
-    "scoring.loss.k=5", "retraining.epochs=1", "retraining.augment=none", "retraining.variants=()",
-    "rejection.rules=('fraction',)", "controls=()",
+    "scoring.loss.k=5", "retraining.epochs=1", "retraining.batch_size=16", "retraining.augment=none",
+    "retraining.variants=()", "rejection.rules=('fraction',)", "controls=()",
 )]  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def shrunk(spec, **changed):
 @pytest.mark.slow
 @pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
 def test_fashion_mnist(tmp_path, mesh):
-    config = shrunk("configs/fashion_mnist.py:quick", retraining__batch_size=32)
+    config = shrunk("configs/fashion_mnist.py:quick", recording__batch_size=32, retraining__batch_size=32)
     dataset = load_dataset(load_config("configs/fashion_mnist.py").data, 0)
     assert dataset.train.images.shape == (60_000, 28, 28, 1)
     assert dataset.test.images.shape == (10_000, 28, 28, 1)

@@ -30,7 +30,7 @@ SMALL = ("none", "oracle", "random", "badloss", "mean_loss_low")
 
 
 def small(seeds=(0,), names=SMALL, **changed):
-    return load_sweep(TABLE, overrides(recording__batch_size=64, **changed), seeds, ("all",), names)
+    return load_sweep(TABLE, overrides(**changed), seeds, ("all",), names)
 
 
 def command(workdir, *arguments, seeds="0", **changed):
@@ -305,7 +305,7 @@ def without_seconds(path):
 def test_two_killed_processes_end_with_the_same_tables(tmp_path, swept):
     """Both killed soon after a network was saved; then one to the end."""
     folder = tmp_path / "killed"
-    arguments = command(folder, recording__batch_size=64)
+    arguments = command(folder)
 
     def networks():
         return {path.parent.name for path in folder.glob("shared/models/*/about.json")}

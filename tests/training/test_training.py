@@ -80,6 +80,19 @@ def test_a_recording_by_sweeps_needs_no_step_of_its_own(tmp_path):
     assert step._cache_size() == compiled
 
 
+@pytest.mark.parametrize("poisoned", [0, 2, 63])
+def test_attacks_of_about_a_size_are_trained_on_by_one_program(mesh, poisoned):
+    recipe, ids = Recipe(1, 30, 32), np.arange(50)
+    step = make_train_step(SPEC, recipe.optimizer, recipe.objective, recipe.augment, None, mesh)
+    train(SPEC, recipe, resident(mesh), ids, seed=0, phase="test", mesh=mesh)
+    compiled = step._cache_size()
+
+    train_set, black = digits.load({}).train, np.zeros((poisoned, 8, 8, 1), np.float32)
+    data = ResidentData.place(mesh, train_set.images[:797], train_set.labels[:797], np.arange(poisoned), black)
+    train(SPEC, recipe, data, ids, seed=0, phase="test", mesh=mesh)
+    assert step._cache_size() == compiled
+
+
 def test_networks_are_compiled_at_the_first_level_on_cpus(mesh):
     """JAX takes such options nowhere but at the top."""
     with pytest.raises(ValueError, match=r"\{'xla_backend_optimization_level': 1\}"):

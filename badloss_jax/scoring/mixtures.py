@@ -89,8 +89,8 @@ def _first_means(points: Float[Array, "n C"], real: Bool[Array, "n"], draws: Flo
 
     def draw(distances: Array, uniform: Array) -> tuple[Array, Array]:
         below = jnp.cumsum(jnp.where(real, distances, 0))
-        chosen = jnp.searchsorted(below, uniform * below[-1], side="right").clip(max=len(points) - 1)
-        mean = points[chosen]
+        chosen = jnp.searchsorted(below, uniform * below[-1], side="right", method="compare_all")
+        mean = points[chosen.clip(max=len(points) - 1)]
         return jnp.minimum(distances, ((points - mean) ** 2).sum(1)), mean
 
     _, means = jax.lax.scan(draw, jnp.full(len(points), 1e3, points.dtype), draws)

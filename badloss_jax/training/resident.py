@@ -78,10 +78,11 @@ class ResidentData:
 def _rows_for(replaced: int, examples: int) -> int:
     """Returns how many rows `override` has, some of them to spare.
 
-    So what is compiled for one attack serves all of about its size, and clean images.
+    So what is compiled for one attack serves all of about its size, and clean images. Float32 rows for a 64th of the
+    examples take a 16th of what their uint8 images take.
     """
-    step = max(64, examples // 64)
-    return -(-(1 + replaced) // step) * step
+    multiple = max(64, examples // 64)
+    return -(-(1 + replaced) // multiple) * multiple
 
 
 @jax.jit

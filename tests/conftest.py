@@ -1,26 +1,22 @@
 """Eight CPU devices for the tests of sharding; everything else runs on the first, but for tests/gpu.
 
-All processes of a session, those that tests start included, keep what XLA compiles in one folder.
+All processes of a session, those that tests start included, share what XLA compiles, see `compiled`.
 """
 
-import atexit
 import fcntl
 import io
 import json
 import os
 import shutil
 import signal
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-# The first process of a session makes the folder; its workers, and what tests start, find it in their environment.
-# Set JAX_COMPILATION_CACHE_DIR to keep it for the next session.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="badloss-xla-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+from tests.compiled import pytest_sessionfinish  # noqa: F401, a hook; names the folder, which JAX asks for when imported
+
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"  # which would make the folder a part of programs' names
 
 import jax
 import numpy as np

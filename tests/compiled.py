@@ -9,6 +9,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,8 @@ def begin(kept: Path = KEPT) -> Path | None:
     atexit.register(shutil.rmtree, own, ignore_errors=True)
     os.environ[_NAME] = str(own)
 
-    if kept.is_dir():
+    # Whatever is wrong with the kept folder, all can be compiled again.
+    with suppress(OSError):
         # Programs of code that is no more would stay for ever: at some size all begins anew.
         if sum(file.stat().st_size for file in kept.iterdir()) > MOST:
             shutil.rmtree(kept)
@@ -52,4 +54,7 @@ _own = begin()
 
 def pytest_sessionfinish(exitstatus):
     if _own is not None and exitstatus == pytest.ExitCode.OK:
-        keep(_own)
+        try:
+            keep(_own)
+        except OSError as error:
+            print(f"\nwhat was compiled is not kept for the next session: {error}")

@@ -56,11 +56,26 @@ def test_at_some_size_all_begins_anew(kept, monkeypatch):
     assert not kept.exists()
 
 
-@pytest.mark.parametrize(("exitstatus", "added"), [(pytest.ExitCode.OK, True), (pytest.ExitCode.TESTS_FAILED, False)])
-def test_a_session_that_fails_adds_nothing(kept, monkeypatch, exitstatus, added):
+@pytest.fixture
+def finish(kept, monkeypatch):
+    """Ends a session that compiled one program: exit status -> None."""
     own = begun(kept, monkeypatch)
     (own / "jit_step-1-cache").write_bytes(b"one")
     monkeypatch.setattr(compiled, "_own", own)
     monkeypatch.setattr(compiled.keep, "__defaults__", (kept,))
-    compiled.pytest_sessionfinish(exitstatus)
-    assert kept.exists() == added
+    return compiled.pytest_sessionfinish
+
+
+def test_only_a_session_that_passes_adds_to_it(kept, finish):
+    finish(pytest.ExitCode.TESTS_FAILED)
+    finish(pytest.ExitCode.INTERRUPTED)
+    assert not kept.exists()
+    finish(pytest.ExitCode.OK)
+    assert kept.exists()
+
+
+def test_where_nothing_can_be_kept_all_goes_on(kept, finish, monkeypatch, capsys):
+    kept.parent.write_bytes(b"no folder")
+    assert not list(begun(kept, monkeypatch).iterdir())
+    finish(pytest.ExitCode.OK)
+    assert "what was compiled is not kept" in capsys.readouterr().out

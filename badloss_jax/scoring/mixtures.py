@@ -64,9 +64,11 @@ def _mixture(
     def centre(means: Array, _: None) -> tuple[Array, None]:
         held = nearest(means)
         sizes = held.sum(1)[:, None]
+        # What lost all of its points stays where it is.
         return jnp.where(sizes > 0, held @ points / jnp.maximum(sizes, 1), means), None
 
     def improve(held: Array, _: None) -> tuple[Array, None]:
+        # Those past the mixture's size hold nothing, and must not divide by it.
         sizes = held.sum(1)[:, None] + 1e-6
         means = held @ points / sizes
 
@@ -89,6 +91,7 @@ def _first_means(points: Float[Array, "n C"], real: Bool[Array, "n"], draws: Flo
 
     def draw(distances: Array, uniform: Array) -> tuple[Array, Array]:
         below = jnp.cumsum(jnp.where(real, distances, 0))
+        # Compared with all sums, as a binary search is a loop, which takes XLA longer to compile than all else here.
         chosen = jnp.searchsorted(below, uniform * below[-1], side="right", method="compare_all")
         mean = points[chosen.clip(max=len(points) - 1)]
         return jnp.minimum(distances, ((points - mean) ** 2).sum(1)), mean

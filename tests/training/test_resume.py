@@ -356,9 +356,9 @@ def test_a_kill_before_any_change_of_a_file_leaves_no_trace(tmp_path, tiny, mesh
 def test_kills_leave_no_trace(tmp_path):
     """kill -9 in every training in turn, a random time after it has got further than the run before."""
     changed = {
-        "recording__epochs": 30,
-        "recording__schedule_epochs": 30,
-        "retraining__epochs": 30,
+        "recording__epochs": 20,
+        "recording__schedule_epochs": 20,
+        "retraining__epochs": 20,
         "controls": "()",
         "retraining__variants": "('loss/fraction',)",
         "checkpoint__every_steps": 20,

@@ -15,7 +15,7 @@ from badloss_jax.core.mesh import by_rows, place, round_up
 from badloss_jax.core.order import cut_batches
 from badloss_jax.core.seeding import generator
 from badloss_jax.scoring import knn_distances
-from badloss_jax.trajectories.buffer import Buffer, create_buffer, padding_id, read_column, write
+from badloss_jax.trajectories.buffer import Buffer, create_buffer, make_write, padding_id, read_column
 from badloss_jax.trajectories.kinds import Kinds
 
 _LARGE = 2**16  # rows in a batch of the columns whose writing is not timed
@@ -126,7 +126,7 @@ class _Writer:
         self._kinds = kinds
         self._size = num_examples
         self._mesh = mesh
-        self._write = jax.jit(write, donate_argnums=0, out_shardings=by_rows(mesh))
+        self._write = make_write(mesh)
 
     def temporary_bytes(self, buffer: Buffer, batch_size: int) -> int | None:
         """Asks the compiler what a device needs to write one batch.

@@ -28,10 +28,10 @@ from badloss_jax.core.order import epoch_batches
 from badloss_jax.core.seeding import generator
 from badloss_jax.training.batch import Batch
 from badloss_jax.training.recorder import Recorder
-from badloss_jax.training.resident import ResidentBatch, ResidentData
+from badloss_jax.training.resident import ResidentData
 from badloss_jax.training.state import TrainState, create_state
 from badloss_jax.training.step import make_train_step
-from badloss_jax.trajectories.buffer import Buffer, padding_id
+from badloss_jax.trajectories.buffer import padding_id
 from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.store import TrajectoryStore
 
@@ -53,8 +53,8 @@ def measure_training(workload: Workload, seconds: float, scan: bool = False) -> 
       Sizes, and
       first_call_seconds: of each program: it is compiled, unless the compilation cache has it.
       step_seconds, examples_per_second: per mode, without the end of the epoch.
-      step_overhead: per mode, of a step, against "off". "sweep" trains by the same step as "off", which carries the
-        buffer along: what it shows beyond zero is the error of this measurement.
+      step_overhead: per mode, of a step, against "off". "sweep" trains by the same step as "off": what it shows beyond
+        zero is the error of this measurement.
       epoch_end_seconds: per mode, to sweep (if it does), copy the epoch's column to the host and store it.
       epoch_overhead_percent: per mode, of an epoch with its end against one without recording.
       scan: seconds of a looped and of a scanned epoch, and the overhead of the latter; None if not asked for.
@@ -151,11 +151,7 @@ class _Training:
         batches = itertools.islice(self._batches, steps)
 
         def work() -> TrainState:
-            if recorder:
-                # The step was given the old buffer for good; the recorder needs the new one.
-                recorder.buffer = self._walk(self._steps[mode], recorder.buffer, batches)
-            else:
-                self._walk(self._steps[mode], {}, batches)
+            self._walk(self._steps[mode], batches, recorder)
             return self.state
 
         return seconds_of(work) / steps
@@ -181,7 +177,7 @@ class _Training:
         scanned = _make_scan(inspect.unwrap(self._steps["off"]), self.workload.mesh)
 
         def loop() -> TrainState:
-            self._walk(self._steps["off"], {}, data.batches(order))
+            self._walk(self._steps["off"], data.batches(order))
             return self.state
 
         def scan() -> TrainState:
@@ -202,11 +198,13 @@ class _Training:
             "overhead": overhead(looped, whole),
         }
 
-    def _walk(self, step: Callable, buffer: Buffer, batches: Iterator[Batch]) -> Buffer:
+    def _walk(self, step: Callable, batches: Iterator[Batch], recorder: Recorder | None = None) -> None:
         """Trains on some batches, waiting for each loss while the next step runs, as the trainer does."""
         previous = None
         for batch in batches:
-            self.state, buffer, loss = step(self.state, buffer, batch, np.int32(0), self._rate(), np.uint32(0), None)
+            self.state, seen, loss = step(self.state, batch, np.int32(0), self._rate(), np.uint32(0), None)
+            if recorder and seen:
+                recorder.write(batch, 0, seen)
             # Waits for the step before, while this one runs.
             if previous is not None:
                 self.loss = float(previous)
@@ -214,9 +212,8 @@ class _Training:
 
         if previous is not None:
             self.loss = float(previous)
-        return buffer
 
-    def _endless(self) -> Iterator[ResidentBatch]:
+    def _endless(self) -> Iterator[Batch]:
         for epoch in itertools.count():
             yield from self.workload.data.batches(self._order(epoch))
 
@@ -310,7 +307,7 @@ def _make_scan(step: Callable, mesh: Mesh) -> Callable:
         *rest: Array,
     ) -> tuple[TrainState, Float[Array, "S"]]:
         def body(carried: TrainState, ids: Int[Array, "B"]) -> tuple[TrainState, Array]:
-            carried, _, loss = step(carried, {}, ResidentBatch(data, ids), *rest, None)
+            carried, _, loss = step(carried, data.batch(ids), *rest, None)
             return carried, loss
 
         return jax.lax.scan(body, state, order)

@@ -72,8 +72,7 @@ def make_loss_step(spec: ModelSpec, mesh: Mesh) -> Callable[[Batch, TrainState],
     """
 
     def step(batch: Batch, state: TrainState) -> Float[Array, "B"]:
-        images, labels = batch.examples(spec.param_dtype)
-        logits = network_of(spec, state)(images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        logits = network_of(spec, state)(batch.images.astype(spec.param_dtype))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
 
     return jit_on(step, mesh, out_shardings=by_rows(mesh))

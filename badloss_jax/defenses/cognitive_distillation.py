@@ -129,7 +129,7 @@ def _begin_of(spec: ModelSpec, how: Distillation) -> Callable[[Batch, TrainState
     """Returns (batch, state) -> (images, their logits, what masks are made of, Adam's moments)."""
 
     def begin(batch: Batch, state: TrainState) -> tuple[Array, Array, Array, Any]:
-        images, _ = batch.examples(spec.param_dtype)
+        images = batch.images.astype(spec.param_dtype)
         raw = jnp.ones((*images.shape[:3], 1), images.dtype)
         return images, network_of(spec, state)(images), raw, how.optimizer().init(raw)
 

@@ -87,8 +87,7 @@ def _make_judge(spec: ModelSpec, mesh: Mesh) -> Callable[[Batch, TrainState], Ar
     """Compiles (batch, detector) -> by how much the logit of "altered" exceeds that of "clean"."""
 
     def judge(batch: Batch, detector: TrainState) -> Float[Array, "B"]:
-        images, _ = batch.examples(jnp.float32)
-        logits = network_of(spec, detector)(dct2(images))
+        logits = network_of(spec, detector)(dct2(batch.images))
         return logits[:, 1] - logits[:, 0]
 
     return jit_on(judge, mesh, out_shardings=by_rows(mesh))

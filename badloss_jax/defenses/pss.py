@@ -164,7 +164,7 @@ def make_consistency_step(spec: ModelSpec, mesh: Mesh) -> Callable:
     """
 
     def step(batch: Batch, state: TrainState, seed: Int[Array, ""]) -> Float[Array, "B"]:
-        images, _ = batch.examples(spec.param_dtype)
+        images = batch.images.astype(spec.param_dtype)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch.ids)
 
         forward = forward_of(spec, state)

@@ -1,6 +1,7 @@
 """What a step is given, wherever the images come from, and what gives it."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import jax
@@ -8,23 +9,24 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
-class Batch(Protocol):
-    """One batch of examples on the devices, sharded by rows; a pytree."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """One batch of examples on the devices, sharded by rows.
 
-    @property
-    def ids(self) -> Int[Array, "B"]:
-        """The example ids; padding has one that no example has."""
+    It says nothing of the set that it is of, so that what is compiled for it serves sets of any size.
 
-    @property
-    def real(self) -> Bool[Array, "B"]:
-        """Which rows are examples, and not padding."""
+    Attributes:
+      ids: int32 [B], the example ids; padding has one that no example has.
+      images: float32 [B, H, W, C] in [0, 1], as the victim sees them; of padding, any.
+      labels: int32 [B] in 0 to K - 1, as the victim sees them; of padding, any.
+      real: bool [B], which rows are examples, and not padding.
+    """
 
-    def examples(self, dtype: jax.typing.DTypeLike) -> tuple[Float[Array, "B H W C"], Int[Array, "B"]]:
-        """Returns images in [0, 1] and labels as the victim sees them, for use inside jit.
-
-        Args:
-          dtype: of the images; a network wants its `ModelSpec.param_dtype`.
-        """
+    ids: Int[Array, "B"]
+    images: Float[Array, "B H W C"]
+    labels: Int[Array, "B"]
+    real: Bool[Array, "B"]
 
 
 class Examples(Protocol):

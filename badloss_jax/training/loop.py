@@ -29,7 +29,7 @@ from badloss_jax.training.state import AdamW, Optimizer, TrainState, create_stat
 from badloss_jax.training.step import make_train_step
 from badloss_jax.training.streamed import StreamedData
 from badloss_jax.training.watchdog import Watchdog
-from badloss_jax.trajectories.buffer import Buffer, padding_id
+from badloss_jax.trajectories.buffer import padding_id
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,12 @@ def train(
     passengers = passengers or Passengers()
     recorder = passengers.recorder
     step_kinds = recorder.step_kinds if recorder else None
-    buffer: Buffer = recorder.buffer if recorder else {}
 
     started = time.monotonic()
     begun = Position()
     if passengers.checkpoints:
         # The fresh arrays say which dtypes, shapes and shardings a checkpoint has to fit.
-        state, buffer, begun = passengers.checkpoints.restore(state, buffer)
+        state, buffer, begun = passengers.checkpoints.restore(state, recorder.buffer if recorder else {})
         if recorder:
             recorder.resume(buffer, begun.epoch)
 
@@ -140,7 +139,6 @@ def train(
         seed=seed,
         given=given,
         step=make_train_step(spec, recipe.optimizer, recipe.objective, recipe.augment, step_kinds, mesh),
-        writes=step_kinds is not None,
         recorder=recorder,
         checkpoints=passengers.checkpoints,
         watchdog=passengers.watchdog,
@@ -153,7 +151,7 @@ def train(
 
     for epoch in range(begun.epoch, recipe.epochs):
         position = begun if epoch == begun.epoch else Position(epoch)
-        state, buffer, report = running.run_epoch(state, buffer, position)
+        state, report = running.run_epoch(state, position)
         if passengers.on_epoch:
             passengers.on_epoch(report)
 
@@ -172,7 +170,6 @@ class _Phase:
     Attributes:
       padding: the id that fills up the last batch of an epoch.
       step: as `make_train_step` compiles it.
-      writes: whether the step writes into the recorder's buffer.
       origin: seconds, the monotonic clock's when this training would have begun, had it never been stopped.
     """
 
@@ -185,7 +182,6 @@ class _Phase:
     seed: int
     given: Any
     step: Callable
-    writes: bool
     recorder: Recorder | None
     checkpoints: Checkpoints | None
     watchdog: Watchdog
@@ -206,18 +202,15 @@ class _Phase:
         in_this_epoch = min(position.step * self.recipe.batch_size, len(self.example_ids))
         return position.epoch * len(self.example_ids) + in_this_epoch
 
-    def run_epoch(
-        self, state: TrainState, buffer: Buffer, begun: Position
-    ) -> tuple[TrainState, Buffer, dict[str, Any]]:
+    def run_epoch(self, state: TrainState, begun: Position) -> tuple[TrainState, dict[str, Any]]:
         """Trains from a position to the end of its epoch.
 
         Args:
           state: is used up, for its arrays are donated.
-          buffer: the recorder's, or {}; likewise.
           begun: where to begin, in the middle of an epoch after a stop.
 
         Returns:
-          The state and the buffer after the epoch, and what `on_epoch` is called with.
+          The state after the epoch, and what `on_epoch` is called with.
         """
         epoch = begun.epoch
         clock = _Clock()
@@ -231,31 +224,27 @@ class _Phase:
 
         for number in range(begun.step, self.steps_per_epoch):
             batch = clock.pull(batches)
-            # Of a recording by sweeps the step has nothing to write: it is the program of any other training.
-            written: Buffer = buffer if self.writes else {}
-            state, written, loss = self.step(
-                state, written, batch, np.int32(epoch), learning_rate, augmentation_seed, self.given
-            )
-            if self.recorder and self.writes:
-                buffer = self.recorder.buffer = written  # the one that it held was donated
+            state, seen, loss = self.step(state, batch, np.int32(epoch), learning_rate, augmentation_seed, self.given)
+            # Of a recording by sweeps the step sees nothing: it is the program of any other training.
+            if self.recorder and seen:
+                self.recorder.write(batch, epoch, seen)
 
             # Waits for the loss of the step before, while the devices are at work on this one.
             losses.append(loss)
             self.watchdog.alive()
             self.progress.advance(int(batch_sizes[number]), self._title(epoch))
-            self._save_if_due(state, buffer, Position(epoch, number + 1), losses)
+            self._save_if_due(state, Position(epoch, number + 1), losses)
 
         # Before the recorder looks: a loss that is not finite is reported with its step.
         step_losses = losses.settled()
         if self.recorder:
             self.recorder.end_epoch(self.spec, state, self.data, epoch)
-            buffer = self.recorder.buffer
         self.watchdog.alive()
 
         # The mean is that of the whole epoch, the rate only that of what was trained on since a stop.
         trained_on = int(batch_sizes[begun.step :].sum())
         mean_loss = float(np.average(np.array(step_losses, np.float64), weights=batch_sizes))
-        return state, buffer, self._report(epoch, mean_loss, float(learning_rate), trained_on, clock)
+        return state, self._report(epoch, mean_loss, float(learning_rate), trained_on, clock)
 
     def finite(self, loss: jax.Array, position: Position) -> float:
         """Waits for a step's mean loss.
@@ -292,7 +281,7 @@ class _Phase:
             self.example_ids, self.recipe.batch_size, self.padding, seed=self.seed, phase=self.name, epoch=epoch
         )
 
-    def _save_if_due(self, state: TrainState, buffer: Buffer, position: Position, losses: "_Losses") -> None:
+    def _save_if_due(self, state: TrainState, position: Position, losses: "_Losses") -> None:
         steps_done = self.steps_done(position)
         if self.checkpoints is None or not self.checkpoints.due(steps_done):
             return
@@ -300,6 +289,7 @@ class _Phase:
         # The losses first: nothing is saved of a network that has diverged.
         step_losses = losses.settled()
         seconds = time.monotonic() - self.origin
+        buffer = self.recorder.buffer if self.recorder else {}
         self.checkpoints.save(state, buffer, replace(position, losses=step_losses, seconds=seconds), steps_done)
 
     def _report(

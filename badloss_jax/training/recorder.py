@@ -11,10 +11,10 @@ from badloss_jax.core.mesh import process_blocks
 from badloss_jax.core.order import cut_batches
 from badloss_jax.core.processes import all_of, on_all
 from badloss_jax.models import ModelSpec
-from badloss_jax.training.batch import Examples
+from badloss_jax.training.batch import Batch, Examples
 from badloss_jax.training.state import TrainState
 from badloss_jax.training.step import make_sweep_step
-from badloss_jax.trajectories.buffer import Buffer, create_buffer, padding_id, read_column
+from badloss_jax.trajectories.buffer import Buffer, create_buffer, make_write, padding_id, read_column
 from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.store import TrajectoryStore
 
@@ -69,6 +69,17 @@ class Recorder:
         for finished in range(epoch):
             self.flush(finished)
 
+    def write(self, batch: Batch, epoch: int, seen: dict[str, jax.Array]) -> None:
+        """Writes what was seen of a batch into the buffer.
+
+        Args:
+          batch: on the devices.
+          epoch: the column.
+          seen: kind -> [B, ...]; kinds that it lacks stay as they are.
+        """
+        write = make_write(self.mesh)
+        self.buffer = write(self.buffer, batch.ids, np.int32(epoch), seen)
+
     def end_epoch(self, spec: ModelSpec, state: TrainState, data: Examples, epoch: int) -> None:
         """Sweeps over the training set if that is how it captures, and stores the epoch.
 
@@ -86,7 +97,7 @@ class Recorder:
             padding = padding_id(len(data), self.mesh)
             order = cut_batches(np.arange(len(data)), self.batch_size, padding)
             for batch in data.batches(order):
-                self.buffer = step(state, self.buffer, batch, np.int32(epoch))
+                self.write(batch, epoch, step(state, batch))
 
         self.flush(epoch, check=True)
 

@@ -1,15 +1,17 @@
 """A data set that lies on the devices as uint8, with the poisoned images beside it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
-from badloss_jax.core.mesh import by_columns, place, replicated
+from badloss_jax.core.mesh import by_columns, by_rows, place, replicated
+from badloss_jax.training.batch import Batch
 
 
 @jax.tree_util.register_dataclass
@@ -62,17 +64,37 @@ class ResidentData:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batches(self, order: Int[np.ndarray, "S B"], start: int = 0) -> Iterator["ResidentBatch"]:
+    def batches(self, order: Int[np.ndarray, "S B"], start: int = 0) -> Iterator[Batch]:
         """Yields the batches of an epoch from the given one on; ids of no example are padding.
 
         Args:
           order: int32 [S, B], the ids of each batch.
           start: the batch to begin with.
         """
+        mesh = self.labels.sharding.mesh  # type: ignore[attr-defined]
+        take = _make_take(mesh)
+
         # The whole epoch at once, so that nothing is copied from the host between two steps.
-        placed = place(order, by_columns(self.labels.sharding.mesh))  # type: ignore[attr-defined]
+        placed = place(order, by_columns(mesh))
         for number in range(start, len(order)):
-            yield ResidentBatch(self, _row(placed, np.int32(number)))
+            yield take(self, placed, np.int32(number))
+
+    def batch(self, ids: Int[Array, "B"]) -> Batch:
+        """Returns examples as the victim sees them, for use inside jit; padding shows the last one.
+
+        Args:
+          ids: int32 [B]; ids of no example are padding.
+        """
+        known = jnp.minimum(ids, len(self) - 1)
+        rows = self.override_row[known]
+        is_replaced = (rows > 0)[:, None, None, None]
+        originals = self.images[known].astype(jnp.float32) / 255
+        return Batch(
+            ids=ids,
+            images=jnp.where(is_replaced, self.override[rows], originals),
+            labels=self.labels[known],
+            real=ids < len(self),
+        )
 
 
 def _rows_for(replaced: int, examples: int) -> int:
@@ -85,29 +107,11 @@ def _rows_for(replaced: int, examples: int) -> int:
     return -(-(1 + replaced) // multiple) * multiple
 
 
-@jax.jit
-def _row(order: Int[Array, "S B"], number: Int[Array, ""]) -> Int[Array, "B"]:
-    return order[number]
+@lru_cache(maxsize=8)
+def _make_take(mesh: Mesh) -> Callable[[ResidentData, Int[Array, "S B"], np.int32], Batch]:
+    """Compiles (data, order, number) -> the batch of that number."""
 
+    def take(data: ResidentData, order: Int[Array, "S B"], number: Int[Array, ""]) -> Batch:
+        return data.batch(order[number])
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class ResidentBatch:
-    """Which examples of the resident data a step takes."""
-
-    data: ResidentData
-    ids: Int[Array, "B"]
-
-    @property
-    def real(self) -> Bool[Array, "B"]:
-        """Which of them are examples, and not padding."""
-        return self.ids < len(self.data)
-
-    def examples(self, dtype: jax.typing.DTypeLike) -> tuple[Float[Array, "B H W C"], Int[Array, "B"]]:
-        """Returns images in [0, 1] and labels; padding shows the last example."""
-        ids = jnp.minimum(self.ids, len(self.data) - 1)
-        rows = self.data.override_row[ids]
-        images = self.data.images[ids].astype(dtype) / 255
-        is_replaced = (rows > 0)[:, None, None, None]
-        shown = jnp.where(is_replaced, self.data.override[rows].astype(dtype), images)
-        return shown, self.data.labels[ids]
+    return jax.jit(take, out_shardings=by_rows(mesh))

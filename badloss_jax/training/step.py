@@ -1,4 +1,7 @@
-"""The jitted steps: one that learns, and three that only look."""
+"""The jitted steps: one that learns, and three that only look.
+
+None of them sees the data set or the trajectory buffer, so that one program serves sets and recordings of any size.
+"""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -17,7 +20,6 @@ from badloss_jax.models import ModelSpec
 from badloss_jax.training.batch import Batch
 from badloss_jax.training.objective import Forward, MeanLoss
 from badloss_jax.training.state import Optimizer, TrainState, forward_of, graph_of
-from badloss_jax.trajectories.buffer import Buffer, write
 from badloss_jax.trajectories.kinds import Kinds
 
 
@@ -25,19 +27,19 @@ from badloss_jax.trajectories.kinds import Kinds
 def make_train_step(
     spec: ModelSpec, optimizer: Optimizer, objective: MeanLoss, augment: str, kinds: Kinds | None, mesh: Mesh
 ) -> Callable:
-    """Compiles (state, buffer, batch, epoch, learning_rate, seed, given) -> (state, buffer, mean loss).
+    """Compiles (state, batch, epoch, learning_rate, seed, given) -> (state, seen, mean loss).
 
-    State and buffer are donated; `seed`, uint32, is that of the augmentation; `given` is handed on to the objective.
-    With `kinds`, what the step's own forward pass says of each example goes into the buffer ("step" capture); without,
-    the buffer is passed through. The mean is over the batch's examples; an example's loss is clamped for the mean (and
-    its gradient), never for the buffer. The mean loss returned is not finite if any example's loss is not.
+    The state is donated; `seed`, uint32, is that of the augmentation; `given` is handed on to the objective. `seen`,
+    kind -> [B, ...], is what the step's own forward pass says of each example ("step" capture). The mean is over the
+    batch's examples; an example's loss is clamped for the mean (and its gradient), never in `seen`. The mean loss
+    returned is not finite if any example's loss is not.
 
     Args:
       spec: the network.
       optimizer: turns gradients into updates, up to the learning rate.
       objective: what is minimised.
       augment: of `AUGMENTATIONS`.
-      kinds: what goes into the buffer.
+      kinds: what is seen; None is nothing.
       mesh: the devices.
 
     Returns:
@@ -48,28 +50,23 @@ def make_train_step(
 
     def step(
         state: TrainState,
-        buffer: Buffer,
         batch: Batch,
         epoch: Int[Array, ""],
         learning_rate: Float[Array, ""],
         seed: Int[Array, ""],
         given: Any,
-    ) -> tuple[TrainState, Buffer, Float[Array, ""]]:
-        images, labels = batch.examples(spec.param_dtype)
-        ids = batch.ids
-        real = batch.real
-
+    ) -> tuple[TrainState, dict[str, Array], Float[Array, ""]]:
         # A key an example and epoch, so that an image is the same in whatever batch and on whatever device it is.
         key = jax.random.key(seed)
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, epoch), i))(ids)
-        images = jax.vmap(augmentation)(images, keys)
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, epoch), i))(batch.ids)
+        images = jax.vmap(augmentation)(batch.images.astype(spec.param_dtype), keys)
 
         def loss_of(learned: tuple[nnx.State, Any]) -> tuple[Array, tuple[nnx.State, Forward]]:
             params, beside = learned
             model = nnx.merge(graph, params, state.batch_stats, copy=True)
-            logits, features = model(images, train=True, mask=real)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            forward = Forward(images, labels, real, losses, logits, features)
+            logits, features = model(images, train=True, mask=batch.real)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+            forward = Forward(images, batch.labels, batch.real, losses, logits, features)
             return objective(forward, beside, given), (nnx.state(model, nnx.BatchStat), forward)
 
         learned = (state.params, state.beside)
@@ -78,47 +75,44 @@ def make_train_step(
         updates, opt_state = optimizer.transform().update(gradients, state.optimizer, learned)
         params, beside = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), learned, updates)
 
-        if kinds is not None:
-            buffer = write(buffer, ids, epoch, kinds.observe(forward.logits, forward.features, labels))
+        seen = kinds.observe(forward.logits, forward.features, batch.labels) if kinds else {}
 
         # The clamp would hide a loss that is infinite.
         mean = forward.mean(jnp.minimum(forward.losses, objective.clamp))
-        finite = jnp.all(jnp.isfinite(forward.losses) | ~real)
+        finite = jnp.all(jnp.isfinite(forward.losses) | ~batch.real)
         state = TrainState(state.step + 1, params, stats, opt_state, beside)
-        return state, buffer, jnp.where(finite, mean, jnp.nan)
+        return state, seen, jnp.where(finite, mean, jnp.nan)
 
     everywhere = replicated(mesh)
     rows = by_rows(mesh)
     return jit_on(
         step,
         mesh,
-        donate_argnums=(0, 1),
-        in_shardings=(everywhere, rows, None, None, None, None, None),
+        donate_argnums=0,
+        in_shardings=(everywhere, rows, None, None, None, None),
         out_shardings=(everywhere, rows, everywhere),
     )
 
 
 @lru_cache(maxsize=32)
 def make_sweep_step(spec: ModelSpec, kinds: Kinds, mesh: Mesh) -> Callable:
-    """Compiles (state, buffer, batch, epoch) -> buffer: one evaluation pass of a batch; the buffer is donated.
+    """Compiles (state, batch) -> what an evaluation pass sees of each example, kind -> [B, ...].
 
     Args:
       spec: the network.
-      kinds: what goes into the buffer.
+      kinds: what is seen.
       mesh: the devices.
 
     Returns:
       The jitted step, the same one for equal arguments.
     """
 
-    def step(state: TrainState, buffer: Buffer, batch: Batch, epoch: Int[Array, ""]) -> Buffer:
-        images, labels = batch.examples(spec.param_dtype)
-        logits, features = forward_of(spec, state)(images)
-        return write(buffer, batch.ids, epoch, kinds.observe(logits, features, labels))
+    def step(state: TrainState, batch: Batch) -> dict[str, Array]:
+        logits, features = forward_of(spec, state)(batch.images.astype(spec.param_dtype))
+        return kinds.observe(logits, features, batch.labels)
 
-    everywhere = replicated(mesh)
     rows = by_rows(mesh)
-    return jit_on(step, mesh, donate_argnums=1, in_shardings=(everywhere, rows, None, None), out_shardings=rows)
+    return jit_on(step, mesh, in_shardings=(replicated(mesh), rows), out_shardings=rows)
 
 
 def network_of(spec: ModelSpec, state: TrainState) -> Callable[[Float[Array, "B H W C"]], Float[Array, "B K"]]:
@@ -166,7 +160,6 @@ def make_observe_step(spec: ModelSpec, mesh: Mesh) -> Callable:
     """
 
     def step(batch: Batch, state: TrainState) -> tuple[Float[Array, "B K"], Float[Array, "B F"]]:
-        images, _ = batch.examples(spec.param_dtype)
-        return forward_of(spec, state)(images)
+        return forward_of(spec, state)(batch.images.astype(spec.param_dtype))
 
     return jit_on(step, mesh, out_shardings=by_rows(mesh))

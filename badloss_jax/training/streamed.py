@@ -6,9 +6,9 @@ with `ResidentData`.
 """
 
 import collections
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from badloss_jax.attacks.poisoning import Poisoning
 from badloss_jax.core.mesh import AXIS, local_blocks, place_rows
+from badloss_jax.training.batch import Batch
 
 _AHEAD = 2  # batches that wait on the devices, while the next ones are decoded
 
@@ -43,20 +44,21 @@ class StreamedData:
     def __len__(self) -> int:
         return len(self.poisoning.labels)
 
-    def batches(self, order: Int[np.ndarray, "S B"], start: int = 0) -> Iterator["StreamedBatch"]:
+    def batches(self, order: Int[np.ndarray, "S B"], start: int = 0) -> Iterator[Batch]:
         """Yields the batches of an epoch from the given one on; ids of no example are padding.
 
         Args:
           order: int32 [S, B], the ids of each batch.
           start: the batch to begin with.
         """
-        ahead: collections.deque[StreamedBatch] = collections.deque()
+        show = _make_show(self.mesh)
+        ahead: collections.deque[_Placed] = collections.deque()
         for shares in self._decoded(order[start:]):
             if len(ahead) == _AHEAD:
-                yield ahead.popleft()
+                yield show(ahead.popleft())
             ahead.append(self._place(shares, order.shape[1]))
 
-        yield from ahead
+        yield from map(show, ahead)
 
     def _decoded(self, order: Int[np.ndarray, "S B"]) -> Iterator[Sequence[dict[str, np.ndarray]]]:
         """Yields for each batch the share of each device of this process."""
@@ -82,14 +84,14 @@ class StreamedData:
     def _room(self, order: Int[np.ndarray, "S B"]) -> int:
         """Returns for how many poisoned images a device's share of a batch has room.
 
-        A power of two, so that steps are compiled for few sizes, and the same in every process.
+        A power of two, so that few sizes are compiled, and the same in every process.
         """
         is_poisoned = np.append(self.poisoning.attack_of >= 0, False)  # the last one is padding
         shares = is_poisoned[np.minimum(order, len(self))].reshape(len(order), self.mesh.size, -1)
         most = int(shares.sum(2).max(initial=1))
         return 1 << (max(1, most) - 1).bit_length()
 
-    def _place(self, shares: Sequence[dict[str, np.ndarray]], batch_size: int) -> "StreamedBatch":
+    def _place(self, shares: Sequence[dict[str, np.ndarray]], batch_size: int) -> "_Placed":
         """Brings the shares of this process's devices onto them, as one sharded batch."""
         blocks = local_blocks(batch_size, self.mesh)
         share_of = {}
@@ -102,8 +104,7 @@ class StreamedData:
             shape = (rows * self.mesh.size, *width)
             return place_rows(shape, self.mesh, lambda begin, end: share_of[begin // rows][name])
 
-        return StreamedBatch(
-            self.mesh,
+        return _Placed(
             ids=sharded("ids"),
             images=sharded("images"),
             labels=sharded("labels"),
@@ -114,11 +115,10 @@ class StreamedData:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class StreamedBatch:
-    """A batch on the devices, every device with its own rows.
+class _Placed:
+    """A batch on the devices as it was decoded, every device with its own rows.
 
     Attributes:
-      mesh: the devices.
       ids: int32 [B], the example ids, padding included.
       images: uint8 [B, H, W, C], the originals.
       labels: int32 [B], the poisoned labels, -1 for padding.
@@ -126,30 +126,31 @@ class StreamedBatch:
       override_row: int32 [B], which of its device's poisoned images replaces this one, from 1; 0 is none.
     """
 
-    mesh: Mesh = field(metadata={"static": True})
     ids: Int[Array, "B"]
     images: UInt8[Array, "B H W C"]
     labels: Int[Array, "B"]
     override: Float[Array, "R H W C"]
     override_row: Int[Array, "B"]
 
-    @property
-    def real(self) -> Bool[Array, "B"]:
-        """Which rows are examples, and not padding."""
-        return self.labels >= 0
 
-    def examples(self, dtype: jax.typing.DTypeLike) -> tuple[Float[Array, "B H W C"], Int[Array, "B"]]:
-        """Returns images in [0, 1] and labels; padding is black."""
+@lru_cache(maxsize=8)
+def _make_show(mesh: Mesh) -> Callable[[_Placed], Batch]:
+    """Compiles a batch as it was decoded -> the batch as the victim sees it; padding is black."""
 
-        def show(images: Array, override: Array, row: Array) -> Array:
-            plain = images.astype(dtype) / 255
-            poisoned = override[jnp.maximum(row - 1, 0)].astype(dtype)
-            return jnp.where((row > 0)[:, None, None, None], poisoned, plain)
+    def show(placed: _Placed) -> Batch:
+        is_replaced = (placed.override_row > 0)[:, None, None, None]
+        poisoned = placed.override[jnp.maximum(placed.override_row - 1, 0)]
+        originals = placed.images.astype(jnp.float32) / 255
+        return Batch(
+            ids=placed.ids,
+            images=jnp.where(is_replaced, poisoned, originals),
+            labels=jnp.maximum(placed.labels, 0),
+            real=placed.labels >= 0,
+        )
 
-        # Device by device, for `override_row` counts within the device's own share.
-        rows = PartitionSpec(AXIS)
-        shown = jax.shard_map(show, mesh=self.mesh, in_specs=(rows, rows, rows), out_specs=rows)
-        return shown(self.images, self.override, self.override_row), jnp.maximum(self.labels, 0)
+    # Device by device, for `override_row` counts within the device's own share.
+    rows = PartitionSpec(AXIS)
+    return jax.jit(jax.shard_map(show, mesh=mesh, in_specs=rows, out_specs=rows))
 
 
 def _look_up(poisoning: Poisoning, example_id: Any) -> dict[str, Any]:

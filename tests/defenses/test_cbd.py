@@ -121,7 +121,7 @@ def test_critic_learns_to_tell_pairs_from_shuffled_ones(mesh):
     before = create_state(SPEC, AdamW(), 0, mesh, objective).beside
     state = train(SPEC, replace(recipe, epochs=4, objective=objective), data, np.arange(200), seed=0, phase="clean",
                   mesh=mesh, given=given)  # fmt: skip
-    images, _ = next(data.batches(np.arange(200)[None])).examples(np.float32)
+    images = next(data.batches(np.arange(200)[None])).images
     seen = jax.jit(lambda network: forward_of(SPEC, network)(images)[1])
     features = [seen(given), seen(state)]
     fresh, learned = (float(dependence(critic, *features, np.ones(200, bool))) for critic in (before, state.beside))

@@ -50,7 +50,7 @@ def test_detector_sees_each_probe_with_and_without_a_block(mesh, rng):
     probes = rng.random((6, 12, 12, 3)).astype(np.float32)
     data = detector_data(probes, np.random.default_rng(0), mesh)
     assert data.labels.tolist() == [0] * 6 + [1] * 6
-    shown, _ = next(data.batches(np.arange(12)[None])).examples(jnp.float32)
+    shown = next(data.batches(np.arange(12)[None])).images
     np.testing.assert_allclose(shown, dct2(np.r_[probes, add_blocks(probes, np.random.default_rng(0))]), atol=1e-5)
     assert (np.abs(shown[6:] - shown[:6]).max((1, 2, 3)) > 0).all()
 

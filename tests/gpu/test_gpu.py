@@ -14,7 +14,7 @@ from badloss_jax.scoring import knn_distances, leave_one_out_distances
 from badloss_jax.training.objective import MeanLoss
 from badloss_jax.training.state import AdamW, create_state
 from badloss_jax.training.step import make_train_step
-from badloss_jax.trajectories.buffer import create_buffer, read_column
+from badloss_jax.trajectories.buffer import create_buffer, make_write, read_column
 from badloss_jax.trajectories.kinds import Kinds
 from tests.training.test_training import SPEC, record, resident
 
@@ -56,7 +56,8 @@ def test_the_first_steps_are_those_of_the_cpu(gpu, cpu):
             buffer = create_buffer(KINDS, len(data), 1, mesh)
             step = make_train_step(SPEC, AdamW(), MeanLoss(), "none", KINDS, mesh)
             for batch in data.batches(np.arange(96, dtype=np.int32).reshape(3, 32)):
-                state, buffer, _ = step(state, buffer, batch, np.int32(0), np.float32(1e-3), np.uint32(0), None)
+                state, seen_of_it, _ = step(state, batch, np.int32(0), np.float32(1e-3), np.uint32(0), None)
+                buffer = make_write(mesh)(buffer, batch.ids, np.int32(0), seen_of_it)
             seen.append({kind: run for kind, (run,) in read_column(buffer, 0, 96).items()})
     for kind in KINDS.layout():
         np.testing.assert_allclose(seen[0][kind], seen[1][kind], rtol=0, atol=1e-2, err_msg=kind)
@@ -64,19 +65,15 @@ def test_the_first_steps_are_those_of_the_cpu(gpu, cpu):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_writes_into_the_buffer_where_it_is(gpu, dtype):
+def test_what_a_step_sees_is_written_into_the_buffer_where_it_is(gpu, dtype):
     spec = replace(SPEC, dtype=dtype)
     data, state = resident(gpu), create_state(spec, AdamW(), 0, gpu)
     buffer = create_buffer(KINDS, len(data), 3, gpu)
     step = make_train_step(spec, AdamW(), MeanLoss(), "crop_flip", KINDS, gpu)
     (batch,) = data.batches(np.arange(32, dtype=np.int32)[None])
-    rest = batch, np.int32(1), np.float32(1e-3), np.uint32(0), None
-    text = step.lower(state, buffer, *rest).compile().as_text()
-    aliases, given = text[: text.index("entry_computation_layout")], len(jax.tree.leaves(state))
-    for position in range(given, given + len(buffer)):
-        assert f"({position}, {{}}, may-alias)" in aliases
+    _, seen, loss = step(state, batch, np.int32(1), np.float32(1e-3), np.uint32(0), None)
     before = {kind: (array, array.unsafe_buffer_pointer()) for kind, array in buffer.items()}
-    _, buffer, loss = step(state, buffer, *rest)
+    buffer = make_write(gpu)(buffer, batch.ids, np.int32(1), seen)
     for kind, (array, address) in before.items():
         assert array.is_deleted()
         assert buffer[kind].unsafe_buffer_pointer() == address

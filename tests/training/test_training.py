@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from badloss_jax.core.errors import NonFiniteLossError, UsageError
-from badloss_jax.core.mesh import check_batch_size, jit_on, make_mesh
+from badloss_jax.core.mesh import by_rows, check_batch_size, jit_on, make_mesh, place
 from badloss_jax.core.order import epoch_batches
 from badloss_jax.core.progress import Progress
 from badloss_jax.core.seeding import derived_seed
@@ -24,7 +24,7 @@ from badloss_jax.training.resident import ResidentData
 from badloss_jax.training.saved_model import load_model, save_model
 from badloss_jax.training.state import Adadelta, AdamW, create_state, graph_of
 from badloss_jax.training.step import make_observe_step, make_sweep_step, make_train_step
-from badloss_jax.trajectories.buffer import create_buffer
+from badloss_jax.trajectories.buffer import create_buffer, make_write
 from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.store import TrajectoryStore
 
@@ -40,10 +40,10 @@ def resident(mesh, count=797):
     return ResidentData.place(mesh, train_set.images[:count], train_set.labels[:count], np.array([3]), black)
 
 
-def record(folder, num_devices, *, capture="step", epochs=2, kinds=KINDS, spec=SPEC, **recipe):
-    """Records trajectories of 797 digits, a number that no batch and no device count divides."""
+def record(folder, num_devices, *, capture="step", count=797, epochs=2, kinds=KINDS, spec=SPEC, **recipe):
+    """Records trajectories of digits; no batch and no device count divides 797."""
     mesh = make_mesh(jax.devices()[:num_devices])
-    data = resident(mesh)
+    data = resident(mesh, count)
     nobody = np.zeros(len(data), bool)
     store = TrajectoryStore.create(folder, "", np.asarray(data.labels), nobody, epochs, kinds.layout())
     recorder = Recorder(kinds, capture, store, mesh, 64)
@@ -99,36 +99,53 @@ def test_networks_are_compiled_at_the_first_level_on_cpus(mesh):
         jax.jit(jit_on(jnp.sin, mesh))(1.0)
 
 
-def test_compiled_step_gathers_only_ids_and_losses_and_aliases_the_buffer():
-    mesh = make_mesh()
-    data, buffer = resident(mesh), create_buffer(KINDS, 797, 30, mesh)
-    rows = buffer["loss"].shape[0]
-    assert rows == 800
-    state = create_state(SPEC, AdamW(), 0, mesh)
-    step = make_train_step(SPEC, AdamW(), MeanLoss(), "none", KINDS, mesh)
-    (batch,) = data.batches(np.arange(32, dtype=np.int32)[None])
-    arguments = (state, buffer, batch, np.int32(0), np.float32(1e-3), np.uint32(0), None)
-    text = step.lower(*arguments).compile().as_text()
-    collectives = re.findall(r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute)\S*\(", text)
-    gathered = {re.sub(r"\{.*?\}", "", shape) for shape, operation in collectives if operation == "all-gather"}
-    assert gathered == {"s32[32,2]", "f32[32]"}  # (id, epoch) and the loss of each example of the batch
-    assert not [shape for shape, _ in collectives if re.search(r"\[\d+,30\]", shape)]
-    position = len(jax.tree.leaves(state))  # of the buffer, behind the state
-    for leaf in range(position + 1):
-        assert f"{{{leaf}}}: ({leaf}, {{}}, may-alias)" in text
+def collectives(text):
+    """(operation, shape) of all collectives in a compiled program."""
+    found = re.findall(r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute)\S*\(", text)
+    return {(operation, re.sub(r"\{.*?\}", "", shape)) for shape, operation in found}
 
 
-def test_compiled_sweep_gathers_only_one_batch_of_values_and_aliases_the_buffer():
+def test_programs_know_nothing_of_the_size_of_the_set(tmp_path, mesh):
+    """A set that has lost its poison is recorded and trained on by what was compiled before, as are other epochs."""
+    train_step = make_train_step(SPEC, AdamW(), MeanLoss(), "none", None, mesh)
+    sweep_step = make_sweep_step(SPEC, replace(KINDS, observed=("loss",)), mesh)
+    compiled = []
+    for count, epochs in ((797, 2), (500, 3)):
+        record(tmp_path / str(count), 1, capture="sweep", count=count, epochs=epochs)
+        compiled.append((train_step._cache_size(), sweep_step._cache_size()))
+    assert compiled[0] == compiled[1]
+    assert all(compiled[0])
+
+
+def test_compiled_steps_share_a_batch_and_gather_at_most_its_logits():
+    """The learning one reduces gradients, statistics and the loss. The logits are gathered by `top_k`."""
     mesh, kinds = make_mesh(), Kinds(("logits", "ranked", "features"), 10, 8, feature_dim=7)
-    data, buffer = resident(mesh), create_buffer(kinds, 797, 30, mesh)
+    (batch,) = resident(mesh).batches(np.arange(64, dtype=np.int32)[None])
+    assert batch.images.sharding == by_rows(mesh)
     state = create_state(SPEC, AdamW(), 0, mesh)
-    step = make_sweep_step(SPEC, kinds, mesh)
-    (batch,) = data.batches(np.arange(64, dtype=np.int32)[None])
-    text = step.lower(state, buffer, batch, np.int32(0)).compile().as_text()
-    collectives = re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute)\S*\(", text)
-    shapes = {re.sub(r"\{.*?\}", "", shape) for shape in collectives}
-    assert shapes
-    assert not [shape for shape in shapes if re.search(r"\[(800|100|797),", shape) or ",30" in shape], shapes
+    step = make_train_step(SPEC, AdamW(), MeanLoss(), "none", kinds, mesh)
+    text = step.lower(state, batch, np.int32(0), np.float32(1e-3), np.uint32(0), None).compile().as_text()
+    logits = ("all-gather", "f32[64,10]")
+    assert {operation for operation, _ in collectives(text) - {logits}} == {"all-reduce"}
+    for leaf in range(len(jax.tree.leaves(state))):
+        assert f"{{{leaf}}}: ({leaf}, {{}}, may-alias)" in text
+    sweep = make_sweep_step(SPEC, kinds, mesh).lower(state, batch).compile()
+    assert collectives(sweep.as_text()) <= {logits}
+    assert all(sharding == by_rows(mesh) for sharding in jax.tree.leaves(sweep.output_shardings))
+
+
+def test_compiled_write_gathers_only_one_batch_of_values_and_aliases_the_buffer():
+    mesh, kinds = make_mesh(), Kinds(("logits", "ranked", "features"), 10, 8, feature_dim=7)
+    buffer = create_buffer(kinds, 797, 30, mesh)
+    assert buffer["loss"].shape[0] == 800
+    values = {name: np.zeros((64, *shape), np.float32) for name, (shape, _) in kinds.layout().items()}
+    ids, values = place((np.arange(64, dtype=np.int32), values), by_rows(mesh))
+    text = make_write(mesh).lower(buffer, ids, np.int32(0), values).compile().as_text()
+    gathered = collectives(text)
+    assert {operation for operation, _ in gathered} == {"all-gather"}
+    rows = {int(rows) for _, shape in gathered for rows in re.findall(r"\[(\d+)", shape)}
+    assert rows == {64}, gathered  # (id, epoch) and the values of each example of the batch
+    assert not [shape for _, shape in gathered if ",30" in shape], gathered
     count = text[: text.index("entry_computation_layout")].count("may-alias")
     assert count == len(buffer) == 4
 
@@ -161,7 +178,7 @@ def test_step_capture_is_what_the_training_step_saw(tmp_path):
     for batch in (order[0], order[-1]):
         ids = batch[batch < 797]
         (shown,) = data.batches(ids[None])
-        images, labels = shown.examples(jnp.float32)
+        images, labels = shown.images, shown.labels
         model = nnx.merge(graph_of(SPEC), fresh.params, fresh.batch_stats)
         logits, _ = model(images, train=True)
         expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -172,7 +189,7 @@ def test_sweep_is_an_evaluation_pass_after_the_epoch(tmp_path):
     store, state = record(tmp_path, 1, capture="sweep", kinds=Kinds(("logits",), 10, 8))
     data = resident(make_mesh(jax.devices()[:1]))
     (shown,) = data.batches(np.arange(797, dtype=np.int32)[None])
-    images, labels = shown.examples(jnp.float32)
+    images, labels = shown.images, shown.labels
     assert float(images[3].max()) == 0  # the replaced image is the one that is shown
     logits, _ = nnx.merge(graph_of(SPEC), state.params, state.batch_stats)(images, train=False)
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -198,7 +215,7 @@ def test_a_sweep_that_records_the_step_too_changes_nothing_else(tmp_path):
 def test_a_function_is_mapped_over_examples_in_their_order(num_devices):
     mesh = make_mesh(jax.devices()[:num_devices])
     data = resident(mesh)
-    function = jax.jit(lambda batch, power: {"label": batch.examples(jnp.float32)[1] ** power, "ids": (batch.ids,)})
+    function = jax.jit(lambda batch, power: {"label": batch.labels**power, "ids": (batch.ids,)})
     labels = np.asarray(data.labels)
     for ids in (np.array([5, 3, 700, 3, 0]), np.arange(797)[::-1], np.array([796])):
         for batch_size in (3, 32, 1000):
@@ -214,7 +231,7 @@ def test_what_the_network_says_is_gathered_by_example(mesh):
     data, state = resident(mesh), create_state(SPEC, AdamW(), 0, mesh)
     logits, features = map_examples(make_observe_step(SPEC, mesh), data, np.arange(797), 100, mesh, state)
     (shown,) = data.batches(np.arange(797, dtype=np.int32)[None])
-    expected = nnx.merge(graph_of(SPEC), state.params, state.batch_stats)(shown.examples(jnp.float32)[0], train=False)
+    expected = nnx.merge(graph_of(SPEC), state.params, state.batch_stats)(shown.images, train=False)
     np.testing.assert_allclose(logits, expected[0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(features, expected[1], rtol=1e-4, atol=1e-5)
 
@@ -290,9 +307,9 @@ def test_update_is_optax_adamw():
 
     plain = make_train_step(SPEC, Spy(), MeanLoss(), "none", None, mesh)
     (batch,) = data.batches(np.arange(32, dtype=np.int32)[None])
-    moved, _, _ = plain(create_state(SPEC, Spy(), 0, mesh), {}, batch, np.int32(0), np.float32(1), np.uint32(0), None)
+    moved, _, _ = plain(create_state(SPEC, Spy(), 0, mesh), batch, np.int32(0), np.float32(1), np.uint32(0), None)
     gradients = jax.tree.map(lambda b, a: b - a, before, moved.params)
-    after, _, _ = step(state, {}, batch, np.int32(0), np.float32(1e-3), np.uint32(0), None)
+    after, _, _ = step(state, batch, np.int32(0), np.float32(1e-3), np.uint32(0), None)
     adamw = optax.adamw(1e-3, b1=0.9, b2=0.999, weight_decay=1e-4)
     updates, _ = adamw.update(gradients, adamw.init(before), before)
     expected = optax.apply_updates(before, updates)

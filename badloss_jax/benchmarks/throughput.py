@@ -32,7 +32,6 @@ from badloss_jax.training.resident import ResidentData
 from badloss_jax.training.state import TrainState, create_state
 from badloss_jax.training.step import make_train_step
 from badloss_jax.trajectories.buffer import padding_id
-from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.store import TrajectoryStore
 
 MODES = ("off", "sweep", "step")
@@ -122,8 +121,8 @@ class _Training:
     def __post_init__(self) -> None:
         workload = self.workload
         self.state = create_state(workload.spec, workload.recipe.optimizer, 0, workload.mesh)
-        self._steps = {mode: self._make_step(workload.kinds if mode == "step" else None) for mode in MODES}
         self._recorders = {mode: self._make_recorder(mode) for mode in _RECORDING}
+        self._steps = {mode: self._make_step(self._recorders.get(mode)) for mode in MODES}
         self._batches = self._endless()
         self._draw = generator(0, "benchmark", "modes")
         self.steps = len(self._order(0))
@@ -202,9 +201,9 @@ class _Training:
         """Trains on some batches, waiting for each loss while the next step runs, as the trainer does."""
         previous = None
         for batch in batches:
-            self.state, seen, loss = step(self.state, batch, np.int32(0), self._rate(), np.uint32(0), None)
-            if recorder and seen:
-                recorder.write(batch, 0, seen)
+            self.state, loss, losses, seen = step(self.state, batch, np.int32(0), self._rate(), np.uint32(0), None)
+            if recorder:
+                recorder.end_step(batch, 0, losses, seen)
             # Waits for the step before, while this one runs.
             if previous is not None:
                 self.loss = float(previous)
@@ -232,8 +231,9 @@ class _Training:
     def _rate(self) -> np.float32:
         return np.float32(self.workload.recipe.learning_rate_at(0))
 
-    def _make_step(self, kinds: Kinds | None) -> Callable:
+    def _make_step(self, recorder: Recorder | None) -> Callable:
         workload = self.workload
+        kinds = recorder.step_kinds if recorder else None
         recipe = workload.recipe
         return make_train_step(workload.spec, recipe.optimizer, recipe.objective, recipe.augment, kinds, workload.mesh)
 
@@ -307,7 +307,7 @@ def _make_scan(step: Callable, mesh: Mesh) -> Callable:
         *rest: Array,
     ) -> tuple[TrainState, Float[Array, "S"]]:
         def body(carried: TrainState, ids: Int[Array, "B"]) -> tuple[TrainState, Array]:
-            carried, _, loss = step(carried, data.batch(ids), *rest, None)
+            carried, loss, *_ = step(carried, data.batch(ids), *rest, None)
             return carried, loss
 
         return jax.lax.scan(body, state, order)

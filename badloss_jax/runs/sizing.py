@@ -117,7 +117,7 @@ class Sizing:
         started = 0.0
         with closing(self._endless_batches(recipe.batch_size)) as batches:
             while steps < _FEWEST_STEPS or time.perf_counter() - started < _SECONDS:
-                state, _, loss = step(state, next(batches), epoch, learning_rate, seed, None)
+                state, loss, *_ = step(state, next(batches), epoch, learning_rate, seed, None)
                 jax.block_until_ready(loss)
                 steps += 1
                 if steps == 0:

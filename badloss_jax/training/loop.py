@@ -214,7 +214,7 @@ class _Phase:
         """
         epoch = begun.epoch
         clock = _Clock()
-        losses = _Losses(self, begun)
+        step_losses = _Losses(self, begun)
         learning_rate = np.float32(self.recipe.learning_rate_at(epoch))
         augmentation_seed = np.uint32(derived_seed(self.seed, self.name, "augmentation"))
 
@@ -224,27 +224,28 @@ class _Phase:
 
         for number in range(begun.step, self.steps_per_epoch):
             batch = clock.pull(batches)
-            state, seen, loss = self.step(state, batch, np.int32(epoch), learning_rate, augmentation_seed, self.given)
-            # Of a recording by sweeps the step sees nothing: it is the program of any other training.
-            if self.recorder and seen:
-                self.recorder.write(batch, epoch, seen)
+            state, mean_loss, losses, seen = self.step(
+                state, batch, np.int32(epoch), learning_rate, augmentation_seed, self.given
+            )
+            if self.recorder:
+                self.recorder.end_step(batch, epoch, losses, seen)
 
             # Waits for the loss of the step before, while the devices are at work on this one.
-            losses.append(loss)
+            step_losses.append(mean_loss)
             self.watchdog.alive()
             self.progress.advance(int(batch_sizes[number]), self._title(epoch))
-            self._save_if_due(state, Position(epoch, number + 1), losses)
+            self._save_if_due(state, Position(epoch, number + 1), step_losses)
 
         # Before the recorder looks: a loss that is not finite is reported with its step.
-        step_losses = losses.settled()
+        settled = step_losses.settled()
         if self.recorder:
             self.recorder.end_epoch(self.spec, state, self.data, epoch)
         self.watchdog.alive()
 
         # The mean is that of the whole epoch, the rate only that of what was trained on since a stop.
         trained_on = int(batch_sizes[begun.step :].sum())
-        mean_loss = float(np.average(np.array(step_losses, np.float64), weights=batch_sizes))
-        return state, self._report(epoch, mean_loss, float(learning_rate), trained_on, clock)
+        loss = float(np.average(np.array(settled, np.float64), weights=batch_sizes))
+        return state, self._report(epoch, loss, float(learning_rate), trained_on, clock)
 
     def finite(self, loss: jax.Array, position: Position) -> float:
         """Waits for a step's mean loss.

@@ -45,11 +45,10 @@ class Recorder:
 
     @property
     def step_kinds(self) -> Kinds | None:
-        """What the training step itself has to write, if anything."""
-        if self.capture == "step":
-            return self.kinds
-        if "step" in self.kinds.names:
-            return replace(self.kinds, observed=("step",))
+        """What the training step has to look for beside the losses, which it has anyhow; None is nothing."""
+        beside = tuple(name for name in self.kinds.names if name != "step")
+        if self.capture == "step" and beside:
+            return replace(self.kinds, observed=beside)
         return None
 
     @property
@@ -69,16 +68,21 @@ class Recorder:
         for finished in range(epoch):
             self.flush(finished)
 
-    def write(self, batch: Batch, epoch: int, seen: dict[str, jax.Array]) -> None:
-        """Writes what was seen of a batch into the buffer.
+    def end_step(self, batch: Batch, epoch: int, losses: jax.Array, seen: dict[str, jax.Array]) -> None:
+        """Keeps of a training step what is to be recorded of it, if anything.
 
         Args:
-          batch: on the devices.
-          epoch: the column.
-          seen: kind -> [B, ...]; kinds that it lacks stay as they are.
+          batch: that it trained on.
+          epoch: that goes on.
+          losses: float [B].
+          seen: kind -> [B, ...], of `step_kinds`.
         """
-        write = make_write(self.mesh)
-        self.buffer = write(self.buffer, batch.ids, np.int32(epoch), seen)
+        if self.capture == "step":
+            seen = seen | {"loss": losses}
+        elif "step" in self.kinds.names:
+            seen = seen | {"step": losses}
+        if seen:
+            self._write(batch, epoch, seen)
 
     def end_epoch(self, spec: ModelSpec, state: TrainState, data: Examples, epoch: int) -> None:
         """Sweeps over the training set if that is how it captures, and stores the epoch.
@@ -97,7 +101,7 @@ class Recorder:
             padding = padding_id(len(data), self.mesh)
             order = cut_batches(np.arange(len(data)), self.batch_size, padding)
             for batch in data.batches(order):
-                self.write(batch, epoch, step(state, batch))
+                self._write(batch, epoch, step(state, batch))
 
         self.flush(epoch, check=True)
 
@@ -123,6 +127,10 @@ class Recorder:
         on_all(write)
         if check:
             self._check_finite(epoch, columns)
+
+    def _write(self, batch: Batch, epoch: int, seen: dict[str, jax.Array]) -> None:
+        write = make_write(self.mesh)
+        self.buffer = write(self.buffer, batch.ids, np.int32(epoch), seen)
 
     def _check_finite(self, epoch: int, columns: dict[str, list[np.ndarray]]) -> None:
         # Every process asks of every kind, for the answer is one that they all wait for.

@@ -27,19 +27,19 @@ from badloss_jax.trajectories.kinds import Kinds
 def make_train_step(
     spec: ModelSpec, optimizer: Optimizer, objective: MeanLoss, augment: str, kinds: Kinds | None, mesh: Mesh
 ) -> Callable:
-    """Compiles (state, batch, epoch, learning_rate, seed, given) -> (state, seen, mean loss).
+    """Compiles (state, batch, epoch, learning_rate, seed, given) -> (state, mean loss, losses [B], seen).
 
-    The state is donated; `seed`, uint32, is that of the augmentation; `given` is handed on to the objective. `seen`,
-    kind -> [B, ...], is what the step's own forward pass says of each example ("step" capture). The mean is over the
-    batch's examples; an example's loss is clamped for the mean (and its gradient), never in `seen`. The mean loss
-    returned is not finite if any example's loss is not.
+    The state is donated; `seed`, uint32, is that of the augmentation; `given` is handed on to the objective. The mean
+    is over the batch's examples, each loss clamped for it (and for its gradient); it is not finite if any of them is
+    not. `losses` are those of the step's own forward pass, not clamped, and `seen`, kind -> [B, ...], what it says of
+    each example beside ("step" capture).
 
     Args:
       spec: the network.
       optimizer: turns gradients into updates, up to the learning rate.
       objective: what is minimised.
       augment: of `AUGMENTATIONS`.
-      kinds: what is seen; None is nothing.
+      kinds: what is seen beside the losses; None is nothing.
       mesh: the devices.
 
     Returns:
@@ -55,7 +55,7 @@ def make_train_step(
         learning_rate: Float[Array, ""],
         seed: Int[Array, ""],
         given: Any,
-    ) -> tuple[TrainState, dict[str, Array], Float[Array, ""]]:
+    ) -> tuple[TrainState, Float[Array, ""], Float[Array, "B"], dict[str, Array]]:
         # A key an example and epoch, so that an image is the same in whatever batch and on whatever device it is.
         key = jax.random.key(seed)
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, epoch), i))(batch.ids)
@@ -81,7 +81,7 @@ def make_train_step(
         mean = forward.mean(jnp.minimum(forward.losses, objective.clamp))
         finite = jnp.all(jnp.isfinite(forward.losses) | ~batch.real)
         state = TrainState(state.step + 1, params, stats, opt_state, beside)
-        return state, seen, jnp.where(finite, mean, jnp.nan)
+        return state, jnp.where(finite, mean, jnp.nan), forward.losses, seen
 
     everywhere = replicated(mesh)
     rows = by_rows(mesh)
@@ -90,7 +90,7 @@ def make_train_step(
         mesh,
         donate_argnums=0,
         in_shardings=(everywhere, rows, None, None, None, None),
-        out_shardings=(everywhere, rows, everywhere),
+        out_shardings=(everywhere, everywhere, rows, rows),
     )
 
 

@@ -307,9 +307,9 @@ def test_update_is_optax_adamw():
 
     plain = make_train_step(SPEC, Spy(), MeanLoss(), "none", None, mesh)
     (batch,) = data.batches(np.arange(32, dtype=np.int32)[None])
-    moved, _, _ = plain(create_state(SPEC, Spy(), 0, mesh), batch, np.int32(0), np.float32(1), np.uint32(0), None)
+    moved, *_ = plain(create_state(SPEC, Spy(), 0, mesh), batch, np.int32(0), np.float32(1), np.uint32(0), None)
     gradients = jax.tree.map(lambda b, a: b - a, before, moved.params)
-    after, _, _ = step(state, batch, np.int32(0), np.float32(1e-3), np.uint32(0), None)
+    after, *_ = step(state, batch, np.int32(0), np.float32(1e-3), np.uint32(0), None)
     adamw = optax.adamw(1e-3, b1=0.9, b2=0.999, weight_decay=1e-4)
     updates, _ = adamw.update(gradients, adamw.init(before), before)
     expected = optax.apply_updates(before, updates)

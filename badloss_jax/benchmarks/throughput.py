@@ -201,9 +201,9 @@ class _Training:
         """Trains on some batches, waiting for each loss while the next step runs, as the trainer does."""
         previous = None
         for batch in batches:
-            self.state, loss, losses, seen = step(self.state, batch, np.int32(0), self._rate(), np.uint32(0), None)
+            self.state, loss, losses, values = step(self.state, batch, np.int32(0), self._rate(), np.uint32(0), None)
             if recorder:
-                recorder.end_step(batch, 0, losses, seen)
+                recorder.end_step(batch, 0, losses, values)
             # Waits for the step before, while this one runs.
             if previous is not None:
                 self.loss = float(previous)

@@ -224,11 +224,11 @@ class _Phase:
 
         for number in range(begun.step, self.steps_per_epoch):
             batch = clock.pull(batches)
-            state, mean_loss, losses, seen = self.step(
+            state, mean_loss, losses, values = self.step(
                 state, batch, np.int32(epoch), learning_rate, augmentation_seed, self.given
             )
             if self.recorder:
-                self.recorder.end_step(batch, epoch, losses, seen)
+                self.recorder.end_step(batch, epoch, losses, values)
 
             # Waits for the loss of the step before, while the devices are at work on this one.
             step_losses.append(mean_loss)

@@ -68,21 +68,21 @@ class Recorder:
         for finished in range(epoch):
             self.flush(finished)
 
-    def end_step(self, batch: Batch, epoch: int, losses: jax.Array, seen: dict[str, jax.Array]) -> None:
+    def end_step(self, batch: Batch, epoch: int, losses: jax.Array, values: dict[str, jax.Array]) -> None:
         """Keeps of a training step what is to be recorded of it, if anything.
 
         Args:
           batch: that it trained on.
           epoch: that goes on.
           losses: float [B].
-          seen: kind -> [B, ...], of `step_kinds`.
+          values: kind -> [B, ...], of `step_kinds`.
         """
         if self.capture == "step":
-            seen = seen | {"loss": losses}
+            values = values | {"loss": losses}
         elif "step" in self.kinds.names:
-            seen = seen | {"step": losses}
-        if seen:
-            self._write(batch, epoch, seen)
+            values = values | {"step": losses}
+        if values:
+            self._write(batch, epoch, values)
 
     def end_epoch(self, spec: ModelSpec, state: TrainState, data: Examples, epoch: int) -> None:
         """Sweeps over the training set if that is how it captures, and stores the epoch.
@@ -128,9 +128,9 @@ class Recorder:
         if check:
             self._check_finite(epoch, columns)
 
-    def _write(self, batch: Batch, epoch: int, seen: dict[str, jax.Array]) -> None:
+    def _write(self, batch: Batch, epoch: int, values: dict[str, jax.Array]) -> None:
         write = make_write(self.mesh)
-        self.buffer = write(self.buffer, batch.ids, np.int32(epoch), seen)
+        self.buffer = write(self.buffer, batch.ids, np.int32(epoch), values)
 
     def _check_finite(self, epoch: int, columns: dict[str, list[np.ndarray]]) -> None:
         # Every process asks of every kind, for the answer is one that they all wait for.

@@ -27,11 +27,11 @@ from badloss_jax.trajectories.kinds import Kinds
 def make_train_step(
     spec: ModelSpec, optimizer: Optimizer, objective: MeanLoss, augment: str, kinds: Kinds | None, mesh: Mesh
 ) -> Callable:
-    """Compiles (state, batch, epoch, learning_rate, seed, given) -> (state, mean loss, losses [B], seen).
+    """Compiles (state, batch, epoch, learning_rate, seed, given) -> (state, mean loss, losses [B], values).
 
     The state is donated; `seed`, uint32, is that of the augmentation; `given` is handed on to the objective. The mean
     is over the batch's examples, each loss clamped for it (and for its gradient); it is not finite if any of them is
-    not. `losses` are those of the step's own forward pass, not clamped, and `seen`, kind -> [B, ...], what it says of
+    not. `losses` are those of the step's own forward pass, not clamped, and `values`, kind -> [B, ...], what it says of
     each example beside ("step" capture).
 
     Args:
@@ -39,7 +39,7 @@ def make_train_step(
       optimizer: turns gradients into updates, up to the learning rate.
       objective: what is minimised.
       augment: of `AUGMENTATIONS`.
-      kinds: what is seen beside the losses; None is nothing.
+      kinds: of the values, the losses left out; None is none.
       mesh: the devices.
 
     Returns:
@@ -75,13 +75,13 @@ def make_train_step(
         updates, opt_state = optimizer.transform().update(gradients, state.optimizer, learned)
         params, beside = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), learned, updates)
 
-        seen = kinds.observe(forward.logits, forward.features, batch.labels) if kinds else {}
+        values = kinds.observe(forward.logits, forward.features, batch.labels) if kinds else {}
 
         # The clamp would hide a loss that is infinite.
         mean = forward.mean(jnp.minimum(forward.losses, objective.clamp))
         finite = jnp.all(jnp.isfinite(forward.losses) | ~batch.real)
         state = TrainState(state.step + 1, params, stats, opt_state, beside)
-        return state, jnp.where(finite, mean, jnp.nan), forward.losses, seen
+        return state, jnp.where(finite, mean, jnp.nan), forward.losses, values
 
     everywhere = replicated(mesh)
     rows = by_rows(mesh)
@@ -96,11 +96,11 @@ def make_train_step(
 
 @lru_cache(maxsize=32)
 def make_sweep_step(spec: ModelSpec, kinds: Kinds, mesh: Mesh) -> Callable:
-    """Compiles (state, batch) -> what an evaluation pass sees of each example, kind -> [B, ...].
+    """Compiles (state, batch) -> values, kind -> [B, ...]: what an evaluation pass says of each example.
 
     Args:
       spec: the network.
-      kinds: what is seen.
+      kinds: of the values.
       mesh: the devices.
 
     Returns:

@@ -52,7 +52,7 @@ class StreamedData:
           start: the batch to begin with.
         """
         show = _make_show(self.mesh)
-        ahead: collections.deque[_Placed] = collections.deque()
+        ahead: collections.deque[_RawBatch] = collections.deque()
         for shares in self._decoded(order[start:]):
             if len(ahead) == _AHEAD:
                 yield show(ahead.popleft())
@@ -91,7 +91,7 @@ class StreamedData:
         most = int(shares.sum(2).max(initial=1))
         return 1 << (max(1, most) - 1).bit_length()
 
-    def _place(self, shares: Sequence[dict[str, np.ndarray]], batch_size: int) -> "_Placed":
+    def _place(self, shares: Sequence[dict[str, np.ndarray]], batch_size: int) -> "_RawBatch":
         """Brings the shares of this process's devices onto them, as one sharded batch."""
         blocks = local_blocks(batch_size, self.mesh)
         share_of = {}
@@ -104,7 +104,7 @@ class StreamedData:
             shape = (rows * self.mesh.size, *width)
             return place_rows(shape, self.mesh, lambda begin, end: share_of[begin // rows][name])
 
-        return _Placed(
+        return _RawBatch(
             ids=sharded("ids"),
             images=sharded("images"),
             labels=sharded("labels"),
@@ -115,7 +115,7 @@ class StreamedData:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _Placed:
+class _RawBatch:
     """A batch on the devices as it was decoded, every device with its own rows.
 
     Attributes:
@@ -134,18 +134,18 @@ class _Placed:
 
 
 @lru_cache(maxsize=8)
-def _make_show(mesh: Mesh) -> Callable[[_Placed], Batch]:
+def _make_show(mesh: Mesh) -> Callable[[_RawBatch], Batch]:
     """Compiles a batch as it was decoded -> the batch as the victim sees it; padding is black."""
 
-    def show(placed: _Placed) -> Batch:
-        is_replaced = (placed.override_row > 0)[:, None, None, None]
-        poisoned = placed.override[jnp.maximum(placed.override_row - 1, 0)]
-        originals = placed.images.astype(jnp.float32) / 255
+    def show(raw: _RawBatch) -> Batch:
+        is_replaced = (raw.override_row > 0)[:, None, None, None]
+        poisoned = raw.override[jnp.maximum(raw.override_row - 1, 0)]
+        originals = raw.images.astype(jnp.float32) / 255
         return Batch(
-            ids=placed.ids,
+            ids=raw.ids,
             images=jnp.where(is_replaced, poisoned, originals),
-            labels=jnp.maximum(placed.labels, 0),
-            real=placed.labels >= 0,
+            labels=jnp.maximum(raw.labels, 0),
+            real=raw.labels >= 0,
         )
 
     # Device by device, for `override_row` counts within the device's own share.

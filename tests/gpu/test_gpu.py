@@ -56,8 +56,8 @@ def test_the_first_steps_are_those_of_the_cpu(gpu, cpu):
             buffer = create_buffer(KINDS, len(data), 1, mesh)
             step = make_train_step(SPEC, AdamW(), MeanLoss(), "none", KINDS, mesh)
             for batch in data.batches(np.arange(96, dtype=np.int32).reshape(3, 32)):
-                state, *_, observed = step(state, batch, np.int32(0), np.float32(1e-3), np.uint32(0), None)
-                buffer = make_write(mesh)(buffer, batch.ids, np.int32(0), observed)
+                state, *_, values = step(state, batch, np.int32(0), np.float32(1e-3), np.uint32(0), None)
+                buffer = make_write(mesh)(buffer, batch.ids, np.int32(0), values)
             seen.append({kind: run for kind, (run,) in read_column(buffer, 0, 96).items()})
     for kind in KINDS.layout():
         np.testing.assert_allclose(seen[0][kind], seen[1][kind], rtol=0, atol=1e-2, err_msg=kind)
@@ -71,9 +71,9 @@ def test_what_a_step_sees_is_written_into_the_buffer_where_it_is(gpu, dtype):
     buffer = create_buffer(KINDS, len(data), 3, gpu)
     step = make_train_step(spec, AdamW(), MeanLoss(), "crop_flip", KINDS, gpu)
     (batch,) = data.batches(np.arange(32, dtype=np.int32)[None])
-    _, loss, _, seen = step(state, batch, np.int32(1), np.float32(1e-3), np.uint32(0), None)
+    _, loss, _, values = step(state, batch, np.int32(1), np.float32(1e-3), np.uint32(0), None)
     before = {kind: (array, array.unsafe_buffer_pointer()) for kind, array in buffer.items()}
-    buffer = make_write(gpu)(buffer, batch.ids, np.int32(1), seen)
+    buffer = make_write(gpu)(buffer, batch.ids, np.int32(1), values)
     for kind, (array, address) in before.items():
         assert array.is_deleted()
         assert buffer[kind].unsafe_buffer_pointer() == address

@@ -1,4 +1,4 @@
-"""What XLA compiles for tests, over a third of their CPU time, is kept from one session to the next.
+"""What XLA compiles for tests, about a third of their CPU time, is kept from one session to the next.
 
 All processes of a session, those that tests start included, share one folder, which begins as a copy of the kept one. A
 session adds to that only if it passes, so that no file stays that a killed process left torn. JAX names each program by

@@ -204,6 +204,7 @@ class _Training:
             self.state, loss, losses, values = step(self.state, batch, np.int32(0), self._rate(), np.uint32(0), None)
             if recorder:
                 recorder.end_step(batch, 0, losses, values)
+
             # Waits for the step before, while this one runs.
             if previous is not None:
                 self.loss = float(previous)

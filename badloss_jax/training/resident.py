@@ -1,8 +1,9 @@
 """A data set that lies on the devices as uint8, with the poisoned images beside it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ class ResidentData:
           start: the batch to begin with.
         """
         mesh = self.labels.sharding.mesh  # type: ignore[attr-defined]
-        take = _make_take(mesh)
+        take = make_take(mesh)
 
         # The whole epoch at once, so that nothing is copied from the host between two steps.
         placed = place(order, by_columns(mesh))
@@ -108,8 +109,15 @@ def _rows_for(replaced: int, examples: int) -> int:
 
 
 @lru_cache(maxsize=8)
-def _make_take(mesh: Mesh) -> Callable[[ResidentData, Int[Array, "S B"], np.int32], Batch]:
-    """Compiles (data, order, number) -> the batch of that number."""
+def make_take(mesh: Mesh) -> Any:
+    """Compiles (data, order [S, B], number) -> the batch of that number.
+
+    Args:
+      mesh: the devices, which share the batch.
+
+    Returns:
+      The jitted function, the same one for equal arguments.
+    """
 
     def take(data: ResidentData, order: Int[Array, "S B"], number: Int[Array, ""]) -> Batch:
         return data.batch(order[number])

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from badloss_jax.core.errors import NonFiniteLossError, UsageError
-from badloss_jax.core.mesh import by_rows, check_batch_size, jit_on, make_mesh, place
+from badloss_jax.core.mesh import by_columns, by_rows, check_batch_size, jit_on, make_mesh, place
 from badloss_jax.core.order import epoch_batches
 from badloss_jax.core.progress import Progress
 from badloss_jax.core.seeding import derived_seed
@@ -20,7 +20,7 @@ from badloss_jax.training.loop import Passengers, Recipe, train
 from badloss_jax.training.objective import Ascent, Flooding, Forward, MeanLoss
 from badloss_jax.training.passes import map_examples
 from badloss_jax.training.recorder import Recorder
-from badloss_jax.training.resident import ResidentData
+from badloss_jax.training.resident import ResidentData, make_take
 from badloss_jax.training.saved_model import load_model, save_model
 from badloss_jax.training.state import Adadelta, AdamW, create_state, graph_of
 from badloss_jax.training.step import make_observe_step, make_sweep_step, make_train_step
@@ -118,19 +118,21 @@ def test_programs_know_nothing_of_the_size_of_the_set(tmp_path, mesh):
 
 
 def test_compiled_steps_share_a_batch_and_gather_at_most_its_logits():
-    """The learning one reduces gradients, statistics and the loss. The logits are gathered by `top_k`."""
+    """Taking a batch moves nothing, a training step reduces gradients, statistics and the loss, `top_k` has logits."""
     mesh, kinds = make_mesh(), Kinds(("logits", "ranked", "features"), 10, 8, feature_dim=7)
-    (batch,) = resident(mesh).batches(np.arange(64, dtype=np.int32)[None])
-    assert batch.images.sharding == by_rows(mesh)
+    data, order = resident(mesh), np.arange(64, dtype=np.int32)[None]
+    take = make_take(mesh).lower(data, place(order, by_columns(mesh)), np.int32(0)).compile()
+    assert not collectives(take.as_text())
+    (batch,) = data.batches(order)
+    assert all(leaf.sharding == by_rows(mesh) for leaf in jax.tree.leaves(batch))
     state = create_state(SPEC, AdamW(), 0, mesh)
-    step = make_train_step(SPEC, AdamW(), MeanLoss(), "none", kinds, mesh)
+    step = make_train_step(SPEC, AdamW(), MeanLoss(), "none", None, mesh)
     text = step.lower(state, batch, np.int32(0), np.float32(1e-3), np.uint32(0), None).compile().as_text()
-    logits = ("all-gather", "f32[64,10]")
-    assert {operation for operation, _ in collectives(text) - {logits}} == {"all-reduce"}
+    assert {operation for operation, _ in collectives(text)} == {"all-reduce"}
     for leaf in range(len(jax.tree.leaves(state))):
         assert f"{{{leaf}}}: ({leaf}, {{}}, may-alias)" in text
     sweep = make_sweep_step(SPEC, kinds, mesh).lower(state, batch).compile()
-    assert collectives(sweep.as_text()) <= {logits}
+    assert collectives(sweep.as_text()) <= {("all-gather", "f32[64,10]")}
     assert all(sharding == by_rows(mesh) for sharding in jax.tree.leaves(sweep.output_shardings))
 
 

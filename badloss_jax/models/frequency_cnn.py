@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from badloss_jax.models.convolution import max_pool
 from badloss_jax.models.layers import ConvNorm, rows_of
 
 
@@ -70,7 +71,7 @@ class FrequencyCNN(nnx.Module):
 
             is_last_of_stage = position % 2 == 1
             if is_last_of_stage and min(x.shape[1:3]) > 1:
-                x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+                x = max_pool(x, 2)
         return self.head(x)
 
 

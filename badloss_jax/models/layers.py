@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from badloss_jax.models.convolution import convolve
+
 _LARGE = 112  # px; from here on networks begin as they do on ImageNet
 _he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -41,6 +43,7 @@ class ConvNorm(nnx.Module):
             feature_group_count=groups,
             use_bias=False,
             kernel_init=_he_normal,
+            conv_general_dilated=convolve,
             rngs=rngs,
             **dtypes,
         )

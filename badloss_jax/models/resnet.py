@@ -12,6 +12,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from badloss_jax.models.convolution import max_pool
 from badloss_jax.models.layers import ConvNorm, Head, is_large, rows_of
 
 
@@ -128,7 +129,7 @@ class ResNet(nnx.Module):
         where = rows_of(mask)
         x = nnx.relu(self.stem(images, train, where))
         if self.max_pool:
-            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = max_pool(x, 3, padding=1)
         for block in self.blocks:
             x = block(x, train, where)
         return self.head(x)

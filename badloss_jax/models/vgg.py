@@ -9,6 +9,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from badloss_jax.models.convolution import max_pool
 from badloss_jax.models.layers import ConvNorm, Head, rows_of
 
 # Channels of the convolutions of each stage.
@@ -52,7 +53,7 @@ class VGG(nnx.Module):
         for stage, widths in enumerate(_WIDTHS):
             # Before a stage and not after it, for the last one is not pooled.
             if stage > 0 and min(x.shape[1:3]) > 1:
-                x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+                x = max_pool(x, 2)
             for _ in widths:
                 x = nnx.relu(next(convolutions)(x, train, where))
         return self.head(x)

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,19 @@ import pytest
 from badloss_jax.config import load_config
 from tests.cluster.test_launch import program, wait_until
 
-LAUNCH = Path("launch")
 REAL = "import os, sys; os.execv(sys.executable, [sys.executable, *{}, *sys.argv[1:]])"
+LAUNCH = Path("launch")
+# The tests' own python3 takes a program of a test's in the place of `-m badloss_jax`, where there is one, and may say
+# that jax runs on a GPU.
+PYTHON = """\
+import os, pathlib, sys
+folder, arguments = pathlib.Path(__file__).parent, sys.argv[1:]
+if "jax.default_backend()" in arguments[-1] and (folder / "backend").exists():
+    sys.exit(print((folder / "backend").read_text()))
+if arguments[:2] == ["-m", "badloss_jax"] and (folder / "in_its_place.py").exists():
+    arguments[:2] = [str(folder / "in_its_place.py")]
+os.execv(sys.executable, [sys.executable, *arguments])
+"""
 SHRUNK = [f"--config.{setting}" for setting in (
     "data.source=digits", "data.train_examples=300", "data.test_examples=60", "attacks.names=('patch',)",
     "attacks.patch.ratio=0.1", "probes.count=30", "model.name=resnet_small", "model.stages=(8,)",
@@ -26,10 +38,14 @@ SHRUNK = [f"--config.{setting}" for setting in (
 @pytest.fixture
 def environment(tmp_path):
     """With the programs in tmp_path first on the PATH; python3 is the tests' own."""
-    program(tmp_path, "python3", REAL.format([]))
+    program(tmp_path, "python3", PYTHON)
     known = {key: value for key, value in os.environ.items() if not key.startswith("BADLOSS_")}
     return known | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd(),
                     "BADLOSS_CIFAR10": "CIFAR", "RESULTS": str(tmp_path / "results")}  # fmt: skip
+
+
+def in_place_of_badloss(tmp_path, code):
+    (tmp_path / "in_its_place.py").write_text(code, "utf-8")
 
 
 def run(environment, script, *arguments, **changed):
@@ -41,8 +57,8 @@ def test_a_check_stays_below_ten_minutes():
     text = (LAUNCH / "gpu_check.sh").read_text("utf-8")
     whole, quick = text[text.index("\nelse\n") :], text[: text.index("\nelse\n")]
     tests = int(re.findall(r"^part tests (\d+)", text, re.MULTILINE)[0])
-    limits = [int(limit) for limit in re.findall(r"^  (?:part|train) \S+ (\d+) ", whole, re.MULTILINE)]
-    assert len(limits) == 6
+    limits = [int(limit) for limit in re.findall(r"^  (?:train|bench) \S+ (\d+)\b", whole, re.MULTILINE)]
+    assert len(limits) == 7
     assert tests + sum(limits) + 5 * (1 + len(limits)) <= 585
     assert "--quick" in quick
 
@@ -55,10 +71,13 @@ pathlib.Path(sys.argv[sys.argv.index("--out") + 1]).write_text(json.dumps({"figu
 """
 
 
+ONE_TEST = "-k test_distances_are_those_of_float64 -p no:cacheprovider"
+
+
 def test_a_part_that_fails_is_noted_and_the_others_go_on(environment, tmp_path):
-    program(tmp_path, "badloss", CHECKED)
+    in_place_of_badloss(tmp_path, CHECKED)
     out = tmp_path / "out.json"
-    done = run(environment, "gpu_check.sh", out)
+    done = run(environment, "gpu_check.sh", out, PYTEST_ADDOPTS=ONE_TEST)
     assert done.returncode == 1, done.stdout
     assert "NO GPU (jax runs on cpu): --quick" in done.stdout
     assert "out.json: tests ok, small ok, buffer FAILED" in done.stdout
@@ -66,12 +85,54 @@ def test_a_part_that_fails_is_noted_and_the_others_go_on(environment, tmp_path):
     assert (written["quick"], written["backend"]) == (True, "cpu")
     assert written["parts"]["small"]["figures"] == [1.5]
     assert written["parts"]["buffer"]["last_lines"] == ["no memory"]
-    assert "skipped" in written["parts"]["tests"]["last_lines"][-1]
+    assert "2 passed, 6 deselected" in written["parts"]["tests"]["last_lines"][-1]
+
+
+# What is known when a part begins is what a check leaves that is cut off there.
+CUT_OFF = """\
+import json, os, pathlib, sys
+out = pathlib.Path(__file__).with_name("out.json")
+known = json.loads(out.read_text())["parts"] if out.exists() else None
+with open(pathlib.Path(__file__).with_name("known"), "a") as file:
+    print(*known, file=file)
+"""
+SKIPPING = """\
+import pytest
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.skip(reason="for no reason"))
+"""
+
+
+def test_a_gpu_is_asked_for_all_parts_and_no_test_may_be_skipped(environment, tmp_path):
+    in_place_of_badloss(tmp_path, CUT_OFF)
+    (tmp_path / "backend").write_text("gpu")
+    (tmp_path / "skip_all.py").write_text(SKIPPING)
+    changed = {"PYTHONPATH": f"{os.getcwd()}:{tmp_path}", "PYTEST_ADDOPTS": f"{ONE_TEST} -p skip_all"}
+    out = tmp_path / "out.json"
+    done = run(environment, "gpu_check.sh", out, LIMITS="1.5", **changed)
+    assert done.returncode == 1, done.stdout
+    assert "== tests, at most 165 s" in done.stdout
+    names = "tests small resnet18-64 resnet50-224 cifar10-resnet18 cifar10-resnet50 buffer scorer".split()  # noqa: SIM905
+    assert done.stdout.endswith(f"out.json: tests FAILED, {', '.join(f'{name} ok' for name in names[1:])}\n")
+    written = json.loads(out.read_text("utf-8"))
+    assert (written["quick"], written["backend"], list(written["parts"])) == (False, "gpu", names)
+    assert "skipped, and BADLOSS_TEST_GPU=1 wants" in "".join(written["parts"]["tests"]["last_lines"])
+    known = (tmp_path / "known").read_text("utf-8").splitlines()
+    assert known == [" ".join(names[:count]) for count in range(1, len(names))]
+    assert not list(tmp_path.glob(".*.json"))
+
+
+def test_tests_that_want_a_gpu_do_not_pass_without(environment):
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", *ONE_TEST.split(), "tests/gpu"]
+    changed = {"BADLOSS_TEST_GPU": "1"}
+    done = subprocess.run(command, env=environment | changed, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout
+    assert "BADLOSS_TEST_GPU=1 wants a GPU, and jax runs on cpu" in done.stdout
 
 
 @pytest.mark.slow
 def test_a_quick_check_runs_everything(environment, tmp_path):
-    program(tmp_path, "badloss", REAL.format(["-m", "badloss_jax"]))
     out = tmp_path / "out.json"
     done = run(environment, "gpu_check.sh", "--quick", out)
     assert done.returncode == 0, done.stdout
@@ -87,6 +148,13 @@ def test_scripts_say_how_to_use_them(script, arguments, environment):
     done = run(environment, script, *arguments)
     assert done.returncode == 2
     assert f"launch/{script}" in done.stdout
+
+
+@pytest.mark.parametrize("factor", ["0", "0.0", "-1", "2x", "1e3", "a"])
+def test_time_limits_are_multiplied_by_a_number(environment, factor):
+    done = run(environment, "gpu_check.sh", LIMITS=factor)
+    assert done.returncode == 2
+    assert "usage: [LIMITS=FACTOR]" in done.stdout
 
 
 TRAINED = """\

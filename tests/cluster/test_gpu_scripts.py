@@ -13,7 +13,6 @@ import pytest
 from badloss_jax.config import load_config
 from tests.cluster.test_launch import program, wait_until
 
-REAL = "import os, sys; os.execv(sys.executable, [sys.executable, *{}, *sys.argv[1:]])"
 LAUNCH = Path("launch")
 # The tests' own python3 takes a program of a test's in the place of `-m badloss_jax`, where there is one, and may say
 # that jax runs on a GPU.
@@ -164,6 +163,8 @@ workdir = pathlib.Path(sys.argv[sys.argv.index("--workdir") + 1])
 name = "/".join(workdir.parts[-2:])
 with (folder / "log").open("a") as log:
     log.write(" ".join(sys.argv[1:-2]) + " " + name + chr(10))
+if sys.argv[1] == "score":
+    sys.exit("too few epochs")
 plan = folder / "plan" / name.replace("/", "-")
 todo = plan.read_text().split() if plan.exists() else []
 if todo:
@@ -181,9 +182,10 @@ workdir.mkdir(parents=True, exist_ok=True)
 
 
 def log_of(tmp_path):
+    """The runs that were begun, and what was scored."""
     lines = (tmp_path / "log").read_text("utf-8").splitlines()
     (tmp_path / "log").unlink()
-    return [line.rpartition(" ")[2] for line in lines]
+    return [line if line.startswith("score ") else line.rpartition(" ")[2] for line in lines]
 
 
 def plan(tmp_path, name, what):
@@ -192,15 +194,16 @@ def plan(tmp_path, name, what):
 
 
 def test_the_paper_is_stopped_by_its_budget_and_goes_on(environment, tmp_path):
-    program(tmp_path, "badloss", TRAINED)
+    in_place_of_badloss(tmp_path, TRAINED)
     plan(tmp_path, "cifar10-seed3", "wait")
     out, results = tmp_path / "out", tmp_path / "results"
     stopped = run(environment, "gpu_paper.sh", out, 3, 4, BUDGET="0.1")
     assert stopped.returncode == 75, stopped.stdout
     assert "cifar10-resnet18 seed 3: done, copied to" in stopped.stdout
     assert "cifar10 seed 3: stopped; the same command goes on from here" in stopped.stdout
-    assert "GTSRB is left out" in stopped.stdout
-    assert log_of(tmp_path) == ["cifar10-resnet18/seed3", "cifar10/seed3"]
+    assert f"python3 -m badloss_jax score --workdir {out}/cifar10/seed3\ntoo few epochs\nnothing is" in stopped.stdout
+    assert "BADLOSS_GTSRB is not set: gtsrb is left out" in stopped.stdout
+    assert log_of(tmp_path) == ["cifar10-resnet18/seed3", "cifar10/seed3", "score cifar10/seed3"]
     assert (results / "cifar10-resnet18" / "seed3.json").read_text() == "cifar10-resnet18/seed3"
     done = run(environment, "gpu_paper.sh", out, 3, 4, BUDGET="5", BADLOSS_GTSRB="GTSRB")
     assert done.returncode == 0, done.stdout
@@ -217,7 +220,7 @@ def test_the_paper_is_stopped_by_its_budget_and_goes_on(environment, tmp_path):
 
 
 def test_a_run_that_fails_does_not_stop_the_others(environment, tmp_path):
-    program(tmp_path, "badloss", TRAINED)
+    in_place_of_badloss(tmp_path, TRAINED)
     plan(tmp_path, "cifar10-resnet18-seed0", "1")
     done = run(environment, "gpu_paper.sh", tmp_path / "out", 0)
     assert done.returncode == 1, done.stdout
@@ -227,8 +230,25 @@ def test_a_run_that_fails_does_not_stop_the_others(environment, tmp_path):
     assert nothing.returncode == 2
 
 
+def test_experiments_can_be_chosen_and_ordered(environment, tmp_path):
+    in_place_of_badloss(tmp_path, TRAINED)
+    chosen = {"NAMES": "gtsrb cifar10", "BADLOSS_GTSRB": "GTSRB"}
+    done = run(environment, "gpu_paper.sh", tmp_path / "out", 1, 0, **chosen)
+    assert done.returncode == 0, done.stdout
+    assert "left out" not in done.stdout
+    assert log_of(tmp_path) == ["gtsrb/seed1", "cifar10/seed1", "gtsrb/seed0", "cifar10/seed0"]
+    nothing = run(environment, "gpu_paper.sh", tmp_path / "out", 2, NAMES="gtsrb")
+    assert nothing.returncode == 2
+    assert "BADLOSS_GTSRB is not set: gtsrb is left out" in nothing.stdout
+    for wrong in ("cifar10 resnet50", "cifar10,gtsrb", "@", "*", " "):
+        done = run(environment, "gpu_paper.sh", tmp_path / "out", 2, NAMES=wrong)
+        assert done.returncode == 2, wrong
+        assert 'NAMES="cifar10-resnet18 cifar10 gtsrb"' in done.stdout
+    assert not (tmp_path / "log").exists()
+
+
 def test_results_of_other_settings_are_not_taken_for_the_papers(environment, tmp_path):
-    program(tmp_path, "badloss", TRAINED)
+    in_place_of_badloss(tmp_path, TRAINED)
     before = sorted(Path("configs/results").rglob("*"))
     done = run(environment, "gpu_paper.sh", tmp_path / "out", 0, "--config.recording.epochs=3", RESULTS="")
     assert done.returncode == 0, done.stdout
@@ -239,8 +259,9 @@ def test_results_of_other_settings_are_not_taken_for_the_papers(environment, tmp
 
 def test_the_papers_runs_are_named_after_their_configs():
     text = (LAUNCH / "gpu_paper.sh").read_text("utf-8")
-    found = re.findall(r'^ +experiment (\S+) "\$seed" --config (\S+) ', text, re.MULTILINE)
+    found = re.findall(r"^  \[(\S+)\]=(configs/\S+)$", text, re.MULTILINE)
     assert len(found) == 3
+    assert f'\nall="{" ".join(name for name, _ in found)}"\n' in text
     for name, spec in found:
         assert spec == (f"configs/{name.replace('-', '.py:')}" if "-" in name else f"configs/{name}.py")
         assert load_config(spec).model.name == ("resnet18" if "resnet18" in name else "resnet50")
@@ -249,18 +270,21 @@ def test_the_papers_runs_are_named_after_their_configs():
 @pytest.mark.slow
 def test_the_paper_shrunk_stopped_and_resumed(environment, tmp_path):
     """With badloss itself; a signal to the script ends a run in the way in which its budget does."""
-    program(tmp_path, "badloss", REAL.format(["-m", "badloss_jax"]))
     out = tmp_path / "out"
+    first = out / "cifar10-resnet18" / "seed0"
     command = [LAUNCH / "gpu_paper.sh", out, "0", *SHRUNK]
     running = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
-        wait_until((out / "cifar10-resnet18" / "seed0" / "metrics.jsonl").exists, 300)
+        # Four epochs, of which a stop may cost the last.
+        wait_until((first / "trajectories" / "loss" / "epoch_0003-00000-of-00001.npy").exists, 300)
         running.send_signal(signal.SIGTERM)
         shown, _ = running.communicate(timeout=300)
     finally:
         running.kill()
     assert running.returncode == 75, shown
     assert "stopped; the same command goes on from here" in shown
+    assert re.search(r"The recording was not at its end: \d+ of 40 epochs were recorded", shown)
+    assert len(list(first.glob("rescored/*/report.html"))) == 1
     done = run(environment, "gpu_paper.sh", out, 0, *SHRUNK)
     assert done.returncode == 0, done.stdout
     results = json.loads((tmp_path / "results" / "cifar10-resnet18" / "seed0.json").read_text("utf-8"))

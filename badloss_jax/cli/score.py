@@ -8,8 +8,9 @@ from badloss_jax.core.errors import UsageError
 
 SUMMARY = "score a recording again, without training"
 ABOUT = """\
-Score the recorded trajectories of a finished `badloss run` again with other settings, without training. Results go to
-OUT/rescored/<hash>/; the run's own are never touched. Only scoring.* and rejection.* can change.
+Score the recorded trajectories of a `badloss run` again with other settings, without training. Results go to
+OUT/rescored/<hash>/; the run's own are never touched. Only scoring.* and rejection.* can change. Of a run that was
+stopped while it recorded, the epochs that are over are scored, if there are three.
 
 With --trajectories, score trajectories of any origin and number, in memory that does not grow with them: a trajectory
 store (a run's OUT/trajectories), or a .npy file of floats [N, T], taken for losses, or [N, T, width], for features.
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="OUT",
-        help="folder of a finished run; with --trajectories, the folder to write to",
+        help="folder of a run; with --trajectories, the folder to write to",
     )
     parser.add_argument("--trajectories", type=Path, metavar="STORE|FILE.npy", help="what to score")
     parser.add_argument(
@@ -65,12 +66,14 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise UsageError("--probes and --exclude_non_finite need --trajectories")
 
     from badloss_jax.config import override
-    from badloss_jax.report.tables import as_text, detection_table, removal_table
+    from badloss_jax.report.tables import as_text, detection_table, recorded_part, removal_table
     from badloss_jax.runs.rescore import rescore
 
     folder, results = rescore(arguments.workdir, lambda config: override(config, overrides))
     for key, change in results["changed"].items():
         print(f"{key}: {change}")
+    if recorded_part(results):
+        print(recorded_part(results))
     print(f"\n{as_text(detection_table(results))}\n\n{as_text(removal_table(results))}\n")
     print(f"Report: {folder / 'report.html'}")
     return 0

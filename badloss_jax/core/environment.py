@@ -22,10 +22,14 @@ _PACKAGES = (
     "scikit-learn",
     "ml_collections",
 )
+_LONGEST = 80  # characters of a commit's name
 
 
 def environment() -> dict[str, Any]:
-    """Returns versions, devices and machine, and the git commit when run from a checkout."""
+    """Returns versions, devices and machine, and the git commit when run from a checkout.
+
+    Where git cannot tell the commit, as in a copy without .git, the environment variable BADLOSS_COMMIT does.
+    """
     return {
         "badloss_jax": __version__,
         "git_commit": _git_commit(),
@@ -39,7 +43,11 @@ def environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    root = Path(__file__).resolve().parents[2]
+    return _commit_of(Path(__file__).resolve().parents[2]) or _commit_told()
+
+
+def _commit_of(root: Path) -> str | None:
+    """Asks git for the commit of a checkout; None where there is no git, or nothing of git's."""
     if not (root / ".git").exists():
         return None
 
@@ -49,3 +57,9 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return run.stdout.strip()
+
+
+def _commit_told() -> str | None:
+    """Returns what BADLOSS_COMMIT says, which may be anything, as a short line of text."""
+    told = os.environ.get("BADLOSS_COMMIT", "")
+    return "".join(filter(str.isprintable, told)).strip()[:_LONGEST] or None

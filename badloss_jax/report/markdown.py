@@ -7,10 +7,12 @@ from badloss_jax.report.tables import (
     as_markdown,
     attack_table,
     detection_table,
+    epochs_recorded,
     has_recording,
     headline,
     mean_asr,
     percent,
+    recorded_part,
     removal_table,
     trained_alone,
     trained_models,
@@ -79,7 +81,9 @@ def report_markdown(results: Mapping[str, Any]) -> str:
 
     kept = ""
     if results["epochs_kept"]:
-        kept = f" Epochs scored: {len(results['epochs_kept'])} of {config['recording']['epochs']}."
+        kept = f" Epochs scored: {len(results['epochs_kept'])} of {epochs_recorded(results)}."
+    if recorded_part(results):
+        kept += f" {recorded_part(results)}"
     seconds = [[phase, f"{spent:.1f}"] for phase, spent in results["seconds"].items()]
     return _REPORT.format(
         models=_models(results),

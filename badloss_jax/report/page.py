@@ -28,8 +28,10 @@ from badloss_jax.report.results import ScoresTable, read_results, read_scores
 from badloss_jax.report.tables import (
     attack_table,
     detection_table,
+    epochs_recorded,
     has_recording,
     headline,
+    recorded_part,
     removal_table,
     trained_alone,
     trained_models,
@@ -63,7 +65,9 @@ def write_reports(folder: Path) -> Path:
         scores = read_scores(folder / "scores.parquet")
     losses = None
     if scores and has_recording(results):
-        losses = TrajectoryStore.open(run / "trajectories").read("loss")
+        # A recording that went on since it was scored has more epochs than the scores know of.
+        epochs = np.arange(epochs_recorded(results))
+        losses = TrajectoryStore.open(run / "trajectories").read("loss", epochs)
     gallery = _gallery_if_kept(run)
     if scores and losses is not None and len(losses) != len(scores.labels):
         raise DataError(f"{run} has the trajectories of {len(losses)} examples and the scores of {len(scores.labels)}")
@@ -127,6 +131,8 @@ def render_page(
         results=results,
         title=_title(config),
         verdict=verdict(results),
+        epochs_recorded=epochs_recorded(results),
+        recorded_part=recorded_part(results),
         models=_models(results),
         attacks=results["attacks"],
         attack_table=attack_table(results),

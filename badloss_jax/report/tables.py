@@ -54,6 +54,20 @@ def has_recording(results: Mapping[str, Any]) -> bool:
     return "recording" in results["seconds"] or "rescored_from" in results
 
 
+def epochs_recorded(results: Mapping[str, Any]) -> int:
+    """Counts the epochs whose trajectories were there to be scored."""
+    return results.get("epochs_recorded", results["config"]["recording"]["epochs"])
+
+
+def recorded_part(results: Mapping[str, Any]) -> str:
+    """Says how much of a recording was scored that was not at its end; nothing of a whole one."""
+    recorded = epochs_recorded(results)
+    planned = results["config"]["recording"]["epochs"]
+    if recorded == planned:
+        return ""
+    return f"The recording was not at its end: {recorded} of {planned} epochs were recorded."
+
+
 def short_table(results: Mapping[str, Any]) -> list[list[str]]:
     """Returns header and rows for a terminal: the trained models, the AUROC of their kind, their worst attack."""
     models = trained_models(results)

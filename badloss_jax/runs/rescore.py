@@ -1,4 +1,4 @@
-"""Scores the recording of a finished run again, with other settings, without training."""
+"""Scores the recording of a run again, with other settings, without training; or as much as there is of it."""
 
 import time
 from collections.abc import Callable
@@ -19,12 +19,17 @@ from badloss_jax.report.results import header, variant_entry, write_results, wri
 from badloss_jax.runs.workdir import read_config
 from badloss_jax.trajectories.store import TrajectoryStore
 
+_FEWEST = 3  # epochs, which the filter always keeps
+
 
 def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[Path, dict[str, Any]]:
     """Scores the stored trajectories of a run with other `scoring` and `rejection` settings, without training.
 
+    Of a run that was stopped while it recorded, or still does, it scores the epochs that are over: `epochs_recorded` in
+    the results says how many.
+
     Args:
-      workdir: of a finished run.
+      workdir: of a run.
       change: its config -> the config to score by.
 
     Returns:
@@ -32,7 +37,7 @@ def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[
 
     Raises:
       UsageError: no run is there, or another setting is changed, which would need training.
-      DataError: the trajectories are incomplete or damaged.
+      DataError: the trajectories are damaged, or fewer than three epochs are recorded.
 
     Example:
       >>> from badloss_jax import rescore
@@ -65,6 +70,7 @@ def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[
         "rescored_from": original,
         "changed": differences(to_dict(config), to_dict(stored)),
         "seconds": {"scoring": seconds},
+        "epochs_recorded": store.num_epochs,
         "epochs_kept": epochs.tolist(),
         "variants": variants,
     }
@@ -86,15 +92,17 @@ def rescore(workdir: Path, change: Callable[[ConfigDict], ConfigDict]) -> tuple[
 
 
 def _read_recording(workdir: Path) -> tuple[TrajectoryStore, Manifest]:
-    """Returns the trajectories of a run, and who is poisoned with what.
+    """Returns the trajectories of a run, up to the last epoch that is over, and who is poisoned with what.
 
     Raises:
-      DataError: they are incomplete or damaged, or do not belong together.
+      DataError: they are damaged, too few, or do not belong together.
     """
-    store = TrajectoryStore.open(workdir / "trajectories")
-    if not store.complete:
+    planned = TrajectoryStore.open(workdir / "trajectories")
+    store = planned.finished()
+    if store.num_epochs < min(_FEWEST, planned.num_epochs):
         raise DataError(
-            f"{store.folder} is not complete: its `badloss run` is still at work, or did not come to the end"
+            f"{store.folder} is not complete, and its {store.num_epochs} of {planned.num_epochs} epochs are too few to"
+            f" score, which takes {_FEWEST}: its `badloss run` is still at work, or did not come to the end"
         )
 
     # The two come from different files, which somebody may have copied together.

@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,19 @@ class TrajectoryStore:
     @property
     def complete(self) -> bool:
         """Whether all shards of all epochs of all kinds are there."""
-        return all(self._shards(kind, epoch) for kind in self.layout for epoch in range(self.num_epochs))
+        return all(map(self._has, range(self.num_epochs)))
+
+    def finished(self) -> "TrajectoryStore":
+        """Returns the store of the epochs that are over: the first ones, where the recording is not at its end.
+
+        Raises:
+          DataError: an epoch is missing, and later ones are there.
+        """
+        there = [self._has(epoch) for epoch in range(self.num_epochs)]
+        count = sum(there)
+        if not all(there[:count]):
+            raise DataError(f"{self.folder} is damaged: it has epochs later than {there.index(False)}, but not this")
+        return replace(self, num_epochs=count)
 
     def write_epoch(self, epoch: int, columns: Mapping[str, np.ndarray], shard: int = 0, shards: int = 1) -> None:
         """Writes one epoch's column of every kind, or one shard of it.
@@ -223,6 +235,10 @@ class TrajectoryStore:
         if rows != self.num_examples:
             raise DataError(f"{paths[0]}, with all shards, has {rows} rows, expected {self.num_examples}")
         return shards
+
+    def _has(self, epoch: int) -> bool:
+        """Whether all shards of an epoch are there, of all kinds."""
+        return all(self._shards(kind, epoch) for kind in self.layout)
 
     def _shards(self, kind: str, epoch: int) -> list[Path]:
         """Returns the files of a column in order, or none if one is missing."""

@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from badloss_jax.cli import main
 from badloss_jax.config import load_config, override
-from badloss_jax.core.errors import DataError, NonFiniteLossError, UsageError
+from badloss_jax.core.errors import DataError, NonFiniteLossError, PreemptedError, UsageError
 from badloss_jax.core.files import locked
+from badloss_jax.report.page import write_reports
 from badloss_jax.runs.experiment import run_experiment
 from badloss_jax.runs.rescore import rescore
 from badloss_jax.runs.writers import open_writers
@@ -22,6 +24,7 @@ from badloss_jax.settings import KINDS, RULES
 from badloss_jax.training.saved_model import load_model
 from badloss_jax.trajectories.store import TrajectoryStore
 from tests.conftest import CLASS_NAMES, ENVIRONMENT, ONLY_READS, overrides, without_cost
+from tests.training.test_resume import StopAfter
 
 
 def command(workdir, *extra, **changed):
@@ -392,6 +395,42 @@ def test_rescoring_refuses_what_needs_training(finished, tmp_path):
     with pytest.raises(UsageError, match=r"scoring.\* and rejection.\* only; recording would need training"):
         rescore(workdir, lambda config: override(config, ["--config.recording.batch_size=64"]))
     with pytest.raises(UsageError, match="holds no run"):
+        rescore(tmp_path, lambda config: config)
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_what_a_stopped_run_recorded_can_be_scored(tmp_path, tiny, mesh, monkeypatch, capsys):
+    """By the epochs that are over, as the whole recording is by as many."""
+    config = tiny(recording__epochs=5, recording__batch_size=100, scoring__kinds="('loss',)",
+                  retraining__enabled=False, retraining__variants="()", controls="()")  # fmt: skip
+
+    def stop_after(steps):
+        with monkeypatch.context() as patch:
+            patch.setattr("badloss_jax.runs.experiment.Preemption", lambda: StopAfter(steps))
+            with pytest.raises(PreemptedError):
+                run_experiment(config, tmp_path, mesh=mesh)
+
+    stop_after(5)
+    with pytest.raises(DataError, match="is not complete, and its 1 of 5 epochs are too few to score"):
+        rescore(tmp_path, lambda config: config)
+    stop_after(7)
+    score = ["score", "--workdir", str(tmp_path), "--config.scoring.loss.k=7"]
+    assert main(score) == 0
+    told = "The recording was not at its end: 3 of 5 epochs were recorded."
+    assert told in capsys.readouterr().out.splitlines()
+    (folder,) = (tmp_path / "rescored").iterdir()
+    for report in ("report.md", "report.html"):
+        assert told in (folder / report).read_text("utf-8")
+
+    run_experiment(config, tmp_path, mesh=mesh)
+    whole, results = rescore(tmp_path, lambda config: override(config, [*score[3:], "--config.scoring.epochs=3"]))
+    assert (folder / "scores.parquet").read_bytes() == (whole / "scores.parquet").read_bytes()
+    assert results["epochs_recorded"] == 5
+    before = (folder / "report.md").read_text("utf-8")
+    assert write_reports(folder).with_suffix(".md").read_text("utf-8") == before
+
+    (tmp_path / "trajectories" / "loss" / "epoch_0001-00000-of-00001.npy").unlink()
+    with pytest.raises(DataError, match="is damaged: it has epochs later than 1, but not this"):
         rescore(tmp_path, lambda config: config)
 
 

@@ -9,15 +9,22 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from badloss_jax.core.compiler import check_sums
 from badloss_jax.core.errors import UsageError
 
 AXIS = "data"
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a one-dimensional mesh over the given devices, by default all of all processes."""
+    """Returns a one-dimensional mesh over the given devices, by default all of all processes.
+
+    Raises:
+      UsageError: the devices are CPUs, on which this JAX computes wrongly.
+    """
     if devices is None:
         devices = jax.devices()
+    if devices[0].platform == "cpu":
+        check_sums()
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 

@@ -1,8 +1,9 @@
-"""XLA on CPUs: wrong sums are switched off where they are known, and looked for before anything is computed.
+"""XLA on CPUs: what is known to be wrong or slow is switched off, and wrong sums are looked for.
 
-jaxlib 0.10 hands some sums to a library, YNNPACK, that leaves some of them out, silently: of (A @ row).sum() for each of
-32,769 rows of 3 numbers the last is wrong (jax-ml/jax#39103 is of 0.10.2; the sum alone is wrong in 0.10.0 and 0.10.1,
-too). Nothing that this package computes was seen to be (configs/results/README.md), but nobody could know of all.
+From jaxlib 0.10 on XLA hands sums, products and convolutions to a library, YNNPACK. It leaves sums out, silently, in
+0.10: of those of (A @ row).sum() for each of 32,769 rows of three numbers the last is wrong (jax-ml/jax#39103 is of
+0.10.2; 0.10.0 and 0.10.1 have it, too). Nothing of this package was seen to be, but nobody could know of all. And it
+takes two to eight times as long for the gradients of kernels (configs/results/README.md has both).
 """
 
 import os
@@ -20,20 +21,17 @@ _NAME = "--xla_cpu_experimental_ynn_fusion_type"
 _ROWS = 32_769  # the fewest that come out wrong
 
 
-def avoid_wrong_sums(version: str = jaxlib.__version__) -> None:
-    """Tells XLA not to hand sums to YNNPACK, if that is known to be wrong and XLA_FLAGS does not speak of it.
+def avoid_ynnpack() -> None:
+    """Tells XLA to compute by itself, if XLA_FLAGS does not speak of it.
 
     XLA reads its flags once, when JAX first looks for devices: whoever does so first has to set them.
-
-    Args:
-      version: of jaxlib.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if version.startswith("0.10.") and _NAME not in flags:
+    if _NAME not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_NAME}=".lstrip()
 
 
-avoid_wrong_sums()
+avoid_ynnpack()
 
 
 @lru_cache(maxsize=1)

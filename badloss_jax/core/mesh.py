@@ -1,7 +1,6 @@
 """The mesh of all devices and the shardings on it: the one place that knows them."""
 
 from collections.abc import Callable, Sequence
-from functools import wraps
 from typing import Any
 
 import jax
@@ -58,16 +57,8 @@ def jit_on(function: Callable, mesh: Mesh, **how: Any) -> Callable:
     Returns:
       The compiled function.
     """
-    if mesh.devices.flat[0].platform != "cpu":
-        return jax.jit(function, **how)
-
-    @wraps(function)
-    def on_cpus(*arguments: Any) -> Any:
-        # What is fastest on one device need not be on several, see `models.convolution`.
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*arguments)
-
-    return jax.jit(on_cpus, compiler_options={"xla_backend_optimization_level": 1}, **how)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 1} if on_cpu else None, **how)
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:

@@ -1,12 +1,11 @@
-"""Convolutions as each device computes them fastest: where XLA is slow at one on CPUs, it is written as something else.
+"""Convolution and pooling as each device computes them fastest: where XLA is slow on CPUs, something else stands.
 
-Values and gradients are the same to rounding (configs/results/README.md has what each gains):
+Values and gradients are the same to rounding; configs/results/README.md has what each gains.
 
-- A kernel of one pixel, and one whose output has few pixels, is a product of matrices. XLA knows only plain loops for
-  the latter, which are a hundred times slower.
+- A convolution whose output has few pixels is one product of matrices: XLA has only plain loops for it, a hundred times
+  slower.
 - A depthwise one is a sum of shifted images, each times one pixel of the kernel: up to fifty times faster.
-- The gradient of any kernel is added up over a few images at a time, whose shifted copies stay in the cache: up to nine
-  times faster.
+- A max-pool takes one axis after the other: three times faster, mostly for its gradient.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,22 +19,19 @@ from jax import lax
 from jaxtyping import Array, Float
 
 _FEW_PIXELS = 8  # of an output, up to which XLA takes plain loops on CPUs
-_CACHED = 2**20  # bytes of shifted images at a time, the fastest of 2^18 to 2^24 on two machines' second-level cache
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """What tells one convolution from another, beside its arguments' shapes.
+class _Steps:
+    """How a kernel goes over images.
 
     Attributes:
       strides: of rows and columns.
       padding: zeros before and after each of them.
-      groups: of channels.
     """
 
     strides: tuple[int, int]
     padding: tuple[tuple[int, int], ...]
-    groups: int
 
     def output_size(self, images: Array, kernel: Array) -> tuple[int, int]:
         """Returns the rows and columns of the output."""
@@ -44,15 +40,6 @@ class _Shape:
             for axis in range(2)
         )
         return rows, columns
-
-    def is_product(self, images: Array, kernel: Array) -> bool:
-        """Whether a CPU had better multiply matrices."""
-        rows, columns = self.output_size(images, kernel)
-        return self.groups == 1 and (rows * columns <= _FEW_PIXELS or kernel.shape[:2] == (1, 1))
-
-    def is_depthwise(self, images: Array, kernel: Array) -> bool:
-        """Whether every channel has a kernel of its own."""
-        return self.groups == images.shape[-1] == kernel.shape[-1]
 
 
 def convolve(
@@ -64,7 +51,7 @@ def convolve(
     feature_group_count: int = 1,
     **_: object,
 ) -> Float[Array, "B H2 W2 F"]:
-    """As `jax.lax.conv_general_dilated` in two dimensions, channels last, without dilation: nnx.Conv takes it in its place.
+    """As `jax.lax.conv_general_dilated` in two dimensions, channels last and not dilated; nnx.Conv takes it instead.
 
     Args:
       images: float [B, H, W, C].
@@ -76,100 +63,69 @@ def convolve(
     Returns:
       float [B, H2, W2, F].
     """
-    first, second = strides
-    shape = _Shape((first, second), tuple((before, after) for before, after in padding), feature_group_count)
-    return _convolve(shape, images, kernel)
+    down, right = strides
+    steps = _Steps((down, right), tuple((before, after) for before, after in padding))
+    usual = partial(_usual, steps, feature_group_count)
+
+    rows, columns = steps.output_size(images, kernel)
+    if feature_group_count == images.shape[-1] == kernel.shape[-1]:
+        return lax.platform_dependent(images, kernel, cpu=partial(_depthwise, steps), default=usual)
+    if feature_group_count == 1 and rows * columns <= _FEW_PIXELS:
+        return lax.platform_dependent(images, kernel, cpu=partial(_product, steps), default=usual)
+    return usual(images, kernel)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve(shape: _Shape, images: Array, kernel: Array) -> Array:
-    return lax.platform_dependent(images, kernel, cpu=partial(_on_cpu, shape), default=partial(_usual, shape))
-
-
-def _forward(shape: _Shape, images: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _convolve(shape, images, kernel), (images, kernel)
-
-
-def _backward(shape: _Shape, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    def usual(images: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
-        _, pull_back = jax.vjp(partial(_usual, shape), images, kernel)
-        return pull_back(gradient)
-
-    def on_cpu(images: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
-        _, pull_back = jax.vjp(partial(_on_cpu, shape), images, kernel)
-        of_images, of_kernel = pull_back(gradient)
-        if shape.is_product(images, kernel) and shape.strides == (1, 1):
-            of_images = _images_gradient(shape, kernel, gradient)
-        # Over several devices the sum of each few images would have to be exchanged.
-        if shape.groups == 1 and jax.sharding.get_abstract_mesh().size <= 1:
-            of_kernel = _kernel_gradient(shape, images, kernel, gradient)
-        return of_images, of_kernel
-
-    return lax.platform_dependent(*kept, gradient, cpu=on_cpu, default=usual)
-
-
-_convolve.defvjp(_forward, _backward)
-
-
-def _usual(shape: _Shape, images: Array, kernel: Array) -> Array:
+def _usual(steps: _Steps, groups: int, images: Array, kernel: Array) -> Array:
     return lax.conv_general_dilated(
         images,
         kernel,
-        shape.strides,
-        shape.padding,
+        steps.strides,
+        steps.padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=shape.groups,
+        feature_group_count=groups,
     )
 
 
-def _on_cpu(shape: _Shape, images: Array, kernel: Array) -> Array:
-    """Convolves with what is fastest on a CPU."""
-    if shape.is_depthwise(images, kernel):
-        pixels = kernel.reshape(-1, kernel.shape[-1])
-        return sum(seen * pixel for seen, pixel in zip(_seen(shape, images, kernel), pixels, strict=True))
-
-    if shape.is_product(images, kernel):
-        return jnp.tensordot(_side_by_side(shape, images, kernel), kernel.reshape(-1, kernel.shape[-1]), axes=1)
-    return _usual(shape, images, kernel)
+def _depthwise(steps: _Steps, images: Array, kernel: Array) -> Array:
+    """Convolves each channel with its own kernel."""
+    pixels = kernel.reshape(-1, kernel.shape[-1])
+    return sum(seen * pixel for seen, pixel in zip(_seen(steps, images, kernel), pixels, strict=True))
 
 
-def _images_gradient(shape: _Shape, kernel: Array, gradient: Array) -> Float[Array, "B H W C"]:
-    """Returns the gradient of the images, where strides are 1: a convolution with the kernel upside down.
-
-    The product's own would add up shifted images, which takes longer than the product.
-    """
-    upside_down = kernel[::-1, ::-1].swapaxes(2, 3)
-    padding = tuple((size - 1 - before, size - 1 - after) for size, (before, after) in zip(kernel.shape, shape.padding))
-    return _on_cpu(_Shape((1, 1), padding, 1), gradient, upside_down)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(steps: _Steps, images: Array, kernel: Array) -> Array:
+    """Convolves by one product: what all pixels of the kernel see, side by side, with the kernel."""
+    side_by_side = jnp.concatenate(list(_seen(steps, images, kernel)), axis=-1)
+    return jnp.tensordot(side_by_side, kernel.reshape(-1, kernel.shape[-1]), axes=1)
 
 
-def _kernel_gradient(shape: _Shape, images: Array, kernel: Array, gradient: Array) -> Float[Array, "h w C F"]:
-    """Returns the gradient of the kernel, a sum over all pixels of all images, a few images at a time."""
-    count = len(images)
-    pixels = gradient.shape[1] * gradient.shape[2]
-    bytes_an_image = pixels * kernel.size // kernel.shape[-1] * images.dtype.itemsize
-    few = max((n for n in range(1, count + 1) if count % n == 0 and n * bytes_an_image <= _CACHED), default=1)
-
-    def add(total: Array, some: tuple[Array, Array]) -> tuple[Array, None]:
-        some_images, some_gradient = some
-        seen = _side_by_side(shape, some_images, kernel).reshape(few * pixels, -1)
-        return total + seen.T @ some_gradient.reshape(few * pixels, -1), None
-
-    chunks = [array.reshape(count // few, few, *array.shape[1:]) for array in (images, gradient)]
-    total, _ = lax.scan(add, jnp.zeros((kernel.size // kernel.shape[-1], kernel.shape[-1]), kernel.dtype), tuple(chunks))
-    return total.reshape(kernel.shape)
+def _product_forward(steps: _Steps, images: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(steps, images, kernel), (images, kernel)
 
 
-def _side_by_side(shape: _Shape, images: Array, kernel: Array) -> Float[Array, "B H2 W2 hwC"]:
-    """Returns what all pixels of the kernel see of the images, in the last axis."""
-    return jnp.concatenate(list(_seen(shape, images, kernel)), axis=-1)
+def _product_backward(steps: _Steps, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    images, kernel = kept
+    _, pull_back = jax.vjp(partial(_product.fun, steps), images, kernel)  # type: ignore[attr-defined]
+    of_images, of_kernel = pull_back(gradient)
+    if steps.strides == (1, 1):
+        # A product with the kernel upside down; what JAX derives adds up shifted images, which takes longer.
+        padding = tuple(
+            (size - 1 - before, size - 1 - after)
+            for size, (before, after) in zip(kernel.shape, steps.padding, strict=False)
+        )
+        upside_down = kernel[::-1, ::-1].swapaxes(2, 3)
+        of_images = _product(_Steps((1, 1), padding), gradient, upside_down)
+    return of_images, of_kernel
 
 
-def _seen(shape: _Shape, images: Array, kernel: Array) -> Iterator[Float[Array, "B H2 W2 C"]]:
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _seen(steps: _Steps, images: Array, kernel: Array) -> Iterator[Float[Array, "B H2 W2 C"]]:
     """Yields what each pixel of the kernel sees of the images, in the kernel's order."""
-    rows, columns = shape.output_size(images, kernel)
-    down, right = shape.strides
-    padded = jnp.pad(images, ((0, 0), *shape.padding, (0, 0)))
+    rows, columns = steps.output_size(images, kernel)
+    down, right = steps.strides
+    padded = jnp.pad(images, ((0, 0), *steps.padding, (0, 0)))
     for y in range(kernel.shape[0]):
         for x in range(kernel.shape[1]):
             yield padded[:, y : y + down * (rows - 1) + 1 : down, x : x + right * (columns - 1) + 1 : right]

@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from badloss_jax.core.mesh import by_rows, jit_on, make_mesh
 from badloss_jax.models.convolution import convolve, max_pool
 
 
@@ -44,17 +43,6 @@ def test_convolutions_are_those_of_xla(size, stride, groups, image, rng):
     agree(ours, theirs)
 
 
-@pytest.mark.parametrize("batch", [1, 7, 96])
-def test_a_kernels_gradient_is_that_of_all_images(batch, rng):
-    """Of images so large that few are taken at a time, or one."""
-    images = jnp.asarray(rng.standard_normal((batch, 20, 20, 64 if batch == 1 else 8)), jnp.float32)
-    kernel = jnp.asarray(rng.standard_normal((5, 5, images.shape[-1], 3)), jnp.float32)
-    ours, theirs = (
-        with_gradients(lambda x, w, f=f: f(x, w, (1, 1), [(2, 2)] * 2), images, kernel) for f in (convolve, usual)
-    )
-    agree(ours, theirs)
-
-
 def test_bfloat16_stays_bfloat16(rng):
     images = jnp.asarray(rng.standard_normal((4, 2, 2, 8)), jnp.bfloat16)
     kernel = jnp.asarray(rng.standard_normal((3, 3, 8, 8)), jnp.bfloat16)
@@ -63,20 +51,6 @@ def test_bfloat16_stays_bfloat16(rng):
     )
     agree([array.astype(jnp.float32) for array in ours], [array.astype(jnp.float32) for array in theirs], 2e-2)
     assert all(array.dtype == jnp.bfloat16 for array in ours)
-
-
-def test_several_devices_exchange_one_gradient(rng):
-    """The kernel's gradient is summed over the devices once, not once for every few images."""
-    mesh = make_mesh(jax.devices()[:4])
-    images = jax.device_put(rng.standard_normal((64, 12, 12, 32)).astype(np.float32), by_rows(mesh))
-    kernel = jnp.asarray(rng.standard_normal((3, 3, 32, 8)), jnp.float32)
-
-    def gradient(f):
-        return lambda x, w: jax.grad(lambda w: (f(x, w, (1, 1), [(1, 1)] * 2) ** 2).sum())(w)
-
-    compiled = jit_on(gradient(convolve), mesh, in_shardings=(by_rows(mesh), None)).lower(images, kernel).compile()
-    assert " while(" not in compiled.as_text()
-    agree([compiled(images, kernel)], [jax.jit(gradient(usual))(images, kernel)])
 
 
 @pytest.mark.parametrize(("size", "padding"), [(2, 0), (3, 1), (3, 0)])

@@ -105,7 +105,7 @@ def _product_forward(steps: _Steps, images: Array, kernel: Array) -> tuple[Array
 
 def _product_backward(steps: _Steps, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     images, kernel = kept
-    _, pull_back = jax.vjp(partial(_product.fun, steps), images, kernel)  # type: ignore[attr-defined]
+    _, pull_back = jax.vjp(partial(_product.fun, steps), images, kernel)
     of_images, of_kernel = pull_back(gradient)
     if steps.strides == (1, 1):
         # A product with the kernel upside down; what JAX derives adds up shifted images, which takes longer.

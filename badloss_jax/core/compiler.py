@@ -3,7 +3,7 @@
 From jaxlib 0.10 on XLA hands sums, products and convolutions to a library, YNNPACK. It leaves sums out, silently, in
 0.10: of those of (A @ row).sum() for each of 32,769 rows of three numbers the last is wrong (jax-ml/jax#39103 is of
 0.10.2; 0.10.0 and 0.10.1 have it, too). Nothing of this package was seen to be, but nobody could know of all. And it
-took up to eight times as long for the gradients of kernels, in 0.10.2 and in 0.11.2.
+took twice to twelve times as long for the gradients of large kernels, in 0.10.2 and in 0.11.2.
 """
 
 import os

@@ -47,8 +47,9 @@ def test_flooding_holds_the_loss_at_its_level(mesh):
 
 
 def test_finds_the_patch_at_home(at_home):
-    results = at_home("abl", "--config.retraining.enabled=False")
+    # Twice the epochs of the paper: with ten, which images of a class go is a matter of rounding, 0.59 to 0.62 by machine.
+    results = at_home("abl", "--config.retraining.enabled=False", "--config.defenses.abl.epochs=20")
     own = results["variants"]["abl/own"]
-    assert own["detection"]["auroc"]["overall"] > 0.85
-    assert own["recall"]["patch"] > 0.6
+    assert own["detection"]["auroc"]["overall"] > 0.9
+    assert own["recall"]["patch"] > 0.7
     assert own["removed_share"] < 0.15

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from badloss_jax.models.convolution import max_pool
-from badloss_jax.models.layers import ConvNorm, rows_of
+from badloss_jax.models.layers import ConvNorm
 
 
 class FlatHead(nnx.Module):
@@ -64,10 +64,9 @@ class FrequencyCNN(nnx.Module):
         Args:
           images, train, mask: as of `ResNet`.
         """
-        where = rows_of(mask)
         x = images
         for position, convolution in enumerate(self.convolutions):
-            x = nnx.elu(convolution(x, train, where))
+            x = nnx.elu(convolution(x, train, mask))
 
             is_last_of_stage = position % 2 == 1
             if is_last_of_stage and min(x.shape[1:3]) > 1:

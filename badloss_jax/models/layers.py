@@ -8,9 +8,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from badloss_jax.models.convolution import convolve
+from badloss_jax.models.normalization import BatchNorm
 
 _LARGE = 112  # px; from here on networks begin as they do on ImageNet
 _he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -19,13 +20,6 @@ _he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 def is_large(image_shape: tuple[int, int, int]) -> bool:
     """Says whether images get the stem of 224 px networks rather than that of 32 px ones."""
     return min(image_shape[:2]) >= _LARGE
-
-
-def rows_of(mask: Bool[Array, "B"] | None) -> Bool[Array, "B 1 1 1"] | None:
-    """Shapes the mask of a batch for batch norm."""
-    if mask is None:
-        return None
-    return mask[:, None, None, None]
 
 
 class ConvNorm(nnx.Module):
@@ -47,7 +41,7 @@ class ConvNorm(nnx.Module):
             rngs=rngs,
             **dtypes,
         )
-        self.norm = nnx.BatchNorm(outputs, momentum=0.9, epsilon=1e-5, rngs=rngs, **dtypes)
+        self.norm = BatchNorm(outputs, momentum=0.9, epsilon=1e-5, rngs=rngs, **dtypes)
 
     def __call__(self, x: Array, train: bool, mask: Array | None) -> Array:
         """Maps [B, H, W, C] to [B, H / stride, W / stride, outputs]."""

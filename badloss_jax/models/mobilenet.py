@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from badloss_jax.models.layers import ConvNorm, Head, is_large, rows_of
+from badloss_jax.models.layers import ConvNorm, Head, is_large
 
 # Expansion, width, blocks and stride of each stage.
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -81,11 +81,10 @@ class MobileNetV2(nnx.Module):
         Args:
           images, train, mask: as of `ResNet`.
         """
-        where = rows_of(mask)
-        x = nnx.relu6(self.stem(images, train, where))
+        x = nnx.relu6(self.stem(images, train, mask))
         for block in self.blocks:
-            x = block(x, train, where)
-        return self.head(nnx.relu6(self.last(x, train, where)))
+            x = block(x, train, mask)
+        return self.head(nnx.relu6(self.last(x, train, mask)))
 
 
 mobilenet_v2 = MobileNetV2

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from badloss_jax.models.convolution import max_pool
-from badloss_jax.models.layers import ConvNorm, Head, is_large, rows_of
+from badloss_jax.models.layers import ConvNorm, Head, is_large
 
 
 class BasicBlock(nnx.Module):
@@ -126,12 +126,11 @@ class ResNet(nnx.Module):
         Returns:
           float [B, K] and [B, F].
         """
-        where = rows_of(mask)
-        x = nnx.relu(self.stem(images, train, where))
+        x = nnx.relu(self.stem(images, train, mask))
         if self.max_pool:
             x = max_pool(x, 3, padding=1)
         for block in self.blocks:
-            x = block(x, train, where)
+            x = block(x, train, mask)
         return self.head(x)
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from badloss_jax.models.convolution import max_pool
-from badloss_jax.models.layers import ConvNorm, Head, rows_of
+from badloss_jax.models.layers import ConvNorm, Head
 
 # Channels of the convolutions of each stage.
 _WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -47,7 +47,6 @@ class VGG(nnx.Module):
         Args:
           images, train, mask: as of `ResNet`.
         """
-        where = rows_of(mask)
         convolutions = iter(self.convolutions)
         x = images
         for stage, widths in enumerate(_WIDTHS):
@@ -55,7 +54,7 @@ class VGG(nnx.Module):
             if stage > 0 and min(x.shape[1:3]) > 1:
                 x = max_pool(x, 2)
             for _ in widths:
-                x = nnx.relu(next(convolutions)(x, train, where))
+                x = nnx.relu(next(convolutions)(x, train, mask))
         return self.head(x)
 
 

@@ -34,9 +34,7 @@ def write_tar(path, members, mode="w"):
     with tarfile.open(path, mode) as tar:
         for member in members.items() if isinstance(members, dict) else members:
             if isinstance(member, tarfile.TarInfo):
-                tar.fileobj.write(
-                    member.tobuf()
-                )  # without content, whatever its size, which addfile refuses from Python 3.13 on
+                tar.fileobj.write(member.tobuf())  # alone, whatever its size, which Python 3.13's addfile refuses
             else:
                 info = tarfile.TarInfo(member[0])
                 info.size = len(member[1])

@@ -38,7 +38,7 @@ def before_jax_starts(arguments: Namespace) -> None:
     """Sets how many devices a CPU is taken for, which JAX fixes when it starts."""
     import jax
 
-    if jax.config.jax_num_cpu_devices != arguments.cpu_devices:  # type: ignore[attr-defined]
+    if jax.config.values["jax_num_cpu_devices"] != arguments.cpu_devices:
         jax.config.update("jax_num_cpu_devices", arguments.cpu_devices)
 
 

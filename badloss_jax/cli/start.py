@@ -42,7 +42,7 @@ def set_up_jax() -> None:
 
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         cache = Path("~/.cache/badloss_jax/xla").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))
 

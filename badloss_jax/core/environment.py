@@ -38,7 +38,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_count": len(os.sched_getaffinity(0)),  # that this process may use
         "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
-        "jax_enable_x64": bool(jax.config.jax_enable_x64),  # type: ignore[attr-defined]
+        "jax_enable_x64": bool(jax.config.values["jax_enable_x64"]),
     }
 
 

@@ -207,7 +207,7 @@ def check_devices(config: ConfigDict, mesh: Mesh) -> None:
     check_batch_size("recording.batch_size", config.recording.batch_size, mesh)
     check_batch_size("retraining.batch_size", config.retraining.batch_size, mesh)
 
-    if config.model.dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+    if config.model.dtype == "float64" and not jax.config.values["jax_enable_x64"]:
         raise UsageError("model.dtype = 'float64' needs the environment variable JAX_ENABLE_X64=1")
 
 

@@ -16,7 +16,11 @@ import yaml
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 
 LAUNCH = Path("launch")
-SCRIPTS = [".ci/run", *sorted(str(path) for path in LAUNCH.rglob("*") if path.suffix in (".sh", ".sbatch"))]
+SCRIPTS = [
+    ".ci/run",
+    ".ci/newest",
+    *sorted(str(path) for path in LAUNCH.rglob("*") if path.suffix in (".sh", ".sbatch")),
+]
 MANIFESTS = sorted(LAUNCH.glob("gke/*.yaml"))
 JOB_SETS = [path for path in MANIFESTS if "kind: JobSet" in path.read_text("utf-8")]
 STARTERS = ["local.sh", "slurm/run.sbatch", "gke/gpu.yaml", "gke/tpu.yaml", "tpu_vm/run.sh"]

@@ -34,7 +34,7 @@ def write_tar(path, members, mode="w"):
     with tarfile.open(path, mode) as tar:
         for member in members.items() if isinstance(members, dict) else members:
             if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
+                tar.fileobj.write(member.tobuf())  # alone, whatever its size, which Python 3.13's addfile refuses
             else:
                 info = tarfile.TarInfo(member[0])
                 info.size = len(member[1])

@@ -23,8 +23,9 @@ examples:
 "step" stores the training step's own outputs; "sweep" passes over the training set after each epoch, and its steps
 are those without recording: what they seem to cost is the error of the measurement.
 
---peer torch needs PyTorch, which is no dependency (pip install torch), one CPU device, float32, and a resnet. It begins
-with the same weights, on the same batches, and has as many threads as JAX: one for each core that the process may use.
+--peer torch needs PyTorch, which is no dependency (pip install torch), one CPU device, float32, and resnet_small or
+resnet18, 34 or 50. It begins with the same weights, takes the same batches in the same order, and has as many threads
+as JAX: one for each core that the process may use.
 "ours / torch" is how many times as long our step takes, recording off: below 1, ours is faster.
 """
 

@@ -1,8 +1,8 @@
-"""Training throughput, what recording costs, and what scanning whole epochs would gain.
+"""Training throughput, what recording costs, what scanning whole epochs would gain, and how fast others are.
 
 The steps are the trainer's own. Modes are measured in turns, a few steps each, in an order that is drawn for every
 round and then mirrored (sweep, off, step, step, off, sweep), so that a machine that slows down or is busy with other
-work does not favour one of them.
+work does not favour one of them. A peer, the same training by another framework, is one more mode.
 """
 
 import inspect
@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from badloss_jax.benchmarks.timing import overhead, seconds_of, summary
+from badloss_jax.benchmarks.peers import Peer, make_peer
+from badloss_jax.benchmarks.timing import overhead, ratio, seconds_of, summary
 from badloss_jax.benchmarks.workload import Workload
 from badloss_jax.core.errors import NonFiniteLossError
 from badloss_jax.core.mesh import jit_on
@@ -40,13 +42,14 @@ _BLOCK = 0.1  # seconds of steps that are timed at a time, so that waiting for t
 _ENDS = 5  # how often the end of an epoch is measured, and a scanned epoch
 
 
-def measure_training(workload: Workload, seconds: float, scan: bool = False) -> dict[str, Any]:
+def measure_training(workload: Workload, seconds: float, scan: bool = False, peer: str | None = None) -> dict[str, Any]:
     """Measures one network's training.
 
     Args:
       workload: the network, its examples, how it is trained, what is recorded.
       seconds: to spend on steps, beside compiling and the ends of epochs.
       scan: measure an epoch in one `lax.scan` as well, beside the same epoch in a Python loop.
+      peer: of `PEERS`, measured beside; it begins with the same weights, and trains on the same batches.
 
     Returns:
       Sizes, and
@@ -57,19 +60,27 @@ def measure_training(workload: Workload, seconds: float, scan: bool = False) -> 
       epoch_end_seconds: per mode, to sweep (if it does), copy the epoch's column to the host and store it.
       epoch_overhead_percent: per mode, of an epoch with its end against one without recording.
       scan: seconds of a looped and of a scanned epoch, and the overhead of the latter; None if not asked for.
+      peer: its name, version and threads, its first_call_seconds, step_seconds and examples_per_second, and ratio, how
+        many times as long our step takes with recording off; None if not asked for.
 
     Raises:
+      UsageError: the peer cannot do the same work.
       NonFiniteLossError: the training diverged, so that its figures mean nothing.
     """
     with tempfile.TemporaryDirectory(prefix="badloss-bench-") as folder:
-        training = _Training(workload, Path(folder))
+        training = _Training(workload, Path(folder), peer)
         first_calls = _first_calls(training)
         samples = _sample(training, seconds)
         scanned = training.scan() if scan else None
 
     # The figures of a training that diverged mean nothing.
-    if not math.isfinite(training.loss):
-        raise NonFiniteLossError(f"the loss of {workload.spec.name} became {training.loss} in the benchmark")
+    for loss in training.losses():
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(f"the loss of {workload.spec.name} became {loss} in the benchmark")
+
+    beside = None
+    if training.peer:
+        beside = _peer_figures(training.peer, samples, first_calls.pop(f"step, {peer}"), workload.recipe.batch_size)
 
     return {
         "model": asdict(workload.spec),
@@ -82,6 +93,7 @@ def measure_training(workload: Workload, seconds: float, scan: bool = False) -> 
         "first_call_seconds": first_calls,
         **_costs(samples, workload.recipe.batch_size, training.steps),
         "scan": scanned,
+        "peer": beside,
     }
 
 
@@ -91,7 +103,7 @@ class _Samples:
 
     Attributes:
       steps_per_block: steps that were timed at a time.
-      steps: mode -> seconds of a step, per round.
+      steps: mode, or name of a peer -> seconds of a step, per round.
       ends: mode -> seconds of the end of an epoch.
     """
 
@@ -107,16 +119,22 @@ class _Training:
     Attributes:
       workload: what is trained.
       folder: an empty one, to store columns in.
+      peer_name: of `PEERS`, or None.
       loss: of the last step.
       state: of the network.
       steps: of an epoch.
+      peer: trains a network of its own, from the same weights.
+      modes: `MODES`, and the peer.
     """
 
     workload: Workload
     folder: Path
+    peer_name: str | None = None
     loss: float = 0.0
     state: TrainState = field(init=False)
     steps: int = field(init=False)
+    peer: Peer | None = field(init=False, default=None)
+    modes: tuple[str, ...] = field(init=False, default=MODES)
 
     def __post_init__(self) -> None:
         workload = self.workload
@@ -127,10 +145,21 @@ class _Training:
         self._draw = generator(0, "benchmark", "modes")
         self.steps = len(self._order(0))
 
+        if self.peer_name:
+            self.peer = make_peer(self.peer_name, workload, self.state)
+            self.modes = (*MODES, self.peer_name)
+            self._peer_ids = self._endless_ids()
+
+    def losses(self) -> list[float]:
+        """Returns the loss of the last step, and the peer's."""
+        if self.peer:
+            return [self.loss, self.peer.loss]
+        return [self.loss]
+
     def round(self, steps: int) -> dict[str, float]:
         """Returns seconds a step in every mode, from two blocks each in mirrored order."""
-        seconds = dict.fromkeys(MODES, 0.0)
-        drawn = self._draw.permutation(MODES).tolist()
+        seconds = dict.fromkeys(self.modes, 0.0)
+        drawn = self._draw.permutation(self.modes).tolist()
         # Mirrored, so that a steady drift of the machine's speed adds the same to every mode.
         for mode in (*drawn, *reversed(drawn)):
             seconds[mode] += self.block(mode, steps) / 2
@@ -140,12 +169,15 @@ class _Training:
         """Measures some steps in one mode.
 
         Args:
-          mode: one of `MODES`.
+          mode: one of `modes`.
           steps: how many.
 
         Returns:
           Seconds a step.
         """
+        if self.peer and mode == self.peer.name:
+            return seconds_of(partial(self.peer.train, itertools.islice(self._peer_ids, steps))) / steps
+
         recorder = self._recorders.get(mode)
         batches = itertools.islice(self._batches, steps)
 
@@ -217,6 +249,10 @@ class _Training:
         for epoch in itertools.count():
             yield from self.workload.data.batches(self._order(epoch))
 
+    def _endless_ids(self) -> Iterator[Int[np.ndarray, "B"]]:
+        for epoch in itertools.count():
+            yield from self._order(epoch)
+
     def _order(self, epoch: int) -> Int[np.ndarray, "S B"]:
         workload = self.workload
         count = len(workload.data)
@@ -250,7 +286,7 @@ class _Training:
 
 def _first_calls(training: _Training) -> dict[str, float]:
     """Returns the seconds of the first call of each program, which compiles it."""
-    steps = {f"step, {mode}": training.block(mode, 1) for mode in MODES}
+    steps = {f"step, {mode}": training.block(mode, 1) for mode in training.modes}
     ends = {f"end of epoch, {mode}": training.end_epoch(mode) for mode in _RECORDING}
     return steps | ends
 
@@ -261,7 +297,7 @@ def _sample(training: _Training, seconds: float) -> _Samples:
     a_step = min(training.block("off", 2) for _ in range(2))
     steps_per_block = max(1, math.ceil(_BLOCK / a_step))
 
-    steps: dict[str, list[float]] = {mode: [] for mode in MODES}
+    steps: dict[str, list[float]] = {mode: [] for mode in training.modes}
     ends: dict[str, list[float]] = {mode: [] for mode in _RECORDING}
     for _ in range(_ENDS):
         # One round at least, however few the seconds are.
@@ -295,6 +331,20 @@ def _costs(samples: _Samples, batch_size: int, steps_per_epoch: int) -> dict[str
         "step_overhead": overheads,
         "epoch_end_seconds": {mode: summary(samples.ends[mode]) for mode in _RECORDING},
         "epoch_overhead_percent": of_epoch,
+    }
+
+
+def _peer_figures(peer: Peer, samples: _Samples, first_call: float, batch_size: int) -> dict[str, Any]:
+    """Returns who the peer is, its seconds and its rate, and how many times as long ours takes."""
+    seconds = summary(samples.steps[peer.name])
+    return {
+        "name": peer.name,
+        "version": peer.version,
+        "threads": peer.threads,
+        "first_call_seconds": first_call,
+        "step_seconds": seconds,
+        "examples_per_second": batch_size / seconds["median"],
+        "ratio": ratio(samples.steps[peer.name], samples.steps["off"]),
     }
 
 

@@ -36,25 +36,44 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     return {"median": float(median), "quartiles": [float(low), float(high)], "count": len(values)}
 
 
+def ratio(reference: Sequence[float], compared: Sequence[float]) -> dict[str, Any]:
+    """Estimates how many times as long something takes as something else, from pairs measured beside each other.
+
+    The median over the pairs of compared / reference: what slows both halves of a pair, such as other work on the
+    machine, cancels, and what hits one half leaves the median where it is.
+
+    Args:
+      reference: seconds [R] of what is compared with.
+      compared: seconds [R], the i-th of both measured at about the same time.
+
+    Returns:
+      median, interval (95 % percentile bootstrap of the median over the pairs), count.
+    """
+    ratios = np.asarray(compared) / np.asarray(reference)
+
+    draws = np.random.default_rng(0).integers(0, len(ratios), (_RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(ratios[draws], axis=1), (2.5, 97.5))
+
+    return {"median": float(np.median(ratios)), "interval": [float(low), float(high)], "count": len(ratios)}
+
+
 def overhead(plain: Sequence[float], changed: Sequence[float]) -> dict[str, Any]:
     """Estimates what a change costs, in percent, from pairs that were measured beside each other.
-
-    The median over the pairs of changed / plain - 1: what slows both halves of a pair, such as other work on the
-    machine, cancels, and what hits one half leaves the median where it is.
 
     Args:
       plain: seconds [R] without the change.
       changed: seconds [R] with it, the i-th of both measured at about the same time.
 
     Returns:
-      percent, interval (95 % percentile bootstrap of the median over the pairs), count.
+      percent, interval, count: `ratio` of changed to plain, of which 100 % are left out.
     """
-    ratios = 100 * (np.asarray(changed) / np.asarray(plain) - 1)
+    times = ratio(plain, changed)
 
-    draws = np.random.default_rng(0).integers(0, len(ratios), (_RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(ratios[draws], axis=1), (2.5, 97.5))
-
-    return {"percent": float(np.median(ratios)), "interval": [float(low), float(high)], "count": len(ratios)}
+    return {
+        "percent": 100 * (times["median"] - 1),
+        "interval": [100 * (bound - 1) for bound in times["interval"]],
+        "count": times["count"],
+    }
 
 
 def header(benchmark: str, command: Sequence[str]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Int
 from badloss_jax.core.mesh import AXIS
 
 _UNROLLED = 32  # columns in one loop of XLA's, whose compilation takes long for more
-_A_THREAD = 2048  # rows that a thread takes at a time
+_A_THREAD = 2048  # rows that a thread takes at a time, or fewer,
+_PARTS = 8  # so that each has this many parts, and all end at about the same time
 
 
 def on_cpu(
@@ -42,36 +43,24 @@ def on_cpu(
       [R], of the same dtype; NaN for rows that hold NaN or infinity, or whose squares overflow.
     """
     # Numba takes a third of a second to import, which only those pay who score on a CPU.
-    from badloss_jax.scoring.numba_kernel import ROWS, mean_of_nearest
+    from badloss_jax.scoring.numba_kernel import ROWS, Workspace, columns_of, mean_of_nearest
 
-    columns = np.ascontiguousarray(probes.T)
+    columns = columns_of(probes)
     out = np.empty(len(rows), rows.dtype)
     scratch = threading.local()
 
-    bits = np.int32 if rows.dtype == np.float32 else np.int64
-    infinite = np.array(np.inf, rows.dtype).view(bits)[()]
+    # Rows that take the same probes are computed together.
+    order = np.argsort(choice[:, 1], kind="stable")
+    num_threads = len(os.sched_getaffinity(0))
+    share = min(_A_THREAD, max(ROWS, -(-len(rows) // (_PARTS * num_threads))))
 
     def work(start: int) -> None:
-        if not hasattr(scratch, "squares"):
-            scratch.squares = np.empty(len(probes), rows.dtype)
-            scratch.totals = np.empty((ROWS, len(probes)), np.float64)
-        squares = scratch.squares
-
-        part = slice(start, start + _A_THREAD)
-        mean_of_nearest(
-            rows[part],
-            columns,
-            choice[part],
-            k,
-            squares,
-            squares.view(bits),
-            infinite,
-            scratch.totals,
-            out[part],
-        )
+        if not hasattr(scratch, "workspace"):
+            scratch.workspace = Workspace.for_columns(columns)
+        mean_of_nearest(rows, order[start : start + share], columns, choice, k, scratch.workspace, out)
 
     # What a thread raises is raised here, where its result is asked for.
-    for _ in _threads().map(work, range(0, len(rows), _A_THREAD)):
+    for _ in _threads().map(work, range(0, len(rows), share)):
         pass
     return out
 

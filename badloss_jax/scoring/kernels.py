@@ -21,8 +21,9 @@ from jaxtyping import Array, Float, Int
 from badloss_jax.core.mesh import AXIS
 
 _UNROLLED = 32  # columns in one loop of XLA's, whose compilation takes long for more
-_A_THREAD = 2048  # rows that a thread takes at a time, or fewer,
-_PARTS = 8  # so that each has this many parts, and all end at about the same time
+_PARTS = 8  # of the rows for each thread, so that all end at about the same time,
+_FEWEST = 64  # but of this many rows at least,
+_MOST = 2048  # and of this many at most
 
 
 def on_cpu(
@@ -43,7 +44,7 @@ def on_cpu(
       [R], of the same dtype; NaN for rows that hold NaN or infinity, or whose squares overflow.
     """
     # Numba takes a third of a second to import, which only those pay who score on a CPU.
-    from badloss_jax.scoring.numba_kernel import ROWS, Workspace, columns_of, mean_of_nearest
+    from badloss_jax.scoring.numba_kernel import Workspace, columns_of, mean_of_nearest
 
     columns = columns_of(probes)
     out = np.empty(len(rows), rows.dtype)
@@ -51,8 +52,7 @@ def on_cpu(
 
     # Rows that take the same probes are computed together.
     order = np.argsort(choice[:, 1], kind="stable")
-    num_threads = len(os.sched_getaffinity(0))
-    share = min(_A_THREAD, max(ROWS, -(-len(rows) // (_PARTS * num_threads))))
+    share = int(np.clip(len(rows) // (_PARTS * _num_threads()), _FEWEST, _MOST))
 
     def work(start: int) -> None:
         if not hasattr(scratch, "workspace"):
@@ -67,7 +67,11 @@ def on_cpu(
 
 @lru_cache(maxsize=1)
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "badloss-scoring")
+    return ThreadPoolExecutor(_num_threads(), "badloss-scoring")
+
+
+def _num_threads() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 @lru_cache(maxsize=64)

@@ -3,6 +3,10 @@
 Importing this module imports Numba, so `kernels` does that when a distance is first needed. Compiling takes 1.5 s, and
 reading what was compiled before a few hundredths. It is kept in this folder's `__pycache__`, in the user's own cache if
 that cannot be written, or in `NUMBA_CACHE_DIR`; where none of these can be used, every process compiles for itself.
+
+Four rows and four columns of the probes are in registers together, and each value that is read is used four times. So
+direct differences, which do not cancel, take no longer than the product of matrices that others use (`badloss bench
+scorer --epochs 960`).
 """
 
 import pickle
@@ -164,7 +168,8 @@ def _add_squares(ours, columns, begin, end, squares):
 @_compiled_in_order()
 def _block_squares(rows, ids, left, columns, begin, end, ours, squares):
     """Computes the squared differences of up to four rows over a block of columns, which begins at `left`."""
-    # The probes' columns are filled up with 0, and so are ours. Of fewer rows, what `ours` held before is computed with.
+    # Beyond the last column ours are 0, as the probes' are. Beyond the last row is what was there before: its squares
+    # are computed as well, and not looked at.
     width = min(TOGETHER, rows.shape[1] - left)
     for i in range(len(ids)):
         _copy(ours[i][:width], rows[ids[i]][left : left + width])
@@ -253,58 +258,52 @@ def _mean_of_smallest(squares, bits, infinite, leave_out, k):
 
 
 @_compiled()
+def _same_choice(ids, choice):
+    """Returns the ids before the first of a row that takes other probes than the first row."""
+    _, begin, end = choice[ids[0]]
+    for i in range(1, len(ids)):
+        if choice[ids[i], 1] != begin or choice[ids[i], 2] != end:
+            return ids[:i]
+    return ids
+
+
+@_compiled()
 def _score(choice, squares, bits, infinite, k):
     """Returns a row's mean distance to the k nearest of the probes that it takes."""
     own, begin, end = choice
     return _mean_of_smallest(squares[begin:end], bits[begin:end], infinite, own - begin, k)
 
 
-@_compiled()
-def _narrow(rows, ids, columns, begin, end, choice, k, ours, squares, bits, infinite, out):
-    """Scores rows of so few columns that their squares are added up at once."""
-    for first in range(0, len(ids), 4):
-        four = ids[first : first + 4]
-        _block_squares(rows, four, 0, columns, begin, end, ours, squares)
-        for i in range(len(four)):
-            out[four[i]] = _score(choice[four[i]], squares[i], bits[i], infinite, k)
-
-
-@_compiled()
-def _wide(rows, ids, columns, begin, end, choice, k, ours, squares, bits, infinite, totals, out):
-    """Scores rows whose squares are added up block by block, in float64, so that errors do not add up with them."""
-    for i in range(len(ids)):
-        _fill(totals[i][begin:end], 0)
-
-    for left in range(0, rows.shape[1], TOGETHER):
-        for first in range(0, len(ids), 4):
-            four = ids[first : first + 4]
-            _block_squares(rows, four, left, columns, begin, end, ours, squares)
-            for i in range(len(four)):
-                _add(totals[first + i][begin:end], squares[i][begin:end])
-
-    for i in range(len(ids)):
-        _copy(squares[0][begin:end], totals[i][begin:end])
-        out[ids[i]] = _score(choice[ids[i]], squares[0], bits[0], infinite, k)
-
-
 def _kernel(rows, ids, columns, choice, k, ours, squares, bits, infinite, totals, out):
     """Scores rows; see `mean_of_nearest`."""
+    width = rows.shape[1]
     first = 0
     while first < len(ids):
-        # Up to 16 rows that take the same probes, in whole lines: what is computed beside these counts for nothing.
-        _, begin, end = choice[ids[first]]
-        last = first + 1
-        while last < min(len(ids), first + ROWS) and choice[ids[last], 1] == begin and choice[ids[last], 2] == end:
-            last += 1
-        some = ids[first:last]
-        first = last
+        some = _same_choice(ids[first : first + ROWS], choice)
+        first += len(some)
 
+        # Whole lines of probes: what is computed beside those that the rows take is not looked at.
+        _, begin, end = choice[some[0]]
         begin = begin // LINE * LINE
         end = -(-end // LINE) * LINE
-        if rows.shape[1] <= TOGETHER:
-            _narrow(rows, some, columns, begin, end, choice, k, ours, squares, bits, infinite, out)
-        else:
-            _wide(rows, some, columns, begin, end, choice, k, ours, squares, bits, infinite, totals, out)
+        for i in range(len(some)):
+            _fill(totals[i][begin:end], 0)
+
+        for left in range(0, max(1, width), TOGETHER):
+            for i in range(0, len(some), 4):
+                four = some[i : i + 4]
+                _block_squares(rows, four, left, columns, begin, end, ours, squares)
+                for j in range(len(four)):
+                    # Those of wide rows are added up in float64, so that errors do not add up with them.
+                    if width > TOGETHER:
+                        _add(totals[i + j][begin:end], squares[j][begin:end])
+                    else:
+                        out[four[j]] = _score(choice[four[j]], squares[j], bits[j], infinite, k)
+
+        if width > TOGETHER:
+            for i in range(len(some)):
+                _copy(squares[0][begin:end], totals[i][begin:end])
+                out[some[i]] = _score(choice[some[i]], squares[0], bits[0], infinite, k)
 
 
 # Both are compiled only when they are called.

@@ -1,6 +1,6 @@
 """The kernel for the CPU, which Numba compiles, and keeps on disk so that no later process compiles it again.
 
-Importing this module imports Numba, so `kernels` does that when a distance is first needed. Compiling takes 1.5 s, and
+Importing this module imports Numba, so `kernels` does that when a distance is first needed. Compiling takes 2 s, and
 reading what was compiled before a few hundredths. It is kept in this folder's `__pycache__`, in the user's own cache if
 that cannot be written, or in `NUMBA_CACHE_DIR`; where none of these can be used, every process compiles for itself.
 

@@ -95,7 +95,8 @@ def _numpy(probes: Probes, k: int) -> Score:
 
 
 def _top_k(probes: Probes, k: int) -> Score:
-    # Of wide rows XLA holds all differences: of 4096 rows of 960 columns these are 4 GB, which slow down the next method.
+    # Of wide rows XLA holds all differences. Of 4096 rows of 960 columns these are 4 GB, and giving them back slowed
+    # down what was timed next.
     chunk = _CHUNK if probes.shape[1] <= 64 else _WIDE_CHUNK
 
     @jax.jit

@@ -15,7 +15,8 @@ from badloss_jax.scoring import knn_distances
 
 KERNELS = ("numba", "xla")
 PEERS = ("sklearn brute", "sklearn kd_tree", "sklearn ball_tree", "faiss", "numpy", "jax top_k")
-_CHUNK = 4096  # rows that NumPy and top_k take at a time, the fastest of 512 to 65,536 here
+_CHUNK = 4096  # rows that NumPy and top_k take at a time, the fastest of 512 to 65,536 here, at T = 30
+_WIDE_CHUNK = 32  # rows that top_k takes of more than 64 columns, the fastest of 32 to 4096 at 960
 _PACKAGES = {"xla": "jax", "sklearn": "scikit-learn", "faiss": "faiss-cpu"}
 
 Probes = Float[np.ndarray, "P T"]
@@ -94,6 +95,10 @@ def _numpy(probes: Probes, k: int) -> Score:
 
 
 def _top_k(probes: Probes, k: int) -> Score:
+    # Of wide rows XLA holds all differences. Of 4096 rows of 960 columns these are 4 GB, and giving them back slowed
+    # down what was timed next.
+    chunk = _CHUNK if probes.shape[1] <= 64 else _WIDE_CHUNK
+
     @jax.jit
     def kernel(part: Float[Array, "C T"]) -> Float[Array, "C"]:
         squares = jnp.sum((part[:, None] - probes[None]) ** 2, axis=-1)
@@ -102,10 +107,10 @@ def _top_k(probes: Probes, k: int) -> Score:
 
     def score(rows: Float[np.ndarray, "N T"]) -> Float[np.ndarray, "N"]:
         parts = []
-        for start in range(0, len(rows), _CHUNK):
-            part = rows[start : start + _CHUNK]
+        for start in range(0, len(rows), chunk):
+            part = rows[start : start + chunk]
             # Every chunk has the same shape, so that the kernel is compiled once.
-            missing = _CHUNK - len(part)
+            missing = chunk - len(part)
             if missing:
                 part = np.concatenate([part, np.zeros((missing, rows.shape[1]), rows.dtype)])
             parts.append(kernel(part))

@@ -21,7 +21,9 @@ from jaxtyping import Array, Float, Int
 from badloss_jax.core.mesh import AXIS
 
 _UNROLLED = 32  # columns in one loop of XLA's, whose compilation takes long for more
-_A_THREAD = 2048  # rows that a thread takes at a time
+_PARTS = 8  # of the rows for each thread, so that all end at about the same time,
+_FEWEST = 64  # but of this many rows at least,
+_MOST = 2048  # and of this many at most
 
 
 def on_cpu(
@@ -42,43 +44,34 @@ def on_cpu(
       [R], of the same dtype; NaN for rows that hold NaN or infinity, or whose squares overflow.
     """
     # Numba takes a third of a second to import, which only those pay who score on a CPU.
-    from badloss_jax.scoring.numba_kernel import ROWS, mean_of_nearest
+    from badloss_jax.scoring.numba_kernel import Workspace, columns_of, mean_of_nearest
 
-    columns = np.ascontiguousarray(probes.T)
+    columns = columns_of(probes)
     out = np.empty(len(rows), rows.dtype)
     scratch = threading.local()
 
-    bits = np.int32 if rows.dtype == np.float32 else np.int64
-    infinite = np.array(np.inf, rows.dtype).view(bits)[()]
+    # Rows that take the same probes are computed together.
+    order = np.argsort(choice[:, 1], kind="stable")
+    share = int(np.clip(len(rows) // (_PARTS * _num_threads()), _FEWEST, _MOST))
 
     def work(start: int) -> None:
-        if not hasattr(scratch, "squares"):
-            scratch.squares = np.empty(len(probes), rows.dtype)
-            scratch.totals = np.empty((ROWS, len(probes)), np.float64)
-        squares = scratch.squares
-
-        part = slice(start, start + _A_THREAD)
-        mean_of_nearest(
-            rows[part],
-            columns,
-            choice[part],
-            k,
-            squares,
-            squares.view(bits),
-            infinite,
-            scratch.totals,
-            out[part],
-        )
+        if not hasattr(scratch, "workspace"):
+            scratch.workspace = Workspace.for_columns(columns)
+        mean_of_nearest(rows, order[start : start + share], columns, choice, k, scratch.workspace, out)
 
     # What a thread raises is raised here, where its result is asked for.
-    for _ in _threads().map(work, range(0, len(rows), _A_THREAD)):
+    for _ in _threads().map(work, range(0, len(rows), share)):
         pass
     return out
 
 
 @lru_cache(maxsize=1)
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "badloss-scoring")
+    return ThreadPoolExecutor(_num_threads(), "badloss-scoring")
+
+
+def _num_threads() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 @lru_cache(maxsize=64)

@@ -1,11 +1,16 @@
 """The kernel for the CPU, which Numba compiles, and keeps on disk so that no later process compiles it again.
 
-Importing this module imports Numba, so `kernels` does that when a distance is first needed. Compiling takes 1.5 s, and
+Importing this module imports Numba, so `kernels` does that when a distance is first needed. Compiling takes 2 s, and
 reading what was compiled before a few hundredths. It is kept in this folder's `__pycache__`, in the user's own cache if
 that cannot be written, or in `NUMBA_CACHE_DIR`; where none of these can be used, every process compiles for itself.
+
+Four rows and four columns of the probes are in registers together, and each value that is read is used four times. So
+direct differences, which do not cancel, take no longer than the product of matrices that others use (`badloss bench
+scorer --epochs 960`).
 """
 
 import pickle
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,37 +21,95 @@ from numba import njit
 # What Numba keeps is valid as long as this file is the same: what the kernel is made of has to stand in here.
 TOGETHER = 64  # columns whose squares are added up in the trajectories' own precision
 ROWS = 16  # rows that share such columns of the probes while these are in the core's cache
+LINE = 16  # probes: of float32 as many as a line of the cache holds, and the widest registers
 
 # Sums may be taken in any order, so that they are taken eight or sixteen at a time. NaN stays NaN.
 _compiled = partial(njit, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+# Here they may not, so that a row's squares have the same bits whichever rows and probes are beside it.
+_compiled_in_order = partial(njit, nogil=True, error_model="numpy", fastmath={"contract", "nsz"})
 _UNUSABLE = (OSError, EOFError, pickle.UnpicklingError)  # of a cache that is full, another user's, or damaged
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What one thread works in.
+
+    Attributes:
+      ours: [4, 64], a block of columns of four rows, 0 beyond their last column.
+      squares: [4, P'], of the same dtype; P' is P rounded up to 16.
+      bits: [4, P'], the same memory as signed integers.
+      infinite: the integer that has the bits of infinity.
+      totals: float64 [16, P'].
+    """
+
+    ours: Float[np.ndarray, "4 64"]
+    squares: Float[np.ndarray, "4 P"]
+    bits: Int[np.ndarray, "4 P"]
+    infinite: Any
+    totals: Float[np.ndarray, "16 P"]
+
+    @classmethod
+    def for_columns(cls, columns: Float[np.ndarray, "D P"]) -> "Workspace":
+        """Makes one for probes as `columns_of` returns them."""
+        dtype = columns.dtype
+        integer = np.int32 if dtype == np.float32 else np.int64
+        num_probes = columns.shape[1]
+        squares = _aligned_zeros(4, num_probes, dtype)
+        return cls(
+            ours=_aligned_zeros(4, TOGETHER, dtype),
+            squares=squares,
+            bits=squares.view(integer),
+            infinite=np.array(np.inf, dtype).view(integer)[()],
+            totals=_aligned_zeros(ROWS, num_probes, np.float64),
+        )
+
+
+def columns_of(probes: Float[np.ndarray, "P D"]) -> Float[np.ndarray, "D P"]:
+    """Lays probes out as the kernel reads them, column by column.
+
+    Args:
+      probes: [P, D], float32 or float64.
+
+    Returns:
+      [D', P'], of the same dtype: D rounded up to 4, P to 16, filled up with 0.
+    """
+    count, width = probes.shape
+    columns = _aligned_zeros(-(-width // 4) * 4, -(-count // LINE) * LINE, probes.dtype)
+    columns[:width, :count] = probes.T
+    return columns
+
+
+def _aligned_zeros(count: int, width: int, dtype: Any) -> np.ndarray:
+    """Returns zeros that begin where a line of the cache does: reading across two lines takes half as long again."""
+    line = 64  # bytes
+    size = count * width * np.dtype(dtype).itemsize
+    memory = np.zeros(size + line, np.uint8)
+    begin = -memory.ctypes.data % line
+    return memory[begin : begin + size].view(dtype).reshape(count, width)
 
 
 def mean_of_nearest(
     rows: Float[np.ndarray, "R D"],
+    ids: Int[np.ndarray, "M"],
     columns: Float[np.ndarray, "D P"],
     choice: Int[np.ndarray, "R 3"],
     k: int,
-    squares: Float[np.ndarray, "P"],
-    bits: Int[np.ndarray, "P"],
-    infinite: Any,
-    totals: Float[np.ndarray, "16 P"],
+    workspace: Workspace,
     out: Float[np.ndarray, "R"],
 ) -> None:
     """Computes the mean distances of rows to the k nearest probes, in one thread that does not hold the GIL.
 
     Args:
       rows: [R, D], float32 or float64.
-      columns: [D, P], the probes, transposed, of the same dtype.
+      ids: int64 [M], of the rows to score; those that take the same probes are best next to each other.
+      columns: [D', P'], the probes by `columns_of`, of the same dtype.
       choice: int32 [R, 3], as of `kernels.on_cpu`.
       k: 1 to the number of probes that each row is left with.
-      squares: [P], of the same dtype, to work in.
-      bits: [P], the same memory as signed integers.
-      infinite: the integer that has the bits of infinity.
-      totals: float64 [16, P], to work in.
-      out: [R], is filled; NaN for rows that hold NaN or infinity, or whose squares overflow.
+      workspace: this thread's own.
+      out: [R], is filled at `ids`; NaN for rows that hold NaN or infinity, or whose squares overflow.
     """
-    arguments = (rows, columns, choice, k, squares, bits, infinite, totals, out)
+    work = workspace
+    arguments = (rows, ids, columns, choice, k, work.ours, work.squares, work.bits, work.infinite, work.totals, out)
     try:
         _cached_kernel(*arguments)
     except _UNUSABLE:
@@ -54,23 +117,86 @@ def mean_of_nearest(
         _plain_kernel(*arguments)
 
 
-@_compiled()
-def _add_squares(row, columns, begin, end, squares):
-    """Adds the squared differences of a row and the probes from `begin` to `end`, column by column."""
-    # Two columns at a time, so that sums are read and written half as often.
-    for d in range(0, len(row) - 1, 2):
-        one = columns[d][begin:end]
-        two = columns[d + 1][begin:end]
-        for p in range(len(squares)):
-            first = row[d] - one[p]
-            second = row[d + 1] - two[p]
-            squares[p] += first * first + second * second
+@_compiled_in_order()
+def _four(values, first):
+    """Takes four values, or four rows of values."""
+    return values[first], values[first + 1], values[first + 2], values[first + 3]
 
-    if len(row) % 2:
-        last = columns[len(row) - 1][begin:end]
-        for p in range(len(squares)):
-            difference = row[-1] - last[p]
-            squares[p] += difference * difference
+
+@_compiled_in_order()
+def _add_four(total, ours, theirs):
+    """Adds the squares of four differences, one after the other."""
+    difference = ours[0] - theirs[0]
+    total += difference * difference
+    difference = ours[1] - theirs[1]
+    total += difference * difference
+    difference = ours[2] - theirs[2]
+    total += difference * difference
+    difference = ours[3] - theirs[3]
+    total += difference * difference
+    return total
+
+
+@_compiled_in_order()
+def _add_squares(ours, columns, begin, end, squares):
+    """Adds the squared differences of four rows and the probes from `begin` to `end`, column by column."""
+    row0, row1, row2, row3 = _four(ours, 0)
+    squares0 = squares[0][begin:end]
+    squares1 = squares[1][begin:end]
+    squares2 = squares[2][begin:end]
+    squares3 = squares[3][begin:end]
+
+    # Four columns at a time: what is read of the probes serves four rows, and sums are read and written once for four.
+    for d in range(0, len(columns), 4):
+        ours0 = _four(row0, d)
+        ours1 = _four(row1, d)
+        ours2 = _four(row2, d)
+        ours3 = _four(row3, d)
+        column0 = columns[d][begin:end]
+        column1 = columns[d + 1][begin:end]
+        column2 = columns[d + 2][begin:end]
+        column3 = columns[d + 3][begin:end]
+
+        for p in range(end - begin):
+            theirs = (column0[p], column1[p], column2[p], column3[p])
+            squares0[p] = _add_four(squares0[p], ours0, theirs)
+            squares1[p] = _add_four(squares1[p], ours1, theirs)
+            squares2[p] = _add_four(squares2[p], ours2, theirs)
+            squares3[p] = _add_four(squares3[p], ours3, theirs)
+
+
+@_compiled_in_order()
+def _block_squares(rows, ids, left, columns, begin, end, ours, squares):
+    """Computes the squared differences of up to four rows over a block of columns, which begins at `left`."""
+    # Beyond the last column ours are 0, as the probes' are. Beyond the last row is what was there before: its squares
+    # are computed as well, and not looked at.
+    width = min(TOGETHER, rows.shape[1] - left)
+    for i in range(len(ids)):
+        _copy(ours[i][:width], rows[ids[i]][left : left + width])
+        _fill(ours[i][width:], 0)
+
+    for i in range(4):
+        _fill(squares[i][begin:end], 0)
+    _add_squares(ours, columns[left : left + TOGETHER], begin, end, squares)
+
+
+# Loops of their own over whole arrays, as of slices Numba compiles assignments to slower code.
+@_compiled_in_order()
+def _fill(array, value):
+    for p in range(len(array)):
+        array[p] = value
+
+
+@_compiled_in_order()
+def _copy(array, values):
+    for p in range(len(array)):
+        array[p] = values[p]
+
+
+@_compiled_in_order()
+def _add(array, values):
+    for p in range(len(array)):
+        array[p] += values[p]
 
 
 @_compiled()
@@ -132,44 +258,52 @@ def _mean_of_smallest(squares, bits, infinite, leave_out, k):
 
 
 @_compiled()
-def _narrow(rows, columns, choice, k, squares, bits, infinite, out):
-    """Scores rows of so few columns that their squares are added up at once."""
-    for i in range(len(rows)):
-        own, begin, end = choice[i]
-        squares[: end - begin] = 0
-        _add_squares(rows[i], columns, begin, end, squares[: end - begin])
-        out[i] = _mean_of_smallest(squares[: end - begin], bits[: end - begin], infinite, own - begin, k)
+def _same_choice(ids, choice):
+    """Returns the ids before the first of a row that takes other probes than the first row."""
+    _, begin, end = choice[ids[0]]
+    for i in range(1, len(ids)):
+        if choice[ids[i], 1] != begin or choice[ids[i], 2] != end:
+            return ids[:i]
+    return ids
 
 
 @_compiled()
-def _wide(rows, columns, choice, k, squares, bits, infinite, totals, out):
-    """Scores rows whose squares are added up block by block, in float64, so that errors do not add up with them."""
-    count, width = rows.shape
-    for first in range(0, count, ROWS):
-        last = min(count, first + ROWS)
-        totals[:] = 0
-        for left in range(0, width, TOGETHER):
-            right = min(width, left + TOGETHER)
-            for i in range(first, last):
-                _, begin, end = choice[i]
-                squares[: end - begin] = 0
-                _add_squares(rows[i, left:right], columns[left:right], begin, end, squares[: end - begin])
-                for p in range(end - begin):
-                    totals[i - first, p] += squares[p]
-
-        for i in range(first, last):
-            own, begin, end = choice[i]
-            for p in range(end - begin):
-                squares[p] = totals[i - first, p]
-            out[i] = _mean_of_smallest(squares[: end - begin], bits[: end - begin], infinite, own - begin, k)
+def _score(choice, squares, bits, infinite, k):
+    """Returns a row's mean distance to the k nearest of the probes that it takes."""
+    own, begin, end = choice
+    return _mean_of_smallest(squares[begin:end], bits[begin:end], infinite, own - begin, k)
 
 
-def _kernel(rows, columns, choice, k, squares, bits, infinite, totals, out):
+def _kernel(rows, ids, columns, choice, k, ours, squares, bits, infinite, totals, out):
     """Scores rows; see `mean_of_nearest`."""
-    if rows.shape[1] <= TOGETHER:
-        _narrow(rows, columns, choice, k, squares, bits, infinite, out)
-    else:
-        _wide(rows, columns, choice, k, squares, bits, infinite, totals, out)
+    width = rows.shape[1]
+    first = 0
+    while first < len(ids):
+        some = _same_choice(ids[first : first + ROWS], choice)
+        first += len(some)
+
+        # Whole lines of probes: what is computed beside those that the rows take is not looked at.
+        _, begin, end = choice[some[0]]
+        begin = begin // LINE * LINE
+        end = -(-end // LINE) * LINE
+        for i in range(len(some)):
+            _fill(totals[i][begin:end], 0)
+
+        for left in range(0, max(1, width), TOGETHER):
+            for i in range(0, len(some), 4):
+                four = some[i : i + 4]
+                _block_squares(rows, four, left, columns, begin, end, ours, squares)
+                for j in range(len(four)):
+                    # Those of wide rows are added up in float64, so that errors do not add up with them.
+                    if width > TOGETHER:
+                        _add(totals[i + j][begin:end], squares[j][begin:end])
+                    else:
+                        out[four[j]] = _score(choice[four[j]], squares[j], bits[j], infinite, k)
+
+        if width > TOGETHER:
+            for i in range(len(some)):
+                _copy(squares[0][begin:end], totals[i][begin:end])
+                out[some[i]] = _score(choice[some[i]], squares[0], bits[0], infinite, k)
 
 
 # Both are compiled only when they are called.

@@ -167,14 +167,14 @@ def check_device_memory(needed: int, mesh: Mesh, what: str, advice: str) -> None
         return
 
     if not on_cpus(mesh):
-        raise UsageError(f"{what} takes {gib(needed)} on each device, and one has {gib(free)} free: {advice}")
+        raise UsageError(f"{what} takes at least {gib(needed)} on each device, and one has {gib(free)} free: {advice}")
 
     count = mesh.local_mesh.size
     shared = ""
     if count > 1:
         shared = f" on {count} CPU devices"
     raise UsageError(
-        f"{what} takes {gib(count * needed)}{shared}, and the machine has {gib(count * free)} free: {advice}"
+        f"{what} takes at least {gib(count * needed)}{shared}, and the machine has {gib(count * free)} free: {advice}"
     )
 
 

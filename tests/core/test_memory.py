@@ -91,7 +91,7 @@ def test_the_resident_data_set_counts_every_device(monkeypatch, devices, needs):
     monkeypatch.setattr(memory, "free_on_host", lambda: devices * 13 * 10**6)
     assert len(ResidentData.place(mesh, *arrays)) == 10_000
     monkeypatch.setattr(memory, "free_on_host", lambda: devices * 10**7)
-    said = rf"data set of 10,000 images of 32 x 32 x 1 takes {needs}, .* 0\.0. GiB free: --config\.data\.input"
+    said = rf"data set of 10,000 images of 32 x 32 x 1 takes at least {needs}, .* 0\.0. GiB free: --config\.data\.input"
     with pytest.raises(UsageError, match=said):
         ResidentData.place(mesh, *arrays)
 
@@ -122,7 +122,7 @@ def test_devices_say_what_they_have(monkeypatch):
     assert memory.free_on_devices(Mesh(full, Device())) is None
     memory.check_device_memory(2**60, Mesh(Device()), "a step", "take less")
     with pytest.raises(
-        UsageError, match=r"a step takes 2\.00 GiB on each device, and one has 1\.00 GiB free: take less"
+        UsageError, match=r"a step takes at least 2\.00 GiB on each device, and one has 1\.00 GiB free: take less"
     ):
         memory.check_device_memory(2 * GIB, Mesh(full), "a step", "take less")
 
@@ -134,7 +134,7 @@ def test_a_recording_that_cannot_fit_is_refused(tmp_path, monkeypatch, mesh):
     )
     monkeypatch.setattr(memory, "free_on_host", lambda: 10**7)  # 4 bytes an example and epoch are 20 million
     with pytest.raises(
-        UsageError, match=r"recorded of 100,000 examples over 50 epochs takes 0\.02 GiB.* has 0\.01 GiB"
+        UsageError, match=r"recorded of 100,000 examples over 50 epochs takes at least 0\.02 GiB.* has 0\.01 GiB"
     ):
         Recorder(kinds, "sweep", store, mesh, 100)
 

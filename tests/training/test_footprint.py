@@ -1,4 +1,4 @@
-"""What a step takes at the least: less than XLA then takes, known before it compiles, at the cost of no second trace."""
+"""What a step takes at the least: less than XLA then takes, known before it compiles, without a second trace."""
 
 import jax
 import numpy as np

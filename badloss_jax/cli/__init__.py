@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from badloss_jax.cli import attacks, bench, prepare, report, run, scan, score, summary, sweep
-from badloss_jax.cli.start import explain
+from badloss_jax.cli.start import explain, out_of_memory
 from badloss_jax.core import __version__
 from badloss_jax.core.errors import BadlossError
 
@@ -81,6 +81,11 @@ def _guarded(command: ModuleType, arguments: argparse.Namespace, overrides: list
         return command.run(arguments, overrides)
     except BadlossError as error:
         return explain(error)
+    except (MemoryError, RuntimeError) as error:  # JAX's errors are RuntimeErrors
+        exhausted = out_of_memory(error)
+        if exhausted is None:
+            raise
+        return explain(exhausted)
     except OSError as error:
         print(f"badloss: error: {error}", file=sys.stderr)
         return 1

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from badloss_jax.cli.start import explain, set_up_jax, settings_and
+from badloss_jax.cli.start import explain, out_of_memory, set_up_jax, settings_and
 from badloss_jax.core.errors import BadlossError, UsageError
 
 SUMMARY = "run a whole experiment"
@@ -100,6 +100,9 @@ def _joined(arguments: argparse.Namespace) -> Iterator[None]:
         yield
     except BadlossError as error:
         leave(error, explain(error))
-    except Exception:
+    except Exception as error:
+        exhausted = out_of_memory(error)
+        if exhausted is not None:
+            leave(exhausted, explain(exhausted))
         traceback.print_exc()
         leave(None, 1)

@@ -52,3 +52,10 @@ def explain(error: BadlossError) -> int:
     kind = "" if isinstance(error, PreemptedError) else "error: "
     print(f"badloss: {kind}{error}", file=sys.stderr)
     return error.exit_code
+
+
+def out_of_memory(error: Exception) -> BadlossError | None:
+    """Returns the error to show in place of one that says that memory is exhausted; None if it is of something else."""
+    from badloss_jax.core.memory import explained  # here, as it imports JAX
+
+    return explained(error)

@@ -11,8 +11,9 @@ from jaxtyping import Int
 
 from badloss_jax.core.errors import DataError, UsageError
 from badloss_jax.core.files import NPZ_ERRORS, write_atomically
+from badloss_jax.core.memory import check_host_memory
 from badloss_jax.data.dataset import Dataset, Split
-from badloss_jax.data.records import check_memory
+from badloss_jax.data.records import TOO_LARGE
 
 _MAX_CLASSES = 10**6
 
@@ -94,7 +95,7 @@ def _read_members(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
         # The members' headers say how much they unpack to, before anything is unpacked.
         with zipfile.ZipFile(path) as archive:
             needed = sum(member.file_size for member in archive.infolist())
-        check_memory(needed, f"the arrays in {path}")
+        check_host_memory(needed, f"the arrays in {path}", TOO_LARGE)
 
         with np.load(path, allow_pickle=False) as file:
             missing = [key for key in keys if key not in file]

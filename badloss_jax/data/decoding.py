@@ -19,9 +19,11 @@ from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
 from badloss_jax.core.errors import DataError
+from badloss_jax.core.memory import check_host_memory
 from badloss_jax.core.preemption import Preemption
 from badloss_jax.data.dataset import Split
 from badloss_jax.data.pixels import MAX_BYTES, decode_pixels
+from badloss_jax.data.records import TOO_LARGE
 
 _PART = 5_000  # files
 
@@ -46,7 +48,8 @@ def decode_split(folder: Path, files: list[Path], labels: Sequence[int], setting
       The images and labels of the files that decode.
 
     Raises:
-      DataError: a file does not decode (with `skip_corrupt` it is left out, with a warning), or two differ in size.
+      DataError: a file does not decode (with `skip_corrupt` it is left out, with a warning), two differ in size, or
+        they do not fit the memory.
       PreemptedError: it was told to stop.
     """
     images, kept = decode_files(folder, files, settings)
@@ -120,6 +123,13 @@ def _decode(
     parts: Path | None = None,
 ) -> Decoded:
     """Decodes files part by part; those that the folder `parts` has are taken from there, the others kept there."""
+    size = settings["image_size"]
+    if size:
+        # Twice, as what was decoded in parts is copied together in the end.
+        needed = 2 * len(files) * size * size * settings["channels"]
+        what = f"data.image_size = {size}: {len(files):,} images of {size} x {size} pixels"
+        check_host_memory(needed, what, TOO_LARGE)
+
     images: list[np.ndarray] = []
     kept: list[np.ndarray] = []
     with tqdm(total=len(files), desc="decoding", unit=" images", leave=False, disable=None) as bar:

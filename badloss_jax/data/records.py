@@ -1,6 +1,7 @@
 """Images read one by one from ArrayRecord files, and decoded when they are asked for."""
 
 import io
+import math
 import os
 import resource
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,13 @@ from tqdm import tqdm
 
 from badloss_jax.core.errors import DataError
 from badloss_jax.core.hashing import digest
+from badloss_jax.core.memory import check_host_memory
 from badloss_jax.data.pixels import decode_pixels, resize_pixels
 
+TOO_LARGE = (
+    "take fewer or smaller images (--config.data.image_size=PIXELS), or prepare them by `badloss prepare`, which are"
+    " then streamed"
+)
 _CHUNK = 256  # images decoded between two steps of the progress bar
 
 
@@ -186,7 +192,8 @@ class RecordImages:
         Raises:
           DataError: they do not fit the machine's memory; or as for an index.
         """
-        check_memory(int(np.prod(self.shape)), f"the {len(self):,} images of {self._records.name}")
+        what = f"the {len(self):,} images of {self._records.name}"
+        check_host_memory(math.prod(self.shape), what, TOO_LARGE)
 
         images = np.empty(self.shape, np.uint8)
         with tqdm(desc="decoding", total=len(self), unit=" images", leave=False, disable=None) as bar:
@@ -244,24 +251,6 @@ def read_labels(records: Records) -> Int[np.ndarray, "N"]:
     with ThreadPoolExecutor() as pool:
         labels = tqdm(pool.map(read, rows), "labels", len(rows), unit=" examples", leave=False, disable=None)
         return np.fromiter(labels, np.int32, len(rows))
-
-
-def check_memory(needed: int, what: str) -> None:
-    """Refuses what is larger than the machine's memory.
-
-    Args:
-      needed: bytes.
-      what: takes them, for the message.
-
-    Raises:
-      DataError: the machine has less memory, used or not; both numbers are named.
-    """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise DataError(
-            f"{what} take {needed:,} bytes, and the machine has {memory:,} of memory: take fewer or smaller images, or"
-            " prepare them by `badloss prepare`, which are then streamed"
-        )
 
 
 def _allow_open_files(shards: int) -> None:

@@ -21,7 +21,6 @@ from badloss_jax.data.dataset import Split
 from badloss_jax.data.decoding import decode_files
 from badloss_jax.data.listing import Listing, list_folder
 from badloss_jax.data.pixels import FORMATS, decode_pixels
-from badloss_jax.data.records import check_memory
 
 __all__ = [
     "Listing",
@@ -112,13 +111,6 @@ def read_folder(listing: Listing, settings: Mapping[str, Any], trusted: Listing 
       DataError: the decoded images do not fit the memory, or none decodes.
       PreemptedError: it was told to stop.
     """
-    size = settings["image_size"]
-    total = len(listing.names)
-    if trusted:
-        total += len(trusted.names)
-    # Twice, as what was decoded in parts is copied together in the end.
-    check_memory(2 * total * size * size * settings["channels"], f"{total:,} images of {size} x {size} pixels")
-
     left_out = dict(listing.left_out)
     images, names, labels = _read(listing, settings, left_out, "")
     own = len(names)

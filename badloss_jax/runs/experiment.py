@@ -37,9 +37,10 @@ from badloss_jax.runs.defending import defend
 from badloss_jax.runs.ledger import Ledger
 from badloss_jax.runs.phases import Phases
 from badloss_jax.runs.poison import keep_manifest, plan_poison
-from badloss_jax.runs.trainer import Trainer, check_devices
+from badloss_jax.runs.trainer import Recording, Trainer, check_devices, recipe_of, spec_of
 from badloss_jax.runs.workdir import claim, read_resumes
 from badloss_jax.runs.writers import Writer, open_writers
+from badloss_jax.training.footprint import check_train_step
 
 
 def run_experiment(
@@ -95,6 +96,9 @@ def run_experiment(
     planned = plan_poison(config, dataset)
     probe_ids = choose_probes(planned, config.probes.count, config.seed, config.probes.contaminated)
     _check_agreement(config, dataset, planned)
+    # A folder that was begun would be refused with what the user then changes.
+    if not (workdir / "config.json").is_file():
+        _check_memory(config, dataset, mesh)
 
     with Preemption() as preemption, _claimed(workdir, config) as writers:
         ledger = Ledger(seconds={"data": time.monotonic() - started})
@@ -245,6 +249,18 @@ def _claimed(workdir: Path, config: ConfigDict) -> Iterator[Sequence[Writer]]:
         content = "a run" if (workdir / "config.json").is_file() else "nothing"
         agree({f"what is in --workdir {workdir}, which has to be one folder that all processes share,": content})
         yield writers
+
+
+def _check_memory(config: ConfigDict, dataset: Dataset, mesh: Mesh) -> None:
+    """Raises UsageError if a step of the recording, or of the retraining, cannot fit the devices' memory."""
+    spec = spec_of(config, dataset.image_shape, dataset.num_classes, config.model.name)
+    if config.scoring.kinds:
+        Recording.of(config, spec, ()).check_fits(config, mesh)
+
+    settings = config.retraining
+    if settings.enabled:
+        recipe = recipe_of(config, settings.epochs, settings.epochs, settings.batch_size, settings.augment)
+        check_train_step("retraining.batch_size", spec, recipe, None, mesh)
 
 
 def _check_agreement(config: ConfigDict, dataset: Dataset, manifest: Manifest) -> None:

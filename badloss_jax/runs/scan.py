@@ -178,6 +178,9 @@ def scan(
     config = _settings(request, config, examples, len(probe_ids))
     describe(request, config, examples, probe_ids)
     images = _choose_network(request, config, examples)
+    # A folder that was begun would be refused with what the user then changes.
+    if not (workdir / "config.json").is_file():
+        _recording_of(config, examples).check_fits(config, request.mesh)
 
     with (
         Preemption() as preemption,
@@ -280,8 +283,7 @@ def _record(
     """Records the trajectories, unless that was done before, and marks the probes, which may be others by now."""
     config = trainer.config
     split = examples.split
-    spec = spec_of(config, examples.image_shape, examples.num_classes, config.model.name)
-    recording = Recording.of(config, spec, (config.seed, split.fingerprint, "scan", asdict(spec)))
+    recording = _recording_of(config, examples)
     folder = trainer.workdir / "trajectories"
 
     if recording.is_in(folder):
@@ -301,6 +303,12 @@ def _record(
     if not np.array_equal(store.probe_ids(), probe_ids):
         store.mark_probes(probe_ids)
     return store
+
+
+def _recording_of(config: ConfigDict, examples: TrainingSet) -> Recording:
+    """Returns the recording of a scan."""
+    spec = spec_of(config, examples.image_shape, examples.num_classes, config.model.name)
+    return Recording.of(config, spec, (config.seed, examples.split.fingerprint, "scan", asdict(spec)))
 
 
 def _check_same(folder: Path, identity: str) -> None:

@@ -17,10 +17,12 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from badloss_jax.core.errors import UsageError
 from badloss_jax.core.order import epoch_batches
 from badloss_jax.core.progress import Progress
 from badloss_jax.runs.trainer import recipe_of, spec_of
 from badloss_jax.training.batch import Batch, Examples
+from badloss_jax.training.footprint import check_train_step
 from badloss_jax.training.state import create_state
 from badloss_jax.training.step import make_train_step
 from badloss_jax.trajectories.buffer import padding_id
@@ -100,12 +102,17 @@ class Sizing:
     mesh: Mesh
 
     def rate(self, network: Network) -> float:
-        """Measures how many images a second a network is trained with, once it is compiled."""
+        """Measures how many images a second a network is trained with, once it is compiled.
+
+        Raises:
+          UsageError: it cannot fit the devices' memory.
+        """
         self.use(network)
         config = self.config
         spec = spec_of(config, self.image_shape, self.num_classes, config.model.name)
         settings = config.recording
         recipe = recipe_of(config, settings.epochs, settings.schedule_epochs, settings.batch_size)
+        check_train_step("recording.batch_size", spec, recipe, None, self.mesh)
         step = make_train_step(spec, recipe.optimizer, recipe.objective, recipe.augment, None, self.mesh)
         state: Any = create_state(spec, recipe.optimizer, 0, self.mesh)
         epoch = np.int32(0)
@@ -174,13 +181,17 @@ def choose(
 
     Args:
       networks: in the order of their cost.
-      rate_of: measures the images a second that one is trained with; it is asked of no more than are needed.
+      rate_of: measures the images a second that one is trained with, or raises UsageError if there is not the memory
+        for it; it is asked of no more than are needed.
       num_examples: N.
       epochs: T.
       seconds: for all.
 
     Returns:
       The network and its epochs; the smallest, with fewer epochs, if none fits.
+
+    Raises:
+      UsageError: not even the smallest fits the memory.
     """
 
     def plan(network: Network) -> Choice:
@@ -197,7 +208,10 @@ def choose(
         # To measure one that cannot fit would be a waste of time.
         if _GROWTH * best.seconds > seconds:
             break
-        larger = plan(network)
+        try:
+            larger = plan(network)
+        except UsageError:  # there is not the memory for it
+            break
         if larger.seconds > seconds:
             break
         best = larger

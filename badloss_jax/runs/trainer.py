@@ -27,15 +27,22 @@ from badloss_jax.runs.workdir import add_resume, append_metrics, start_metrics
 from badloss_jax.runs.writers import Writer
 from badloss_jax.training.batch import Examples
 from badloss_jax.training.checkpoint import Checkpoints, Position
+from badloss_jax.training.footprint import check_sweep_step, check_train_step
 from badloss_jax.training.loop import Passengers, Recipe, train
 from badloss_jax.training.objective import MeanLoss
-from badloss_jax.training.recorder import Recorder
+from badloss_jax.training.recorder import Recorder, step_kinds, sweep_kinds
 from badloss_jax.training.resident import ResidentData
 from badloss_jax.training.state import AdamW, TrainState
 from badloss_jax.training.streamed import StreamedData
 from badloss_jax.training.watchdog import Watchdog
 from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.store import TrajectoryStore
+
+_BATCH_SIZES = {  # phase -> the setting that has its batch size
+    "recording": "recording.batch_size",
+    "retraining": "retraining.batch_size",
+    "surrogate": "retraining.batch_size",
+}
 
 
 @dataclass(frozen=True)
@@ -108,9 +115,14 @@ class Trainer:
           The trained state.
 
         Raises:
+          UsageError: a step cannot fit the devices' memory.
           NonFiniteLossError: a loss became NaN or infinite.
           PreemptedError: the run is to stop; all is saved.
         """
+        kinds = recorder.step_kinds if recorder else None
+        key = _BATCH_SIZES.get(training.phase, f"the batch size of {training.name}")
+        check_train_step(key, training.spec, training.recipe, kinds, self.mesh, initial, given)
+
         self._name = training.name  # for what is called back
         settings = self.config.checkpoint
         checkpoints = Checkpoints(
@@ -314,6 +326,22 @@ class Recording:
         # Not of how it is tested or shown, on which trajectories do not depend.
         identity = digest(*ground, asdict(recipe), asdict(kinds), settings.capture)
         return cls(spec, kinds, recipe, settings.capture, identity)
+
+    def check_fits(self, config: ConfigDict, mesh: Mesh) -> None:
+        """Checks, before anything is written, that the steps of training and sweep can fit the devices' memory.
+
+        Args:
+          config: of the run.
+          mesh: the devices.
+
+        Raises:
+          UsageError: one cannot; setting, value and both numbers are named.
+        """
+        kinds = step_kinds(self.kinds, self.capture)
+        check_train_step(_BATCH_SIZES["recording"], self.spec, self.recipe, kinds, mesh)
+        if self.capture == "sweep":
+            size = round_up(config.evaluation.batch_size, mesh)
+            check_sweep_step("evaluation.batch_size", self.spec, self.recipe, size, sweep_kinds(self.kinds), mesh)
 
     def train(
         self,

@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from badloss_jax.core.errors import NonFiniteLossError
+from badloss_jax.core.memory import check_device_memory
 from badloss_jax.core.mesh import process_blocks
 from badloss_jax.core.order import cut_batches
 from badloss_jax.core.processes import all_of, on_all
@@ -14,7 +15,7 @@ from badloss_jax.models import ModelSpec
 from badloss_jax.training.batch import Batch, Examples
 from badloss_jax.training.state import TrainState
 from badloss_jax.training.step import make_sweep_step
-from badloss_jax.trajectories.buffer import Buffer, create_buffer, make_write, padding_id, read_column
+from badloss_jax.trajectories.buffer import Buffer, buffer_bytes, create_buffer, make_write, padding_id, read_column
 from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.store import TrajectoryStore
 
@@ -41,19 +42,17 @@ class Recorder:
     buffer: Buffer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.buffer = create_buffer(self.kinds, self.store.num_examples, self.store.num_epochs, self.mesh)
+        examples = self.store.num_examples
+        epochs = self.store.num_epochs
+        needed = buffer_bytes(self.kinds, examples, epochs, self.mesh)
+        what = f"what is recorded of {examples:,} examples over {epochs:,} epochs"
+        check_device_memory(needed, self.mesh, what, "record fewer kinds (recording.kinds), or take more devices")
+        self.buffer = create_buffer(self.kinds, examples, epochs, self.mesh)
 
     @property
     def step_kinds(self) -> Kinds | None:
         """What the training step has to look for beside the losses, which it has anyhow; None is nothing."""
-        beside = tuple(name for name in self.kinds.names if name != "step")
-        if self.capture == "step" and beside:
-            return replace(self.kinds, observed=beside)
-        return None
-
-    @property
-    def _sweep_kinds(self) -> Kinds:
-        return replace(self.kinds, observed=tuple(name for name in self.kinds.layout() if name != "step"))
+        return step_kinds(self.kinds, self.capture)
 
     def resume(self, buffer: Buffer, epoch: int) -> None:
         """Goes on with a buffer in which the epochs before `epoch` are complete; these are stored again.
@@ -97,7 +96,7 @@ class Recorder:
           NonFiniteLossError: some example's loss, or another value, is not finite; the epoch is stored all the same.
         """
         if self.capture == "sweep":
-            step = make_sweep_step(spec, self._sweep_kinds, self.mesh)
+            step = make_sweep_step(spec, sweep_kinds(self.kinds), self.mesh)
             padding = padding_id(len(data), self.mesh)
             order = cut_batches(np.arange(len(data)), self.batch_size, padding)
             for batch in data.batches(order):
@@ -141,3 +140,21 @@ class Recorder:
                     f" is kept in {self.store.folder}. A smaller --config.optimizer.learning_rate usually helps, in"
                     " another --workdir"
                 )
+
+
+def step_kinds(kinds: Kinds, capture: str) -> Kinds | None:
+    """Returns what the training step has to look for; see `Recorder.step_kinds`.
+
+    Args:
+      kinds: what is recorded.
+      capture: "sweep" or "step".
+    """
+    beside = tuple(name for name in kinds.names if name != "step")
+    if capture == "step" and beside:
+        return replace(kinds, observed=beside)
+    return None
+
+
+def sweep_kinds(kinds: Kinds) -> Kinds:
+    """Returns what a sweep looks for, of what is recorded."""
+    return replace(kinds, observed=tuple(name for name in kinds.layout() if name != "step"))

@@ -1,6 +1,6 @@
 """A data set that lies on the devices as uint8, with the poisoned images beside it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
+from badloss_jax.core.memory import check_device_memory, on_cpus, placed_bytes
 from badloss_jax.core.mesh import by_columns, by_rows, place, replicated
 from badloss_jax.training.batch import Batch
 
@@ -52,15 +53,20 @@ class ResidentData:
 
         Returns:
           The set, replicated.
+
+        Raises:
+          UsageError: it does not fit the devices' memory; both numbers are named.
         """
         override_row = np.zeros(len(images), np.int32)
         override_row[override_ids] = np.arange(1, len(override_ids) + 1)
 
         # Row 0 stands for "not replaced".
         override = np.zeros((_rows_for(len(override_ids), len(images)), *images.shape[1:]), np.float32)
+        arrays = (images, labels.astype(np.int32), override, override_row)
+        _check_fits(arrays, len(override_ids), mesh)
         override[1 : 1 + len(override_ids)] = override_images
 
-        return cls(*place((images, labels.astype(np.int32), override, override_row), replicated(mesh)))
+        return cls(*place(arrays, replicated(mesh)))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -96,6 +102,24 @@ class ResidentData:
             labels=self.labels[known],
             real=ids < len(self),
         )
+
+
+def _check_fits(arrays: Sequence[np.ndarray], replaced: int, mesh: Mesh) -> None:
+    """Refuses arrays, of which the first are the images and the third the override, that are more than devices hold."""
+    images, _, override, _ = arrays
+    needed = sum(placed_bytes(array, mesh) for array in arrays)
+    if on_cpus(mesh):
+        # Zeros take memory once they are written to: on the host only those that an image replaces.
+        needed += replaced * override[0].nbytes // mesh.local_mesh.size
+
+    count, height, width, channels = images.shape
+    check_device_memory(
+        needed,
+        mesh,
+        f"the resident data set of {count:,} images of {height} x {width} x {channels}",
+        "--config.data.input=streamed leaves it on the host; or take fewer images (data.train_examples), or smaller"
+        " ones (data.image_size)",
+    )
 
 
 def _rows_for(replaced: int, examples: int) -> int:

@@ -94,6 +94,14 @@ def create_state(
     return init(jax.random.key(seed))
 
 
+def shapes_of_state(spec: ModelSpec, optimizer: Optimizer, mesh: Mesh, objective: MeanLoss) -> TrainState:
+    """Returns the shapes, dtypes and shardings of a fresh state; arguments as of `create_state`."""
+    # Traced as it will be called, so that JAX finds the trace again.
+    traced = _make_init(spec, optimizer, mesh, objective).trace(jax.random.key(0))  # type: ignore[attr-defined]
+    sharding = replicated(mesh)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), traced.out_info)
+
+
 @lru_cache(maxsize=32)
 def _make_init(
     spec: ModelSpec, optimizer: Optimizer, mesh: Mesh, objective: MeanLoss

@@ -4,6 +4,7 @@ An update gathers ids and values of one batch and nothing else: every device sca
 means "not recorded".
 """
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -18,6 +19,13 @@ from badloss_jax.core.mesh import by_rows, local_rows, process_blocks, round_up
 from badloss_jax.trajectories.kinds import Kinds
 
 Buffer = dict[str, jax.Array]
+
+
+def buffer_bytes(kinds: Kinds, num_examples: int, num_epochs: int, mesh: Mesh) -> int:
+    """Counts what a buffer takes on each device; arguments as of `create_buffer`."""
+    rows = round_up(num_examples, mesh) // mesh.size
+    width = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in kinds.layout().values())
+    return rows * num_epochs * width
 
 
 def create_buffer(kinds: Kinds, num_examples: int, num_epochs: int, mesh: Mesh) -> Buffer:

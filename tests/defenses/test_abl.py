@@ -47,7 +47,7 @@ def test_flooding_holds_the_loss_at_its_level(mesh):
 
 
 def test_finds_the_patch_at_home(at_home):
-    # Twice the epochs of the paper: with ten, which images of a class go is a matter of rounding, 0.59 to 0.62 by machine.
+    # Twice the usual epochs: with ten the recall lies at 0.6, on one side or the other by how a machine rounds.
     results = at_home("abl", "--config.retraining.enabled=False", "--config.defenses.abl.epochs=20")
     own = results["variants"]["abl/own"]
     assert own["detection"]["auroc"]["overall"] > 0.9

@@ -30,6 +30,7 @@ def look(module, x, mask):
     return jax.tree.map(np.asarray, jax.jit(run)(params, x))
 
 
+@pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types")  # flax's, whose statistics are float32
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (7, 5), (61, 37), (40, 64)])
 @pytest.mark.parametrize("padding", [0, 3])
 def test_it_is_that_of_flax(size, padding, rng):

@@ -34,12 +34,15 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def set_up_jax() -> None:
-    """Keeps compiled programs in the user's own cache folder, and off the screen what orbax logs before it raises."""
+    """Keeps compiled programs in the user's own cache folder, memory for the next step, and orbax's log off the screen."""
     import logging
 
     import absl.logging
     import jax
 
+    from badloss_jax.core.memory import keep_memory
+
+    keep_memory()
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     if jax.config.values["jax_compilation_cache_dir"] is None:

@@ -1,4 +1,4 @@
-"""How much memory is there, and the refusal of what cannot fit.
+"""How much memory is there, the refusal of what cannot fit, and keeping what is used again and again.
 
 JAX says of a GPU or TPU that its memory is exhausted. Of a CPU nobody does: the kernel ends the process without a word.
 So what can be counted before is compared with what is free, and refused with both numbers. A count is of what is needed
@@ -7,6 +7,7 @@ at the least: nothing is refused that would fit.
 
 import ctypes
 import gc
+import importlib.util
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ from jax.sharding import Mesh
 from badloss_jax.core.errors import BadlossError, DataError, UsageError
 
 _ALIGNMENT = 64  # bytes; an array that begins at a multiple of it a CPU takes as it is, without a copy
+# Of glibc's malloc.h: one arena, nothing mapped by itself, nothing trimmed, and 64 MiB asked for at a time.
+_KEEPING = {-8: 1, -4: 0, -1: 2**31 - 1, -2: 64 * 2**20}
+_PLUGINS = ("jax_plugins", "libtpu")  # modules that JAX asks for other devices
 _EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory")
 
 
@@ -196,6 +200,32 @@ def _give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
     if trim:
         trim(0)
+
+
+# --- what is kept
+
+
+def keep_memory() -> None:
+    """Lets a process that computes on CPUs keep the memory that it frees, as every step of a training asks for it again.
+
+    XLA takes what a program needs from the system, and gives it back when the program is done: of a step of ResNet-18
+    with 128 images 80,000 pages, which took a sixth of its time. To be called before JAX begins any thread: only the
+    main thread's memory can be kept whatever its size. Where JAX may find other devices, or the C library is not glibc,
+    all stays as it is.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or not _has_only_cpus():
+        return
+    for parameter, value in _KEEPING.items():
+        mallopt(parameter, value)
+
+
+def _has_only_cpus() -> bool:
+    """Whether JAX can compute on nothing else, told without asking it, which would begin its threads."""
+    platforms = jax.config.values["jax_platforms"]
+    if platforms:
+        return platforms == "cpu"
+    return not any(importlib.util.find_spec(name) for name in _PLUGINS)
 
 
 def explained(error: Exception) -> BadlossError | None:

@@ -19,6 +19,7 @@ BENCHMARKS = {
     "scorer": "scoring, beside scikit-learn, FAISS, NumPy and top_k",
     "detectors": "every detector, on the files of a finished run",
     "store": "scoring trajectories from the disk, and its memory",
+    "numerics": "how far float32 is from float64 with this JAX",
     "scan": "what a scan finds in a poisoned folder of images",
 }
 

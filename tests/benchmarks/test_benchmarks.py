@@ -22,6 +22,7 @@ from badloss_jax.benchmarks import (
     scan_findings,
 )
 from badloss_jax.benchmarks.buffer_memory import expected_bytes, measure_buffer
+from badloss_jax.benchmarks.rounding import RESULTS, relative_error
 from badloss_jax.benchmarks.timing import overhead, summary
 from badloss_jax.cli import main
 from badloss_jax.cli.bench import _without_paths
@@ -98,6 +99,27 @@ def test_a_summary_is_median_and_quartiles():
 def on_one_device(mesh, monkeypatch):
     """Measures on the first device alone, as there is one in most machines."""
     monkeypatch.setattr("badloss_jax.core.mesh.make_mesh", lambda: mesh)
+
+
+@pytest.mark.usefixtures("on_one_device")
+def test_float32_is_near_float64(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    sizes = ["--image_size", "8", "--batch_size", "8"]
+    assert main(["bench", "numerics", "--models", "resnet_small", *sizes, "--out", str(out)]) == 0
+    assert "resnet_small   8      8" in capsys.readouterr().out
+    (figure,) = json.loads(out.read_text())["figures"]
+    assert list(figure["errors"]) == list(RESULTS)
+    assert all(1e-9 < error < 1e-3 for error in figure["errors"].values())
+    assert "--xla_cpu_experimental_ynn_fusion_type=" in figure["xla_flags"]
+
+    assert main(["bench", "numerics", "--models", "resnet_large"]) == 2
+    assert "--models has 'resnet_large'" in capsys.readouterr().err
+
+
+def test_an_error_is_relative_to_all_arrays_together():
+    exact = {"a": np.array([3.0, 0.0]), "b": np.array([[4.0]])}
+    assert relative_error(exact, exact) == 0
+    assert relative_error({"a": np.array([3.0, 1.0], np.float32), "b": exact["b"]}, exact) == pytest.approx(0.2)
 
 
 @pytest.mark.slow

@@ -68,6 +68,7 @@ def measure(arguments: Namespace, overrides: Sequence[str]) -> Iterator[dict[str
     from badloss_jax.benchmarks.throughput import measure_training
     from badloss_jax.benchmarks.workload import choose_config, choose_images, make_workload
     from badloss_jax.config import override
+    from badloss_jax.core.memory import keep_memory
     from badloss_jax.core.mesh import check_batch_size, make_mesh
 
     if arguments.peer:
@@ -79,6 +80,8 @@ def measure(arguments: Namespace, overrides: Sequence[str]) -> Iterator[dict[str
         # Refuses what is no network before anything starts.
         override(config, [f"--config.model.name={name}"])
 
+    # As the commands that train do, before JAX begins its threads.
+    keep_memory()
     mesh = make_mesh()
     check_batch_size("recording.batch_size", config.recording.batch_size, mesh)
     images = choose_images(arguments, config, mesh)

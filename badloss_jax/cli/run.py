@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     # Wrong settings are refused before JAX starts.
     config = load_config(arguments.config, overrides)
-    set_up_jax()
+    set_up_jax(trains=True)
     with _joined(arguments):
         results = run_experiment(config, arguments.workdir, Progress() if first() else None)
     # One process speaks for all.

@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.apply:
         check_target(arguments.data, arguments.workdir, arguments.apply)
 
-    set_up_jax()
+    set_up_jax(trains=True)
     results = scan(
         arguments.data,
         arguments.probes,

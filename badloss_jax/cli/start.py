@@ -33,8 +33,12 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
-def set_up_jax() -> None:
-    """Keeps compiled programs in the user's own cache folder, memory for the next step, and orbax's log off the screen."""
+def set_up_jax(trains: bool = False) -> None:
+    """Keeps compiled programs in the user's own cache folder, and off the screen what orbax logs before it raises.
+
+    Args:
+      trains: keep memory for the next step, too, which takes as much again.
+    """
     import logging
 
     import absl.logging
@@ -42,7 +46,8 @@ def set_up_jax() -> None:
 
     from badloss_jax.core.memory import keep_memory
 
-    keep_memory()
+    if trains:
+        keep_memory()
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     if jax.config.values["jax_compilation_cache_dir"] is None:

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from badloss_jax.core.progress import Progress
     from badloss_jax.runs.sweep import run_sweep
 
-    set_up_jax()
+    set_up_jax(trains=True)
     failed = run_sweep(sweep, arguments.workdir, arguments.item, Progress(), shared=arguments.shared)
     # Of an array of tasks, each with its items, none is the last.
     if arguments.item is None:

@@ -206,7 +206,7 @@ def _give_back() -> None:
 
 
 def keep_memory() -> None:
-    """Lets a process that computes on CPUs keep the memory that it frees, as every step of a training asks for it again.
+    """Lets a process that trains on CPUs keep the memory that it frees, as every step asks for it again.
 
     XLA takes what a program needs from the system, and gives it back when the program is done: of a step of ResNet-18
     with 128 images 80,000 pages, which took a sixth of its time. To be called before JAX begins any thread: only the

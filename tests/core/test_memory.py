@@ -1,5 +1,8 @@
 """How much memory there is, by the machine, by control groups as Slurm and containers set them, and by JAX."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -162,3 +165,30 @@ def test_other_errors_stay_what_they_are(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "run", work)
     with pytest.raises(RuntimeError, match="INTERNAL"):
         main(["report", "--workdir", str(tmp_path)])
+
+
+# Pages that the system had to give for memory of 64 MiB, asked for and given back again and again.
+PAGES = """
+import resource, sys
+from badloss_jax.core.memory import keep_memory
+if sys.argv[1] == "keep":
+    keep_memory()
+for _ in range(3):
+    b"x" * 2**26
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    b"x" * 2**26
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(memory.ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+@pytest.mark.parametrize(
+    ("how", "platforms", "kept"), [("keep", "cpu", True), ("keep", "cuda,cpu", False), ("leave", "cpu", False)]
+)
+def test_memory_is_kept_where_jax_has_only_cpus(how, platforms, kept):
+    command = [sys.executable, "-c", PAGES, how]
+    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": platforms}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    pages = 4 * 2**26 // os.sysconf("SC_PAGE_SIZE")
+    assert (int(done.stdout) < pages / 100) == kept

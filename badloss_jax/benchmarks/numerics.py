@@ -1,4 +1,4 @@
-"""`badloss bench numerics`: how far float32 is from float64 here, with this version of JAX, its flags and this machine."""
+"""`badloss bench numerics`: how far float32 is from float64, with this version of JAX and its flags, on this machine."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,10 +7,10 @@ from typing import Any
 from badloss_jax.benchmarks.options import add_integer, names_of
 
 ABOUT = """\
-Take one training step and one look in float32 and in float64, from the same weights and images, and print how far they
-are apart: the L2 norm of the difference, relative to that of the float64 result. Rounding leaves some 1e-7 of losses and
-features; gradients of deep networks have more of it, where ReLUs switch. A version of JAX, or a flag of XLA, that
-computes wrongly shows here.
+Take one training step and one look in float32 and in float64, from the same weights and images, and print how far
+they are apart: the L2 norm of the difference, relative to that of the float64 result. Rounding leaves some 1e-7 of
+losses and features; gradients of deep networks have more of it, where ReLUs switch. A version of JAX, or a flag of
+XLA, that computes wrongly shows here.
 """
 
 EXAMPLES = """\

@@ -35,12 +35,11 @@ def measure_rounding(spec: ModelSpec, batch_size: int, mesh: Mesh) -> dict[str, 
         evaluation mode: the L2 norm of the difference over that of the float64 result, of all arrays together.
     """
     draw = generator(0, "benchmark", "rounding")
-    batch = Batch(
-        ids=np.arange(batch_size, dtype=np.int32),
-        images=draw.random((batch_size, *spec.image_shape), np.float32),
-        labels=draw.integers(0, spec.num_classes, batch_size, np.int32),
-        real=np.ones(batch_size, bool),
-    )
+    ids = np.arange(batch_size, dtype=np.int32)
+    images = draw.random((batch_size, *spec.image_shape), np.float32)
+    labels = draw.integers(0, spec.num_classes, batch_size, np.int32)
+    batch = Batch(*place((ids, images, labels, np.ones(batch_size, bool)), by_rows(mesh)))
+
     # The same weights for both: drawn as float32.
     state = jax.tree.map(np.asarray, create_state(spec, AdamW(), 0, mesh))
 
@@ -59,11 +58,10 @@ def measure_rounding(spec: ModelSpec, batch_size: int, mesh: Mesh) -> dict[str, 
 
 def _compute(spec: ModelSpec, state: TrainState, batch: Batch, mesh: Mesh) -> dict[str, Any]:
     """Returns what a step and a look give, as trees of NumPy arrays."""
-    placed = place(batch, by_rows(mesh))
-    logits, features = make_observe_step(spec, mesh)(placed, state)
+    logits, features = make_observe_step(spec, mesh)(batch, state)
 
     step = make_train_step(spec, AdamW(), MeanLoss(), "none", None, mesh)
-    trained, _, losses, _ = step(state, placed, np.int32(0), np.float32(_LEARNING_RATE), np.uint32(0), None)
+    trained, _, losses, _ = step(state, batch, np.int32(0), np.float32(_LEARNING_RATE), np.uint32(0), None)
 
     # After one step the first moment is a tenth of the gradient.
     moments, _ = trained.optimizer

@@ -1,4 +1,4 @@
-"""`badloss bench numerics`: how far float32 is from float64, with this version of JAX and its flags, on this machine."""
+"""`badloss bench numerics`: how far float32 is from float64, with the JAX, the flags and the machine that are there."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence

@@ -216,7 +216,8 @@ class _Graph:
             for number in self._used_by.get(value, []):
                 if self._waits(number, now):
                     size = max(size, min(value.size, result.size))
-                elif self._is_done(number, now):
+                else:
+                    # It is done, and what comes of it is kept, or it can still be done with the value that is kept.
                     # What a convolution takes is counted already, and so is what follows of that.
                     alike = [other for other in self.operations[number].outputs if other.shape == result.shape]
                     family += [other for other in alike if other not in operands and other not in family]

@@ -91,9 +91,9 @@ def test_a_batch_that_cannot_fit_is_refused_before_anything_compiles(monkeypatch
     """By the memory that this machine has; the folder is not begun, so that a smaller batch may be tried in it."""
     compiled = []
 
-    def listener(event, *_, **__):
+    def listener(event, *_, **about):
         if "backend_compile" in event:
-            compiled.append(event)
+            compiled.append(about["fun_name"])
 
     jax.monitoring.register_event_duration_secs_listener(listener)
     folder = tmp_path / "out"
@@ -107,7 +107,8 @@ def test_a_batch_that_cannot_fit_is_refused_before_anything_compiles(monkeypatch
     assert said.count(" GiB") == 2
     assert "take a smaller batch" in said
     assert not folder.exists()
-    assert not compiled
+    # Keys for random numbers may be, if no test before has made one.
+    assert not {"jit(step)", "jit(init)"} & set(compiled)
 
 
 def test_the_number_is_what_is_needed(monkeypatch, mesh):

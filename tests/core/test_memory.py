@@ -14,6 +14,7 @@ from badloss_jax.cli import main, report
 from badloss_jax.core import memory
 from badloss_jax.core.errors import DataError, UsageError
 from badloss_jax.core.mesh import make_mesh
+from badloss_jax.training import resident
 from badloss_jax.training.recorder import Recorder
 from badloss_jax.training.resident import ResidentData
 from badloss_jax.trajectories.kinds import Kinds
@@ -88,7 +89,7 @@ def test_the_host_is_refused_with_both_numbers(monkeypatch):
 def test_the_resident_data_set_counts_every_device(monkeypatch, devices, needs):
     images = np.zeros((10_001, 32, 32, 1), np.uint8)[1:]  # 10 MiB, and rows to be replaced of a 16th of that
     arrays = (images, np.zeros(10_000, np.int32), np.zeros(0, int), np.zeros((0, 32, 32, 1), np.float32))
-    monkeypatch.setattr(memory, "placed_bytes", lambda array, _: array.nbytes)
+    monkeypatch.setattr(resident, "placed_bytes", lambda array, _: array.nbytes)
     mesh = make_mesh(jax.devices()[:devices])
 
     monkeypatch.setattr(memory, "free_on_host", lambda: devices * 13 * 10**6)

@@ -1,7 +1,7 @@
 """Batch norm with its gradient in one piece, and on CPUs with products for sums, where XLA's reductions are slow.
 
 Values, statistics and gradients are those of `flax.nnx.BatchNorm` to rounding. On one core of an AMD EPYC, with jaxlib
-0.10.2, the sums of 128 images of 32 px and 32 channels took 2.2 ms in place of 15, with a tenth of the error.
+0.10.2, the sums of 128 images of 32 px and 32 channels took 2.5 ms in place of 8.3, with a tenth of the error.
 """
 
 import math

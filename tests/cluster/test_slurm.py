@@ -3,6 +3,7 @@
 It needs Debian's slurm-wlm and munge, and root: for munge, and for the nodes' names in /etc/hosts.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -17,7 +18,8 @@ import pytest
 
 from tests.conftest import overrides
 
-NODES = ("badloss-n1", "badloss-n2")
+# Of this process alone: another worker may run some of these tests at the same time, and ends before or after.
+NODES = tuple(f"badloss-{os.getpid()}-n{number}" for number in (1, 2))
 HOSTS = Path("/etc/hosts")
 BIN = Path(sys.executable).parent
 
@@ -137,14 +139,23 @@ def daemon(slurm, *command):
 
 @contextmanager
 def names_of_the_nodes():
-    """Written in place, not renamed: in a container the file is a mount."""
-    before = HOSTS.read_text()
+    """Adds lines to /etc/hosts, and takes these away again."""
     lines = "".join(f"127.0.0.1 {node}\n" for node in NODES)
-    HOSTS.write_text(f"{before.rstrip()}\n{lines}")
+
+    def rewrite(change):
+        """In place, as in a container the file is a mount, and never empty, as others read it."""
+        with HOSTS.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            text = change(file.read())
+            file.seek(0)
+            file.write(text)
+            file.truncate()
+
+    rewrite(lambda text: f"{text.rstrip()}\n{lines}")
     try:
         yield
     finally:
-        HOSTS.write_text(HOSTS.read_text().replace(lines, ""))
+        rewrite(lambda text: text.replace(lines, ""))
 
 
 @pytest.fixture(scope="module")

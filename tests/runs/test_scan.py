@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -651,9 +650,11 @@ def test_the_page_in_a_browser(scanned, browser, tmp_path):
     browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
     browser.find_element(By.ID, "save-list").click()
     browser.find_element(By.ID, "save-csv").click()
-    WebDriverWait(browser, 20).until(lambda _: {"selection.txt", "selection.csv"} <= set(os.listdir(tmp_path)))
-    assert lines(tmp_path / "selection.txt") == [row["path"] for row in of_attack][1:]
-    with open(tmp_path / "selection.csv", newline="", encoding="utf-8") as file:
+    plain, table = tmp_path / "selection.txt", tmp_path / "selection.csv"
+    # The browser makes an empty file before it writes there.
+    WebDriverWait(browser, 20).until(lambda _: all(file.exists() and file.stat().st_size for file in (plain, table)))
+    assert lines(plain) == [row["path"] for row in of_attack][1:]
+    with open(table, newline="", encoding="utf-8") as file:
         saved = list(csv.DictReader(file))
     assert [row["path"] for row in saved] == [row["path"] for row in of_attack][1:]
     assert {row["label"] for row in saved} == {"4"}

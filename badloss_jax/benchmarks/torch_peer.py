@@ -6,11 +6,13 @@ process may use, which is what XLA takes, too. `torch.compile` is left out: it n
 
 import os
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
 import torch
 from flax import nnx
+from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Int
 from torch.nn import functional
 
@@ -118,9 +120,9 @@ class TorchResNet(torch.nn.Module):
           state: of the same network.
         """
         copied = {}
-        for path, variable in (*nnx.to_flat_state(state.params), *nnx.to_flat_state(state.batch_stats)):
-            *modules, name = map(str, path)
-            values = np.asarray(variable.get_value())
+        for path, leaf in chain(*map(tree_leaves_with_path, (state.params, state.batch_stats))):
+            *modules, name = (str(entry.key) for entry in path)
+            values = np.asarray(leaf)
             if name == "kernel":
                 # Ours ends with inputs and outputs, PyTorch's begins with outputs and inputs.
                 values = np.moveaxis(values, (-1, -2), (0, 1))

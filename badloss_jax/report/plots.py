@@ -19,6 +19,7 @@ from badloss_jax.report.gallery import difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.ticker import LogFormatter
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-")
@@ -61,6 +62,8 @@ def trajectories_of(name: str, losses: Float[np.ndarray, "N T"], attack_of: np.n
                 axis.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
 
         axis.set(yscale="log", title=name, xlabel="epoch", ylabel="loss")
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(_plain_formatter())
         axis.legend(fontsize=8)
 
     return draw
@@ -323,6 +326,19 @@ def _margins(rows: int, columns: int, legend: float) -> dict[str, float]:
         "wspace": (left + right) / (1 - left - right),
         "hspace": (bottom + top) / (1 - bottom - top),
     }
+
+
+def _plain_formatter() -> "LogFormatter":
+    """Returns what writes 0.01 at a logarithmic axis; Matplotlib parses a formula for each power of ten otherwise."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            if super().__call__(x, pos):
+                return f"{x:g}"
+            return ""  # too close to others
+
+    return Plain()
 
 
 def _recall_line(axis: "Axes", recall: np.ndarray, label: str, i: int) -> None:

@@ -6,13 +6,12 @@ DIR/about.json  the network's spec, the hash of what it was trained on, and what
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from flax import nnx
 from jax.sharding import Mesh
 
 from badloss_jax.core.errors import DataError
@@ -35,7 +34,7 @@ def save_model(folder: Path, spec: ModelSpec, state: TrainState, about: dict[str
     Raises:
       DataError: the disk is full or the folder read-only.
     """
-    weights = _pure(state)
+    weights = _weights_of(state)
     needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
 
     # Said before: a save that fails half-way would leave half a model.
@@ -106,17 +105,15 @@ def load_model(folder: Path, mesh: Mesh) -> tuple[ModelSpec, TrainState]:
         state = create_state(spec, AdamW(), 0, mesh)
         everywhere = replicated(mesh)
         # Weights go straight to where they will live, and to nowhere else.
-        expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), _pure(state))
+        expected = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), _weights_of(state)
+        )
         with ocp.StandardCheckpointer() as checkpointer:
             restored = checkpointer.restore(folder.resolve() / "weights", expected)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"the model in {folder} cannot be loaded: {error}") from error
 
-    params = state.params
-    batch_stats = state.batch_stats
-    nnx.replace_by_pure_dict(params, restored["params"])
-    nnx.replace_by_pure_dict(batch_stats, restored["batch_stats"])
-    return spec, TrainState(state.step, params, batch_stats, state.optimizer)
+    return spec, replace(state, **restored)
 
 
 def _spec_of(about: dict[str, Any]) -> ModelSpec:
@@ -129,5 +126,5 @@ def _spec_of(about: dict[str, Any]) -> ModelSpec:
     return ModelSpec(**fields)
 
 
-def _pure(state: TrainState) -> dict[str, Any]:
-    return {"params": nnx.to_pure_dict(state.params), "batch_stats": nnx.to_pure_dict(state.batch_stats)}
+def _weights_of(state: TrainState) -> dict[str, Any]:
+    return {"params": state.params, "batch_stats": state.batch_stats}

@@ -1,4 +1,8 @@
-"""What training changes: parameters, batch statistics, optimiser state, step."""
+"""What training changes: parameters, batch statistics, optimiser state, step.
+
+Networks travel as nested dicts of arrays, named as their modules are: JAX goes over all arrays at each call of a jitted
+function, and Flax's own classes, which are in Python, make that several times slower.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,15 +28,15 @@ class TrainState:
 
     Attributes:
       step: int32, the updates that were made.
-      params: the network's parameters.
-      batch_stats: the running statistics of its batch norms.
+      params: the network's parameters, module -> ... -> array.
+      batch_stats: the running statistics of its batch norms, module -> ... -> array.
       optimizer: state of the optimiser, for params and beside.
       beside: the objective's own parameters, mostly none.
     """
 
     step: Int[Array, ""]
-    params: nnx.State
-    batch_stats: nnx.State
+    params: dict[str, Any]
+    batch_stats: dict[str, Any]
     optimizer: Any
     beside: Any = field(default_factory=dict)
 
@@ -108,19 +112,37 @@ def _make_init(
 ) -> Callable[[jax.Array], TrainState]:
     def init(key: jax.Array) -> TrainState:
         model = spec.build(nnx.Rngs(key))
-        params = nnx.state(model, nnx.Param)
-        batch_stats = nnx.state(model, nnx.BatchStat)
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
         # A key of its own: the weights are the same whatever the objective draws.
         beside = objective.init(jax.random.fold_in(key, 1), spec)
         optimizer_state = optimizer.transform().init((params, beside))
-        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer_state, beside)
+        return TrainState(jnp.zeros((), jnp.int32), params, statistics_of(model), optimizer_state, beside)
 
     return jit_on(init, mesh, out_shardings=replicated(mesh))
 
 
+def merged(spec: ModelSpec, params: dict[str, Any], batch_stats: dict[str, Any]) -> Any:
+    """Returns the network with some parameters and statistics; training it changes none that it was given.
+
+    Args:
+      spec: the network.
+      params: as in `TrainState`.
+      batch_stats: as in `TrainState`.
+
+    Returns:
+      The module.
+    """
+    return nnx.merge(_graph_of(spec), params, batch_stats)
+
+
+def statistics_of(model: nnx.Module) -> dict[str, Any]:
+    """Returns the running statistics of a network's batch norms, as in `TrainState`."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+
 @lru_cache(maxsize=32)
-def graph_of(spec: ModelSpec) -> nnx.GraphDef:
+def _graph_of(spec: ModelSpec) -> nnx.GraphDef:
     """Returns the static part of the network, to be merged with parameters and statistics.
 
     Building a ResNet-50 takes seconds, even of shapes alone, and each step asks for it.
@@ -140,5 +162,5 @@ def forward_of(
     Returns:
       A differentiable function from images in [0, 1] to logits and penultimate features.
     """
-    model = nnx.merge(graph_of(spec), state.params, state.batch_stats)
+    model = merged(spec, state.params, state.batch_stats)
     return lambda images: model(images, train=False)

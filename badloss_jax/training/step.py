@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -19,7 +18,7 @@ from badloss_jax.data import AUGMENTATIONS
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.batch import Batch
 from badloss_jax.training.objective import Forward, MeanLoss
-from badloss_jax.training.state import Optimizer, TrainState, forward_of, graph_of
+from badloss_jax.training.state import Optimizer, TrainState, forward_of, merged, statistics_of
 from badloss_jax.trajectories.kinds import Kinds
 
 
@@ -45,7 +44,6 @@ def make_train_step(
     Returns:
       The jitted step, the same one for equal arguments.
     """
-    graph = graph_of(spec)
     augmentation = AUGMENTATIONS[augment]
 
     def step(
@@ -61,13 +59,13 @@ def make_train_step(
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, epoch), i))(batch.ids)
         images = jax.vmap(augmentation)(batch.images.astype(spec.param_dtype), keys)
 
-        def loss_of(learned: tuple[nnx.State, Any]) -> tuple[Array, tuple[nnx.State, Forward]]:
+        def loss_of(learned: tuple[dict[str, Any], Any]) -> tuple[Array, tuple[dict[str, Any], Forward]]:
             params, beside = learned
-            model = nnx.merge(graph, params, state.batch_stats, copy=True)
+            model = merged(spec, params, state.batch_stats)
             logits, features = model(images, train=True, mask=batch.real)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
             forward = Forward(images, batch.labels, batch.real, losses, logits, features)
-            return objective(forward, beside, given), (nnx.state(model, nnx.BatchStat), forward)
+            return objective(forward, beside, given), (statistics_of(model), forward)
 
         learned = (state.params, state.beside)
         (_, (stats, forward)), gradients = jax.value_and_grad(loss_of, has_aux=True)(learned)

@@ -20,7 +20,7 @@ from badloss_jax.core.order import epoch_batches
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.loop import Recipe
 from badloss_jax.training.objective import Flooding, MeanLoss
-from badloss_jax.training.state import Adadelta, AdamW, create_state, graph_of
+from badloss_jax.training.state import Adadelta, AdamW, create_state, merged, statistics_of
 from badloss_jax.training.step import make_train_step
 from badloss_jax.trajectories.kinds import Kinds
 
@@ -61,9 +61,9 @@ def as_named(state):
     """Our parameters, or gradients, by PyTorch's names and in its layout."""
     torch_peer = pytest.importorskip("badloss_jax.benchmarks.torch_peer")
     named = {}
-    for path, variable in nnx.to_flat_state(state):
-        *modules, name = map(str, path)
-        values = np.asarray(variable.get_value())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        *modules, name = (str(entry.key) for entry in path)
+        values = np.asarray(leaf)
         if name == "kernel":
             values = np.einsum("hwio->oihw" if values.ndim == 4 else "io->oi", values)
         named[".".join([*modules, torch_peer._NAMES[name]])] = values
@@ -85,10 +85,10 @@ def test_logits_losses_and_gradients_are_ours(mesh, spec):
         batch_stats = jax.tree.map(lambda leaf: leaf.astype(np.float64), state.batch_stats)
 
         def ours(params):
-            model = nnx.merge(graph_of(replace(spec, dtype="float64")), params, batch_stats, copy=True)
+            model = merged(replace(spec, dtype="float64"), params, batch_stats)
             logits, _ = model(images, train=True)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), (logits, nnx.state(model, nnx.BatchStat))
+            return losses.mean(), (logits, statistics_of(model))
 
         (loss, (logits, stats)), gradients = jax.jit(jax.value_and_grad(ours, has_aux=True))(state.params)
         gradients, stats = as_named(gradients), as_named(stats)
@@ -119,7 +119,7 @@ def test_batches_are_ours(mesh):
     state = fresh(workload)
     ids = np.array([7, 3, 39, 3], np.int32)
     batch = workload.data.batch(ids)
-    logits, _ = nnx.merge(graph_of(SMALL), state.params, state.batch_stats)(batch.images, train=True)
+    logits, _ = merged(SMALL, state.params, state.batch_stats)(batch.images, train=True)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
     close(make_peer("torch", workload, state).losses(torch.from_numpy(ids)).detach(), losses, 1e-4)
 

@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from badloss_jax.defenses.cbd import Deconfounded, dependence, hardness, next_real, normalised, score
 from badloss_jax.training.loop import Recipe, train
 from badloss_jax.training.objective import Forward
-from badloss_jax.training.state import AdamW, create_state, forward_of, graph_of
+from badloss_jax.training.state import AdamW, create_state, forward_of, merged
 from tests.training.test_training import WIDER as SPEC
 from tests.training.test_training import resident
 
@@ -83,7 +82,7 @@ def played(mesh, rng):
 
 def test_network_descends_where_the_critic_ascends(played):
     objective, critic, forward, given = played
-    model = nnx.merge(graph_of(SPEC), given.params, given.batch_stats)
+    model = merged(SPEC, given.params, given.batch_stats)
     _, confounders = model(forward.images, train=False)
 
     def value(features, critic):
@@ -102,7 +101,7 @@ def test_network_descends_where_the_critic_ascends(played):
 
 def test_value_is_the_reweighted_loss_and_padding_does_not_count(played):
     objective, critic, forward, given = played
-    model = nnx.merge(graph_of(SPEC), given.params, given.batch_stats)
+    model = merged(SPEC, given.params, given.batch_stats)
     logits, _ = model(forward.images, train=False)
     theirs = optax.softmax_cross_entropy_with_integer_labels(logits, forward.labels)
     hard, losses = np.asarray(theirs, np.float64)[:4], np.asarray(forward.losses, np.float64)[:4]

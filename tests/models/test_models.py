@@ -9,12 +9,12 @@ from badloss_jax.models.layers import Head
 from badloss_jax.models.resnet import BasicBlock
 from badloss_jax.training.loop import Passengers, Recipe, train
 from badloss_jax.training.resident import ResidentData
-from badloss_jax.training.state import AdamW, create_state, graph_of
+from badloss_jax.training.state import AdamW, create_state, merged
 
 
 def built(spec, mesh):
     state = create_state(spec, AdamW(), 0, mesh)
-    return nnx.merge(graph_of(spec), state.params, state.batch_stats, copy=True)
+    return merged(spec, state.params, state.batch_stats)
 
 
 @nnx.jit

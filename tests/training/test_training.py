@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from badloss_jax.core.errors import NonFiniteLossError, UsageError
 from badloss_jax.core.mesh import by_columns, by_rows, check_batch_size, jit_on, make_mesh, place
@@ -22,7 +21,7 @@ from badloss_jax.training.passes import map_examples
 from badloss_jax.training.recorder import Recorder
 from badloss_jax.training.resident import ResidentData, make_take
 from badloss_jax.training.saved_model import load_model, save_model
-from badloss_jax.training.state import Adadelta, AdamW, create_state, graph_of
+from badloss_jax.training.state import Adadelta, AdamW, create_state, merged
 from badloss_jax.training.step import make_observe_step, make_sweep_step, make_train_step
 from badloss_jax.trajectories.buffer import create_buffer, make_write
 from badloss_jax.trajectories.kinds import Kinds
@@ -181,7 +180,7 @@ def test_step_capture_is_what_the_training_step_saw(tmp_path):
         ids = batch[batch < 797]
         (shown,) = data.batches(ids[None])
         images, labels = shown.images, shown.labels
-        model = nnx.merge(graph_of(SPEC), fresh.params, fresh.batch_stats)
+        model = merged(SPEC, fresh.params, fresh.batch_stats)
         logits, _ = model(images, train=True)
         expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         np.testing.assert_allclose(losses[ids], expected, rtol=1e-4, atol=1e-5)
@@ -193,7 +192,7 @@ def test_sweep_is_an_evaluation_pass_after_the_epoch(tmp_path):
     (shown,) = data.batches(np.arange(797, dtype=np.int32)[None])
     images, labels = shown.images, shown.labels
     assert float(images[3].max()) == 0  # the replaced image is the one that is shown
-    logits, _ = nnx.merge(graph_of(SPEC), state.params, state.batch_stats)(images, train=False)
+    logits, _ = merged(SPEC, state.params, state.batch_stats)(images, train=False)
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     np.testing.assert_allclose(store.read("loss")[:, 1], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(store.read("logits")[:, 1], logits, rtol=2e-3, atol=2e-3)
@@ -233,7 +232,7 @@ def test_what_the_network_says_is_gathered_by_example(mesh):
     data, state = resident(mesh), create_state(SPEC, AdamW(), 0, mesh)
     logits, features = map_examples(make_observe_step(SPEC, mesh), data, np.arange(797), 100, mesh, state)
     (shown,) = data.batches(np.arange(797, dtype=np.int32)[None])
-    expected = nnx.merge(graph_of(SPEC), state.params, state.batch_stats)(shown.images, train=False)
+    expected = merged(SPEC, state.params, state.batch_stats)(shown.images, train=False)
     np.testing.assert_allclose(logits, expected[0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(features, expected[1], rtol=1e-4, atol=1e-5)
 

@@ -27,6 +27,7 @@ from badloss_jax.trajectories.kinds import Kinds
 
 _CONVOLUTION = "conv_general_dilated"
 _CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call")  # which stand for what they call
+_CHOICE = "cond"  # also of what `jax.lax.platform_dependent` chooses from
 _ADVICE = "take a smaller batch, smaller images (--config.data.image_size=PIXELS) or a smaller network, or more devices"
 
 
@@ -122,9 +123,14 @@ def _share(traced: Any, batch: Any, mesh: Mesh) -> int:
 
 @dataclass(eq=False)
 class _Value:
-    """What a program computes, with its size."""
+    """What a program computes.
 
-    shape: tuple[int, ...]
+    Attributes:
+      count: of its numbers.
+      size: in bytes.
+    """
+
+    count: int
     size: int
 
 
@@ -150,7 +156,9 @@ def kept_bytes(program: core.Jaxpr) -> int:
     Returns:
       Bytes, of the convolution at which it is most, or nearly.
     """
-    graph = _Graph(list(_inlined(program, {})))
+    known: dict[Any, _Value] = {}
+    operations = list(_inlined(program, known))
+    graph = _Graph(_used(operations, _values(program.outvars, known)))
     if not graph.convolutions:
         return 0
     # By what is quickly counted: any is right.
@@ -219,7 +227,7 @@ class _Graph:
                 else:
                     # It is done, and what comes of it is kept, or it can still be done with the value that is kept.
                     # What a convolution takes is counted already, and so is what follows of that.
-                    alike = [other for other in self.operations[number].outputs if other.shape == result.shape]
+                    alike = [other for other in self.operations[number].outputs if other.count == result.count]
                     family += [other for other in alike if other not in operands and other not in family]
         return size
 
@@ -232,9 +240,11 @@ def _inlined(program: core.Jaxpr, known: dict[Any, _Value]) -> Iterator[_Operati
       known: variable -> value; what the program computes is added.
     """
     for equation in program.eqns:
-        called = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+        called = _called(equation)
         inputs = _values(equation.invars, known)
-        if equation.primitive.name in _CALLS and called is not None:
+        if called is not None:
+            if equation.primitive.name == _CHOICE:
+                inputs = inputs[1:]  # the first one says which
             inner = getattr(called, "jaxpr", called)
             within = {variable: value for variable, value in zip(inner.invars, inputs, strict=True) if value}
             yield from _inlined(inner, within)
@@ -246,13 +256,40 @@ def _inlined(program: core.Jaxpr, known: dict[Any, _Value]) -> Iterator[_Operati
             yield _Operation(equation.primitive.name, [value for value in inputs if value], outputs)
 
 
+def _called(equation: core.JaxprEqn) -> Any:
+    """Returns the program that an operation stands for, on a CPU; None if it stands for itself."""
+    if equation.primitive.name == _CHOICE:
+        platforms = equation.params.get("branches_platforms")
+        if platforms is None:
+            return None
+        return next(
+            branch
+            for branch, names in zip(equation.params["branches"], platforms, strict=True)
+            if names is None or "cpu" in names
+        )
+    if equation.primitive.name in _CALLS:
+        return equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+    return None
+
+
+def _used(operations: Sequence[_Operation], results: Sequence[_Value | None]) -> list[_Operation]:
+    """Leaves out what is computed for nothing, as the compiler does."""
+    wanted = {*results}
+    used = []
+    for operation in reversed(operations):
+        if not wanted.isdisjoint(operation.outputs):
+            wanted.update(operation.inputs)
+            used.append(operation)
+    return used[::-1]
+
+
 def _values(variables: Sequence[Any], known: dict[Any, _Value]) -> list[_Value | None]:
     """Returns what was computed for each variable; None for literals, arguments and constants."""
     return [None if isinstance(variable, core.Literal) else known.get(variable) for variable in variables]
 
 
 def _value_of(aval: Any) -> _Value:
-    return _Value(aval.shape, _bytes(aval))
+    return _Value(math.prod(aval.shape), _bytes(aval))
 
 
 def _bytes(array: Any) -> int:

@@ -1,5 +1,7 @@
 """Our convolution and pooling beside XLA's own, on CPUs: values, and the gradients of images and kernels."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +43,30 @@ def test_convolutions_are_those_of_xla(size, stride, groups, image, rng):
     how = {"strides": (stride, stride), "padding": [(size // 2, size // 2)] * 2, "feature_group_count": groups}
     ours, theirs = (with_gradients(lambda x, w, f=f: f(x, w, **how), images, kernel) for f in (convolve, usual))
     agree(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("channels", "features", "size", "stride", "width", "at_once"),
+    [
+        (1, 16, 3, 1, 28, 4),
+        (1, 16, 3, 2, 28, 2),
+        (3, 32, 3, 1, 32, 4),
+        (3, 64, 7, 2, 32, 2),
+        (3, 64, 3, 1, 31, 1),
+        (8, 8, 3, 1, 16, 4),
+        (16, 16, 3, 1, 14, 2),
+        (16, 32, 3, 1, 14, 1),
+    ],
+)
+def test_with_few_channels_some_columns_are_computed_at_once(channels, features, size, stride, width, at_once, rng):
+    images = jnp.asarray(rng.standard_normal((2, 12, width, channels)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((size, size, channels, features)), jnp.float32)
+    how = {"strides": (stride, stride), "padding": [(size // 2, size // 2)] * 2}
+    agree(*(with_gradients(lambda x, w, f=f: f(x, w, **how), images, kernel) for f in (convolve, usual)))
+
+    lowered = jax.jit(lambda x, w: convolve(x, w, **how)).lower(images, kernel)
+    (window,) = re.findall(r"window={size=\d+x(\d+)", lowered.compile().as_text())
+    assert int(window) == size + stride * (at_once - 1)
 
 
 def test_bfloat16_stays_bfloat16(rng):

@@ -29,6 +29,7 @@ from badloss_jax.core.mesh import jit_on
 from badloss_jax.core.order import epoch_batches
 from badloss_jax.core.seeding import generator
 from badloss_jax.training.batch import Batch
+from badloss_jax.training.in_flight import InFlight
 from badloss_jax.training.recorder import Recorder
 from badloss_jax.training.resident import ResidentData
 from badloss_jax.training.state import TrainState, create_state
@@ -141,6 +142,7 @@ class _Training:
         self.state = create_state(workload.spec, workload.recipe.optimizer, 0, workload.mesh)
         self._recorders = {mode: self._make_recorder(mode) for mode in _RECORDING}
         self._steps = {mode: self._make_step(self._recorders.get(mode)) for mode in MODES}
+        self._in_flight = InFlight(self._settle)
         self._batches = self._endless()
         self._draw = generator(0, "benchmark", "modes")
         self.steps = len(self._order(0))
@@ -230,20 +232,16 @@ class _Training:
         }
 
     def _walk(self, step: Callable, batches: Iterator[Batch], recorder: Recorder | None = None) -> None:
-        """Trains on some batches, waiting for each loss while the next step runs, as the trainer does."""
-        previous = None
+        """Trains on some batches, waiting for losses while later steps run, as the trainer does."""
         for batch in batches:
             self.state, loss, losses, values = step(self.state, batch, np.int32(0), self._rate(), np.uint32(0), None)
             if recorder:
                 recorder.end_step(batch, 0, losses, values)
+            self._in_flight.append(loss)
+        self._in_flight.settle_all()
 
-            # Waits for the step before, while this one runs.
-            if previous is not None:
-                self.loss = float(previous)
-            previous = loss
-
-        if previous is not None:
-            self.loss = float(previous)
+    def _settle(self, loss: jax.Array) -> None:
+        self.loss = float(loss)
 
     def _endless(self) -> Iterator[Batch]:
         for epoch in itertools.count():

@@ -10,7 +10,7 @@ Values and gradients are the same to rounding. What each gains was seen on one c
 - A max-pool takes one axis after the other: three to fourteen times faster in its gradient.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 
@@ -77,7 +77,7 @@ def convolve(
     """
     down, right = strides
     steps = _Steps((down, right), tuple((before, after) for before, after in padding))
-    usual = partial(_usual, steps, feature_group_count)
+    usual = partial(_usual, steps, groups=feature_group_count)
 
     rows, columns = steps.output_size(images, kernel)
     if feature_group_count == images.shape[-1] == kernel.shape[-1]:
@@ -89,7 +89,7 @@ def convolve(
     return usual(images, kernel)
 
 
-def _usual(steps: _Steps, groups: int, images: Array, kernel: Array) -> Array:
+def _usual(steps: _Steps, images: Array, kernel: Array, groups: int = 1) -> Array:
     return lax.conv_general_dilated(
         images,
         kernel,
@@ -98,6 +98,38 @@ def _usual(steps: _Steps, groups: int, images: Array, kernel: Array) -> Array:
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
+
+
+def _with_own_gradients(
+    function: Callable[[_Steps, Array, Array], Array], derived: Callable[[_Steps, Array, Array], Array] | None = None
+) -> Callable[[_Steps, Array, Array], Array]:
+    """Gives a way to convolve its gradients: at strides of 1 that of the images is found in the same way.
+
+    What JAX would derive adds up shifted images, or kernels of which most is zero, which takes longer.
+
+    Args:
+      function: (steps, images, kernel) -> output.
+      derived: the same by what JAX derives the others from; by default the function.
+
+    Returns:
+      The function, differentiable once.
+    """
+    convolution = jax.custom_vjp(function, nondiff_argnums=(0,))
+
+    def forward(steps: _Steps, images: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+        return convolution(steps, images, kernel), (images, kernel)
+
+    def backward(steps: _Steps, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+        images, kernel = kept
+        _, pull_back = jax.vjp(partial(derived or function, steps), images, kernel)
+        of_images, of_kernel = pull_back(gradient)
+        if steps.strides == (1, 1):
+            turned, kernel = steps.turned(kernel)
+            of_images = convolution(turned, gradient, kernel)
+        return of_images, of_kernel
+
+    convolution.defvjp(forward, backward)
+    return convolution
 
 
 def _columns_at_once(steps: _Steps, images: Array, kernel: Array) -> int:
@@ -111,7 +143,7 @@ def _columns_at_once(steps: _Steps, images: Array, kernel: Array) -> int:
     return 1
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(_with_own_gradients, derived=_usual)
 def _by_columns(steps: _Steps, images: Array, kernel: Array) -> Array:
     """Convolves with a kernel that is wide enough for some columns of the output, whose channels lie side by side."""
     count = _columns_at_once(steps, images, kernel)
@@ -122,26 +154,8 @@ def _by_columns(steps: _Steps, images: Array, kernel: Array) -> Array:
         for column in range(count)
     ]
     wider = _Steps((down, right * count), steps.padding)
-    side_by_side = _usual(wider, 1, images, jnp.concatenate(moved, axis=-1))
+    side_by_side = _usual(wider, images, jnp.concatenate(moved, axis=-1))
     return side_by_side.reshape(*images.shape[:1], *steps.output_size(images, kernel), kernel.shape[-1])
-
-
-def _by_columns_forward(steps: _Steps, images: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _by_columns(steps, images, kernel), (images, kernel)
-
-
-def _by_columns_backward(steps: _Steps, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    images, kernel = kept
-    # The wider kernel would make this one of three times as many sums.
-    _, pull_back = jax.vjp(partial(_usual, steps, 1), images, kernel)
-    of_images, of_kernel = pull_back(gradient)
-    if steps.strides == (1, 1):
-        turned, kernel = steps.turned(kernel)
-        of_images = _by_columns(turned, gradient, kernel)
-    return of_images, of_kernel
-
-
-_by_columns.defvjp(_by_columns_forward, _by_columns_backward)
 
 
 def _depthwise(steps: _Steps, images: Array, kernel: Array) -> Array:
@@ -150,29 +164,11 @@ def _depthwise(steps: _Steps, images: Array, kernel: Array) -> Array:
     return sum(seen * pixel for seen, pixel in zip(_seen(steps, images, kernel), pixels, strict=True))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@_with_own_gradients
 def _product(steps: _Steps, images: Array, kernel: Array) -> Array:
     """Convolves by one product: what all pixels of the kernel see, side by side, with the kernel."""
     side_by_side = jnp.concatenate(list(_seen(steps, images, kernel)), axis=-1)
     return jnp.tensordot(side_by_side, kernel.reshape(-1, kernel.shape[-1]), axes=1)
-
-
-def _product_forward(steps: _Steps, images: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product(steps, images, kernel), (images, kernel)
-
-
-def _product_backward(steps: _Steps, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    images, kernel = kept
-    _, pull_back = jax.vjp(partial(_product.fun, steps), images, kernel)
-    of_images, of_kernel = pull_back(gradient)
-    if steps.strides == (1, 1):
-        # A product, too; what JAX derives adds up shifted images, which takes longer.
-        turned, kernel = steps.turned(kernel)
-        of_images = _product(turned, gradient, kernel)
-    return of_images, of_kernel
-
-
-_product.defvjp(_product_forward, _product_backward)
 
 
 def _seen(steps: _Steps, images: Array, kernel: Array) -> Iterator[Float[Array, "B H2 W2 C"]]:

@@ -1,6 +1,6 @@
 """The one training loop: recording, retraining and the undefended model all go through it.
 
-Order of operations in an epoch (`_Phase.run_epoch`): shuffle; for every batch pull it, step, check the loss of the step
+Order of operations in an epoch (`_Phase.run_epoch`): shuffle; for every batch pull it, step, check the losses of steps
 before, and save a checkpoint where one is due; then let the recorder end the epoch, and report.
 """
 
@@ -23,6 +23,7 @@ from badloss_jax.core.seeding import derived_seed
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.batch import Batch, Examples
 from badloss_jax.training.checkpoint import Checkpoints, Position
+from badloss_jax.training.in_flight import InFlight
 from badloss_jax.training.objective import MeanLoss
 from badloss_jax.training.recorder import Recorder
 from badloss_jax.training.state import AdamW, Optimizer, TrainState, create_state
@@ -230,7 +231,7 @@ class _Phase:
             if self.recorder:
                 self.recorder.end_step(batch, epoch, losses, values)
 
-            # Waits for the loss of the step before, while the devices are at work on this one.
+            # Waits for the loss of a step before, while the devices are at work on this one.
             step_losses.append(mean_loss)
             self.watchdog.alive()
             self.progress.advance(int(batch_sizes[number]), self._title(epoch))
@@ -315,32 +316,26 @@ class _Phase:
 
 
 class _Losses:
-    """The mean losses of an epoch's steps, the last of which the devices may still be at work on."""
+    """The mean losses of an epoch's steps, the last of which are in flight."""
 
     def __init__(self, phase: _Phase, begun: Position):
         self._phase = phase
         self._epoch = begun.epoch
         self._settled = list(begun.losses)
-        self._pending: jax.Array | None = None
+        self._in_flight = InFlight(self._settle)
 
     def append(self, loss: jax.Array) -> None:
-        """Adds the loss of a step that was just started.
-
-        Only now is the loss before it waited for, so that the devices never wait for the host.
-        """
-        self._settle()
-        self._pending = loss
+        """Adds the loss of a step that was just started; may wait for earlier ones."""
+        self._in_flight.append(loss)
 
     def settled(self) -> tuple[float, ...]:
-        """Waits for the last loss, and returns all of them."""
-        self._settle()
+        """Waits for all losses, and returns them."""
+        self._in_flight.settle_all()
         return tuple(self._settled)
 
-    def _settle(self) -> None:
-        if self._pending is not None:
-            position = Position(self._epoch, len(self._settled))
-            self._settled.append(self._phase.finite(self._pending, position))
-            self._pending = None
+    def _settle(self, loss: jax.Array) -> None:
+        position = Position(self._epoch, len(self._settled))
+        self._settled.append(self._phase.finite(loss, position))
 
 
 class _Clock:

@@ -1,0 +1,49 @@
+"""How far the host runs ahead of the devices."""
+
+import time
+from collections.abc import Callable
+
+import jax
+
+_SECONDS = 0.1  # of steps that are waited for together
+_MOST = 8
+
+
+class InFlight:
+    """What steps will say once they are done, in order.
+
+    Steps of milliseconds are waited for several at a time: a host that wakes up for each of them takes a twentieth of
+    the time that a CPU has for them. The devices always have as many before them as are waited for. Longer steps are
+    waited for one at a time, and so are those of several processes, which have to find out the same at the same step.
+
+    Args:
+      settle: is called with a step's result once all before it have been settled; waits for it.
+    """
+
+    def __init__(self, settle: Callable[[jax.Array], None]):
+        self._settle = settle
+        self._pending: list[jax.Array] = []
+        self._together = 1
+        self._since = time.monotonic()
+
+    def append(self, result: jax.Array) -> None:
+        """Adds the result of a step that was just started; may wait for earlier ones."""
+        self._pending.append(result)
+        if len(self._pending) < 2 * self._together:
+            return
+
+        self._wait_for(self._together)
+        now = time.monotonic()
+        seconds = (now - self._since) / self._together
+        self._since = now
+        if jax.process_count() == 1:
+            self._together = max(1, min(_MOST, int(_SECONDS / seconds)))
+
+    def settle_all(self) -> None:
+        """Waits for all."""
+        self._wait_for(len(self._pending))
+        self._since = time.monotonic()
+
+    def _wait_for(self, count: int) -> None:
+        for _ in range(count):
+            self._settle(self._pending.pop(0))

@@ -49,6 +49,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--peer", metavar="NAME", help="train by this framework, too, beside ours: torch")
 
 
+def before_jax_starts(arguments: Namespace) -> None:
+    """Keeps memory, as the commands that train do."""
+    from badloss_jax.core.memory import keep_memory
+
+    keep_memory()
+
+
 def measure(arguments: Namespace, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Measures the training of one network after the other.
 
@@ -68,7 +75,6 @@ def measure(arguments: Namespace, overrides: Sequence[str]) -> Iterator[dict[str
     from badloss_jax.benchmarks.throughput import measure_training
     from badloss_jax.benchmarks.workload import choose_config, choose_images, make_workload
     from badloss_jax.config import override
-    from badloss_jax.core.memory import keep_memory
     from badloss_jax.core.mesh import check_batch_size, make_mesh
 
     if arguments.peer:
@@ -80,8 +86,6 @@ def measure(arguments: Namespace, overrides: Sequence[str]) -> Iterator[dict[str
         # Refuses what is no network before anything starts.
         override(config, [f"--config.model.name={name}"])
 
-    # As the commands that train do, before JAX begins its threads.
-    keep_memory()
     mesh = make_mesh()
     check_batch_size("recording.batch_size", config.recording.batch_size, mesh)
     images = choose_images(arguments, config, mesh)

@@ -193,3 +193,28 @@ def test_memory_is_kept_where_jax_has_only_cpus(how, platforms, kept):
     assert (done.returncode, done.stderr) == (0, "")
     pages = 4 * 2**26 // os.sysconf("SC_PAGE_SIZE")
     assert (int(done.stdout) < pages / 100) == kept
+
+
+# How many threads there are when a command keeps memory: NumPy begins one a core, and JAX far more, which keep none.
+THREADS = """
+import os, sys
+from badloss_jax.cli import main
+from badloss_jax.core import memory
+memory.keep_memory = lambda: sys.exit(str(len(os.listdir("/proc/self/task"))))
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are not seen in /proc")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "run --config configs/digits.py --workdir W",
+        "sweep --config configs/sweeps/paper_table.py:digits --workdir W",
+        "scan --data D --probes P --workdir W",
+        "bench train",
+    ],
+)
+def test_memory_is_kept_before_jax_begins_its_threads(arguments):
+    done = subprocess.run([sys.executable, "-c", THREADS, *arguments.split()], capture_output=True, text=True)
+    assert int(done.stderr) <= os.cpu_count()

@@ -1,5 +1,6 @@
 """What commands share: the end of a help text, arguments that are lists, JAX set up, errors explained."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,9 @@ def set_up_jax(trains: bool = False) -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         cache = Path("~/.cache/badloss_jax/xla").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            # JAX's own limit is a second, and a short run has a dozen programs that take less.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def explain(error: BadlossError) -> int:

@@ -309,12 +309,12 @@ def _show(axis: "Axes", picture: UInt8[np.ndarray, "H W C"]) -> None:
 
 
 def _margins(rows: int, columns: int, legend: float) -> dict[str, float]:
-    """Returns fixed margins of 0.62, 0.12, 0.5 and 0.32 inches around each panel: measuring texts takes far longer."""
+    """Returns fixed margins of 0.84, 0.12, 0.5 and 0.32 inches around each panel: measuring texts takes far longer."""
     width, height = _SIZE
     width += legend
 
     # As shares of a panel; Matplotlib wants the outer ones as shares of the figure.
-    left = 0.62 / width
+    left = 0.84 / width
     right = (0.12 + legend) / width
     bottom = 0.5 / height
     top = 0.32 / height

@@ -69,7 +69,7 @@ def test_no_help_waits_for_jax(name):
 def test_a_benchmark_holds_what_is_asked_of_it():
     benchmarks = {name: find_benchmark(name) for name in BENCHMARKS}
     assert all(isinstance(benchmark, Benchmark) for benchmark in benchmarks.values())
-    for hook, names in ((SetsUpDevices, {"buffer"}), (Resumable, {"scan"}), (Pictured, {"scorer"})):
+    for hook, names in ((SetsUpDevices, {"buffer", "train"}), (Resumable, {"scan"}), (Pictured, {"scorer"})):
         assert {name for name, benchmark in benchmarks.items() if isinstance(benchmark, hook)} == names
 
     commands = re.findall(r"^  badloss bench (\w+)", "".join(b.EXAMPLES for b in benchmarks.values()), re.MULTILINE)

@@ -137,6 +137,17 @@ class Checkpoints:
             raise DataError(f"{'; '.join(failures)}. Removing {self.folder} begins this training again")
         return state, buffer, Position()
 
+    def times(self, steps_done: int) -> bool:
+        """Whether `due` will look at the clock, so that these steps have to be done, and no others in flight.
+
+        Args:
+          steps_done: since the beginning of the training.
+        """
+        if self._period or self._timed_from is None:
+            return False
+        begin, _ = self._timed_from
+        return steps_done in (begin, begin + _TIMED)
+
     def due(self, steps_done: int) -> bool:
         """Whether it is time to save; to be asked after every step, in every process.
 

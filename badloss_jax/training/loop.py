@@ -285,7 +285,11 @@ class _Phase:
 
     def _save_if_due(self, state: TrainState, position: Position, losses: "_Losses") -> None:
         steps_done = self.steps_done(position)
-        if self.checkpoints is None or not self.checkpoints.due(steps_done):
+        if self.checkpoints is None:
+            return
+        if self.checkpoints.times(steps_done):
+            losses.settled()
+        if not self.checkpoints.due(steps_done):
             return
 
         # The losses first: nothing is saved of a network that has diverged.

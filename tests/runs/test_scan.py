@@ -377,7 +377,7 @@ def test_a_folder_keeps_the_network_that_it_was_begun_with(tmp_path, mesh):
         return stream.getvalue()
 
     network = r"network  resnet_small \(16, 32, 64\), stem of stride 1, 8 epochs"  # which is that of images of 8 px
-    assert re.search(rf"^{network}: [\d,]+ images/s here, so about \d+ seconds to record", told(0.01), re.MULTILINE)
+    assert re.search(rf"^{network}: [\d,]+ images/s here, so about \d+ seconds to record", told(1e-4), re.MULTILINE)
     begun = (tmp_path / "timed" / "config.json").read_text()
     again = told(60)
     assert re.search(rf"^{network}$", again, re.MULTILINE)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,7 +19,9 @@ from badloss_jax.core.mesh import make_mesh
 from badloss_jax.core.preemption import Preemption
 from badloss_jax.core.progress import Progress
 from badloss_jax.runs.experiment import run_experiment
+from badloss_jax.training import checkpoint
 from badloss_jax.training.checkpoint import Checkpoints
+from badloss_jax.training.in_flight import InFlight
 from badloss_jax.training.loop import Passengers, Recipe, train
 from badloss_jax.training.recorder import Recorder
 from badloss_jax.trajectories.kinds import Kinds
@@ -203,17 +206,36 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, mesh, unbroke
 
 @pytest.mark.parametrize("harm", [tear, flip])
 def test_if_all_are_damaged_the_training_stops(stopped, mesh, harm):
-    for checkpoint in ("40", "35"):
-        harm(stopped / "checkpoints" / checkpoint)
+    for number in ("40", "35"):
+        harm(stopped / "checkpoints" / number)
     with pytest.raises(DataError, match=r"checkpoints/40 cannot be used.*checkpoints/35 cannot be used.*Removing"):
         training(stopped, mesh)
     assert (stopped / "checkpoints" / "40").is_dir()  # nobody else's decision
 
 
 def test_minutes_become_steps(tmp_path, mesh):
-    training(tmp_path, mesh, every_steps=0, every_minutes=1e-5, epochs=1)
+    training(tmp_path, mesh, every_steps=0, every_minutes=1e-7, epochs=1)
     saved = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
     assert saved == [24, 25]
+
+
+def test_the_clock_sees_steps_that_are_done(tmp_path, mesh, monkeypatch):
+    """Not those that the host is ahead of."""
+    flights, looks = [], []
+    init = InFlight.__init__
+
+    def begin(flight, settle):
+        flights.append(flight)
+        init(flight, settle)
+
+    def look():
+        looks.append(len(flights[-1]._pending))
+        return time.monotonic()
+
+    monkeypatch.setattr(InFlight, "__init__", begin)
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=look))
+    training(tmp_path, mesh, every_steps=0, every_minutes=1, epochs=1)
+    assert looks == [0, 0]
 
 
 @pytest.mark.usefixtures("unrendered")

@@ -32,12 +32,15 @@ class InFlight:
         if len(self._pending) < 2 * self._together:
             return
 
-        self._wait_for(self._together)
+        # More than that only after steps have become slower, when too many were started.
+        count = len(self._pending) - self._together
+        self._wait_for(count)
+
         now = time.monotonic()
-        seconds = (now - self._since) / self._together
+        seconds = (now - self._since) / count
         self._since = now
         if jax.process_count() == 1:
-            self._together = max(1, min(_MOST, int(_SECONDS / seconds)))
+            self._together = max(1, int(_SECONDS / max(seconds, _SECONDS / _MOST)))
 
     def settle_all(self) -> None:
         """Waits for all."""

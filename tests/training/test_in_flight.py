@@ -17,11 +17,11 @@ def clock(monkeypatch):
 
 
 def waits(clock, seconds, steps):
-    """After how many started steps some were waited for, and for which; each takes so many seconds."""
+    """After how many started steps some were waited for, and which; each takes so many seconds, or one of a list."""
     settled, history = [], []
 
     def settle(step):
-        clock[0] += seconds
+        clock[0] += seconds[step] if isinstance(seconds, list) else seconds
         settled.append(step)
 
     flight = in_flight.InFlight(settle)
@@ -47,6 +47,16 @@ def test_fast_ones_together_and_there_are_as_many_left(clock):
         assert len(together) == 8
         assert begun - together[-1] - 1 == 8
         assert later == begun + 8
+
+
+def test_where_they_become_slow_the_host_is_soon_no_longer_ahead(clock):
+    *_, last = waits(clock, [0.001] * 30 + [1.0] * 30, 60)
+    assert last == (60, [58])
+
+
+def test_a_clock_may_stand_still(clock):
+    *_, last = waits(clock, 0.0, 60)
+    assert len(last[1]) == 8
 
 
 def test_those_between_by_their_length(clock):

@@ -1,6 +1,7 @@
 """Our convolution and pooling beside XLA's own, on CPUs: values, and the gradients of images and kernels."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,19 @@ def test_with_few_channels_some_columns_are_computed_at_once(channels, features,
     lowered = jax.jit(lambda x, w: convolve(x, w, **how)).lower(images, kernel)
     (window,) = re.findall(r"window={size=\d+x(\d+)", lowered.compile().as_text())
     assert int(window) == size + stride * (at_once - 1)
+
+
+def test_a_kernels_gradient_computes_nothing_anew(rng):
+    images = jnp.asarray(rng.standard_normal((4, 12, 12, 16)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((3, 3, 16, 16)), jnp.float32)
+
+    def energy(convolution, images, kernel):
+        output = convolution(jnp.negative(images), kernel, (1, 1), [(1, 1)] * 2)
+        return (output**2).sum()
+
+    lowered = (jax.jit(jax.grad(partial(energy, way), argnums=1)).lower(images, kernel) for way in (convolve, usual))
+    ours, theirs = (program.compile().as_text().count(" negate(") for program in lowered)
+    assert ours == 1, f"{ours} in place of XLA's {theirs}"
 
 
 def test_bfloat16_stays_bfloat16(rng):

@@ -140,19 +140,23 @@ def _with_own_gradients(
 
 
 def _usual_gradients(steps: _Steps, images: Array, kernel: Array, gradient: Array) -> tuple[Array, Array]:
-    """Returns what JAX would derive, but transposes by a call that XLA may not inline."""
+    """Returns what JAX would derive, and has nothing computed anew for it."""
     _, pull_back = jax.vjp(lambda images: _usual(steps, images, kernel), images)
+    (of_images,) = pull_back(gradient)
 
+    # By a call that XLA may not inline: it would fuse the transposition with all that made the images.
     with set_xla_metadata(inlineable="false"):
-        images, dilated = _transposed(images, gradient)
+        images, gradient = _transposed(images, gradient)
+
+    # The gradient, spread by the strides, slides over the images; it has as many places as the kernel has pixels.
     padding = []
     for axis, (before, _) in enumerate(steps.padding):
-        seen = steps.strides[axis] * (gradient.shape[1 + axis] - 1) + kernel.shape[axis]
+        seen = steps.strides[axis] * (gradient.shape[axis] - 1) + kernel.shape[axis]
         padding.append((before, seen - before - images.shape[1 + axis]))
     of_kernel = lax.conv_general_dilated(
-        images, dilated, (1, 1), padding, rhs_dilation=steps.strides, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        images, gradient, (1, 1), padding, rhs_dilation=steps.strides, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    return *pull_back(gradient), of_kernel.transpose(1, 2, 0, 3)
+    return of_images, of_kernel.transpose(1, 2, 0, 3)
 
 
 @jax.jit

@@ -142,7 +142,7 @@ class _Training:
         self.state = create_state(workload.spec, workload.recipe.optimizer, 0, workload.mesh)
         self._recorders = {mode: self._make_recorder(mode) for mode in _RECORDING}
         self._steps = {mode: self._make_step(self._recorders.get(mode)) for mode in MODES}
-        self._in_flight = InFlight(self._settle)
+        self._in_flight = InFlight(self._settle, workload.mesh)
         self._batches = self._endless()
         self._draw = generator(0, "benchmark", "modes")
         self.steps = len(self._order(0))

@@ -139,6 +139,7 @@ def train(
         padding=padding_id(len(data), mesh),
         seed=seed,
         given=given,
+        mesh=mesh,
         step=make_train_step(spec, recipe.optimizer, recipe.objective, recipe.augment, step_kinds, mesh),
         recorder=recorder,
         checkpoints=passengers.checkpoints,
@@ -182,6 +183,7 @@ class _Phase:
     padding: int
     seed: int
     given: Any
+    mesh: Mesh
     step: Callable
     recorder: Recorder | None
     checkpoints: Checkpoints | None
@@ -326,7 +328,7 @@ class _Losses:
         self._phase = phase
         self._epoch = begun.epoch
         self._settled = list(begun.losses)
-        self._in_flight = InFlight(self._settle)
+        self._in_flight = InFlight(self._settle, phase.mesh)
 
     def append(self, loss: jax.Array) -> None:
         """Adds the loss of a step that was just started; may wait for earlier ones."""

@@ -13,6 +13,7 @@ from badloss_jax.core.order import cut_batches
 from badloss_jax.core.processes import all_of, on_all
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.batch import Batch, Examples
+from badloss_jax.training.in_flight import InFlight
 from badloss_jax.training.state import TrainState
 from badloss_jax.training.step import make_sweep_step
 from badloss_jax.trajectories.buffer import Buffer, buffer_bytes, create_buffer, make_write, padding_id, read_column
@@ -99,8 +100,11 @@ class Recorder:
             step = make_sweep_step(spec, sweep_kinds(self.kinds), self.mesh)
             padding = padding_id(len(data), self.mesh)
             order = cut_batches(np.arange(len(data)), self.batch_size, padding)
+            in_flight = InFlight(jax.block_until_ready, self.mesh)
             for batch in data.batches(order):
-                self._write(batch, epoch, step(state, batch))
+                values = step(state, batch)
+                self._write(batch, epoch, values)
+                in_flight.append(values)
 
         self.flush(epoch, check=True)
 

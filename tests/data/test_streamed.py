@@ -84,14 +84,15 @@ def test_passes_see_what_lies_on_the_devices(poisoning, devices):
 
 SPEC = ModelSpec("resnet_small", (12, 12, 1), 10, (8,), 1)
 DOUBLE = replace(SPEC, dtype="float64")
+KINDS = Kinds((), 10, 8)
 
 
 def losses(folder, data, mesh, spec=SPEC):
     """Records 50 steps with crops and flips, the last one of each epoch padded."""
-    kinds, labels = Kinds((), 10, 8), np.zeros(COUNT, np.int32)
-    store = TrajectoryStore.create(folder, "", labels, labels > 0, 2, kinds.layout())
+    labels = np.zeros(COUNT, np.int32)
+    store = TrajectoryStore.create(folder, "", labels, labels > 0, 2, KINDS.layout())
     train(spec, Recipe(2, 30, 32, augment="crop_flip"), data, np.arange(COUNT), seed=0, phase="test", mesh=mesh,
-          passengers=Passengers(Recorder(kinds, "sweep", store, mesh, 64)))  # fmt: skip
+          passengers=Passengers(Recorder(KINDS, "sweep", store, mesh, 64)))  # fmt: skip
     return store.read("loss")
 
 

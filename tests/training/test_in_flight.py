@@ -1,11 +1,15 @@
 """How many steps are waited for together, by a clock of the test's own."""
 
+import subprocess
+import sys
 from itertools import pairwise
 
 import jax
 import pytest
 
+from badloss_jax.core.mesh import make_mesh
 from badloss_jax.training import in_flight
+from tests.conftest import ENVIRONMENT
 
 
 @pytest.fixture
@@ -16,7 +20,7 @@ def clock(monkeypatch):
     return now
 
 
-def waits(clock, seconds, steps):
+def waits(clock, seconds, steps, devices=1):
     """After how many started steps some were waited for, and which; each takes so many seconds, or one of a list."""
     settled, history = [], []
 
@@ -24,7 +28,7 @@ def waits(clock, seconds, steps):
         clock[0] += seconds[step] if isinstance(seconds, list) else seconds
         settled.append(step)
 
-    flight = in_flight.InFlight(settle)
+    flight = in_flight.InFlight(settle, make_mesh(jax.devices()[:devices]))
     for step in range(steps):
         before = len(settled)
         flight.append(step)
@@ -66,3 +70,41 @@ def test_those_between_by_their_length(clock):
 def test_several_processes_find_out_at_the_same_step(clock, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert waits(clock, 0.001, 4) == [(2, [0]), (3, [1]), (4, [2])]
+
+
+def test_several_cpus_have_few_programs_before_them(clock):
+    assert waits(clock, 0.001, 4, devices=2) == [(2, [0]), (3, [1]), (4, [2])]
+
+
+_SWEEP = """
+import sys, numpy as np
+from dataclasses import replace
+from pathlib import Path
+from badloss_jax.core.mesh import make_mesh
+from badloss_jax.training.loop import Passengers, Recipe, train
+from badloss_jax.training.recorder import Recorder
+from badloss_jax.trajectories.store import TrajectoryStore
+from tests.data.test_streamed import COUNT, KINDS, SPEC, make_poisoning, resident
+mesh, labels = make_mesh(), np.zeros(COUNT, np.int32)
+store = TrajectoryStore.create(Path(sys.argv[1]), "", labels, labels > 0, 1, KINDS.layout())
+recorder = Recorder(KINDS, "sweep", store, mesh, batch_size=8)
+data = resident(make_poisoning(), mesh)
+wide = replace(SPEC, stages=(64,))  # slow enough that the host would be far ahead
+train(wide, Recipe(1, 1, 400), data, np.arange(COUNT), seed=0, phase="test", mesh=mesh, passengers=Passengers(recorder))
+print(np.isfinite(store.read("loss")).all())
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_of_a_hundred_batches_ends_on_eight_cpus(tmp_path):
+    """In a program of its own: where nothing goes on XLA ends the process, after a minute."""
+    environment = ENVIRONMENT | {"PYTHONPATH": "."}
+    run = subprocess.run(
+        [sys.executable, "-c", _SWEEP, str(tmp_path / "store")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "True"

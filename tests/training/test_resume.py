@@ -224,9 +224,9 @@ def test_the_clock_sees_steps_that_are_done(tmp_path, mesh, monkeypatch):
     flights, looks = [], []
     init = InFlight.__init__
 
-    def begin(flight, settle):
+    def begin(flight, *given):
         flights.append(flight)
-        init(flight, settle)
+        init(flight, *given)
 
     def look():
         looks.append(len(flights[-1]._pending))

@@ -236,7 +236,7 @@ class _Training:
         for batch in batches:
             self.state, loss, losses, values = step(self.state, batch, np.int32(0), self._rate(), np.uint32(0), None)
             if recorder:
-                recorder.end_step(batch, 0, losses, values)
+                recorder.end_step(batch, losses, values)
             self._in_flight.append(loss)
         self._in_flight.settle_all()
 

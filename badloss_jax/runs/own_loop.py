@@ -33,7 +33,7 @@ from badloss_jax.runs.recorder_settings import (
 from badloss_jax.runs.recorder_values import check_finite, fill_missing, on_devices, shapes_of
 from badloss_jax.scoring.buffer_scores import Request, Scores, score_buffer
 from badloss_jax.trajectories.batches import check, integer, integers, make_update, padded, take, write_batch
-from badloss_jax.trajectories.buffer import Buffer, create_buffer, padding_id, read_column
+from badloss_jax.trajectories.buffer import Buffer, column_of, create_buffer, local_runs, padding_id
 from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.store import TrajectoryStore
 
@@ -318,8 +318,9 @@ class TrajectoryRecorder:
         layout = self.kinds.layout()
         store = TrajectoryStore.create(beside, digest(self._settings), classes, no_probe, self.num_epochs, layout)
         for epoch in range(self.num_epochs):
-            columns = read_column(self.buffer, epoch, self.num_examples)
-            store.write_epoch(epoch, {kind: run for kind, (run,) in columns.items()})
+            column = column_of(self.buffer, np.int32(epoch))
+            runs = local_runs(column, self.num_examples, self.mesh)
+            store.write_epoch(epoch, {kind: run for kind, (run,) in runs.items()})
         write_text(beside / SETTINGS_FILE, json.dumps(self._settings))
         put_in_place(beside, folder)
 

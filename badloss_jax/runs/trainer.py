@@ -365,8 +365,13 @@ class Recording:
         """
 
         def start_store() -> None:
-            layout = self.kinds.layout()
-            TrajectoryStore.create(folder, self.identity, labels, is_probe, self.recipe.epochs, layout)
+            # Of a training that goes on, it has the epochs before the checkpoint.
+            begun = self._store_in(folder)
+            if begun:
+                begun.mark_probes(np.flatnonzero(is_probe))
+            else:
+                layout = self.kinds.layout()
+                TrajectoryStore.create(folder, self.identity, labels, is_probe, self.recipe.epochs, layout)
 
         # The recorders of all processes open the store that the first one makes.
         on_first(start_store)
@@ -377,8 +382,13 @@ class Recording:
 
     def is_in(self, folder: Path) -> bool:
         """Whether a folder holds the whole of it."""
+        store = self._store_in(folder)
+        return store is not None and store.complete
+
+    def _store_in(self, folder: Path) -> TrajectoryStore | None:
+        """Returns what a folder holds of it; None if that is nothing, or of another recording."""
         try:
             store = TrajectoryStore.open(folder)
         except DataError:
-            return False
-        return store.complete and store.recording_hash == self.identity
+            return None
+        return store if store.recording_hash == self.identity else None

@@ -1,6 +1,6 @@
 """Trainings on their way: everything that one needs to go on in the middle of an epoch, to the same bits.
 
-FOLDER/STEP/arrays/    orbax: the network, the optimiser, and the trajectory buffer
+FOLDER/STEP/arrays/    orbax: the network, the optimiser, and what was recorded of the epoch
 FOLDER/STEP/about/     JSON: hash of the training, epoch and step, dtypes, shapes and checksums of the arrays
 
 A checkpoint is written aside, asynchronously, and renamed when it is whole; the one before it stays until then.
@@ -25,9 +25,9 @@ from badloss_jax.core.errors import DataError
 from badloss_jax.core.preemption import Preemption
 from badloss_jax.core.processes import all_of, first, on_first
 from badloss_jax.training.state import TrainState
-from badloss_jax.trajectories.buffer import Buffer
+from badloss_jax.trajectories.buffer import Column
 
-_FORMAT = "badloss_jax.checkpoint/1"
+_FORMAT = "badloss_jax.checkpoint/2"
 _COMPILING = 4  # steps, the first ones, that are not timed
 _TIMED = 16  # steps that are
 
@@ -55,7 +55,7 @@ class Checkpoints:
     Args:
       folder: of this training alone.
       identity: hash of everything that the training depends on.
-      num_examples: N; buffers have at least so many rows.
+      num_examples: N; columns have at least so many rows.
       every_steps: save after so many steps; 0 does not count steps.
       every_minutes: or after so many minutes, turned into steps by what a step takes; 0 does not count minutes.
       preemption: save at once and stop when it says so.
@@ -103,14 +103,14 @@ class Checkpoints:
             if error is None:
                 raise self._failed(failure) from failure
 
-    def restore(self, state: TrainState, buffer: Buffer) -> tuple[TrainState, Buffer, Position]:
+    def restore(self, state: TrainState, column: Column) -> tuple[TrainState, Column, Position]:
         """Takes up the last good checkpoint; without one, gives back what it was given.
 
         Args:
-          state, buffer: fresh; their dtypes, shapes and shardings are what the checkpoint has to fit.
+          state, column: fresh; their dtypes, shapes and shardings are what the checkpoint has to fit.
 
         Returns:
-          State, buffer and how far they are.
+          State, column and how far they are.
 
         Raises:
           DataError: there are checkpoints, but of another training, or all of them are damaged.
@@ -121,7 +121,7 @@ class Checkpoints:
             path = self.folder / str(step)
             failure = ""
             try:
-                restored = self._read(step, state, buffer)
+                restored = self._read(step, state, column)
             except Exception as error:  # orbax and tensorstore raise nearly anything on damaged files
                 failure = _first_line(error)
 
@@ -135,7 +135,7 @@ class Checkpoints:
 
         if failures:
             raise DataError(f"{'; '.join(failures)}. Removing {self.folder} begins this training again")
-        return state, buffer, Position()
+        return state, column, Position()
 
     def times(self, steps_done: int) -> bool:
         """Whether `due` will look at the clock, so that these steps have to be done, and no others in flight.
@@ -163,12 +163,12 @@ class Checkpoints:
         by_time = self._period and steps_done - self._saved_at >= self._period
         return bool(self._stopping or by_steps or by_time)
 
-    def save(self, state: TrainState, buffer: Buffer, position: Position, steps_done: int) -> None:
+    def save(self, state: TrainState, column: Column, position: Position, steps_done: int) -> None:
         """Saves, in the background unless the run is to stop.
 
         Args:
           state: of the network and the optimiser.
-          buffer: the recorder's, or {}.
+          column: the recorder's, or {}.
           position: how far they are.
           steps_done: since the beginning of the training; names the checkpoint.
 
@@ -176,7 +176,7 @@ class Checkpoints:
           PreemptedError: the run is to stop; all is saved.
           DataError: the checkpoint cannot be written; the last good one stays.
         """
-        arrays = _named_arrays(state, buffer)
+        arrays = _named_arrays(state, column)
         about = {
             "format": _FORMAT,
             "identity": self._identity,
@@ -228,9 +228,9 @@ class Checkpoints:
             seconds = on_first(lambda: (time.monotonic() - started) / _TIMED)
             self._period = max(1, math.ceil(60 * self._every_minutes / seconds))
 
-    def _read(self, step: int, state: TrainState, buffer: Buffer) -> tuple[TrainState, Buffer, Position]:
+    def _read(self, step: int, state: TrainState, column: Column) -> tuple[TrainState, Column, Position]:
         """Reads one checkpoint; raises nearly anything if it is damaged or does not fit."""
-        fresh = _named_arrays(state, buffer)
+        fresh = _named_arrays(state, column)
         about = self._read_about(step, fresh)
         restored = self._read_arrays(step, fresh)
 
@@ -239,9 +239,9 @@ class Checkpoints:
             if checksums[name] != value:
                 raise DataError(f"{name} is damaged: its checksum is not the one that was saved")
 
-        leaves = [restored[name] for name in fresh if not _is_buffer(name)]
+        leaves = [restored[name] for name in fresh if not _is_column(name)]
         state = jax.tree.unflatten(jax.tree.structure(state), leaves)
-        buffer = {kind: restored[name] for kind, name in zip(buffer, _buffer_names(buffer), strict=True)}
+        column = {kind: restored[name] for kind, name in zip(column, _column_names(column), strict=True)}
 
         position = Position(
             epoch=int(about["epoch"]),
@@ -249,7 +249,7 @@ class Checkpoints:
             losses=tuple(map(float, about["losses"])),
             seconds=float(about["seconds"]),
         )
-        return state, buffer, position
+        return state, column, position
 
     def _read_about(self, step: int, fresh: dict[str, jax.Array]) -> dict[str, Any]:
         """Reads what a checkpoint is; raises DataError unless it is of this training, with arrays like the fresh."""
@@ -270,7 +270,7 @@ class Checkpoints:
         """Reads the arrays, with the dtypes, shapes and shardings of the fresh ones."""
 
         def like(array: jax.Array) -> ocp.ArrayRestoreArgs:
-            # Not strict: on another number of devices a buffer has another number of rows that only pad it.
+            # Not strict: on another number of devices a column has another number of rows that only pad it.
             return ocp.ArrayRestoreArgs(
                 dtype=array.dtype, sharding=array.sharding, global_shape=array.shape, strict=False
             )
@@ -279,18 +279,18 @@ class Checkpoints:
         return self._open.restore(step, args=ocp.args.Composite(arrays=wanted))["arrays"]
 
     def _describe(self, arrays: dict[str, jax.Array]) -> dict[str, str]:
-        """Names the dtype and the shape of each array; rows that only pad a buffer do not count."""
+        """Names the dtype and the shape of each array; rows that only pad a column do not count."""
         texts = {}
         for name, array in arrays.items():
             shape = list(array.shape)
-            if _is_buffer(name):
+            if _is_column(name):
                 shape[0] = self._num_examples
             texts[name] = f"{array.dtype} {shape}"
         return texts
 
     def _sum_up(self, arrays: dict[str, jax.Array]) -> dict[str, int]:
-        """Returns a checksum of each array; rows that only pad a buffer do not count."""
-        rows = tuple(self._num_examples if _is_buffer(name) else None for name in arrays)
+        """Returns a checksum of each array; rows that only pad a column do not count."""
+        rows = tuple(self._num_examples if _is_column(name) else None for name in arrays)
         sums = _checksums(tuple(arrays.values()), rows)
         return dict(zip(arrays, map(int, sums), strict=True))
 
@@ -304,11 +304,11 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _named_arrays(state: TrainState, buffer: Buffer) -> dict[str, jax.Array]:
+def _named_arrays(state: TrainState, column: Column) -> dict[str, jax.Array]:
     """Names every array, in the order of the tree; orbax makes files of these names."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     named = {f"state{number:04}{_as_name(path)}": leaf for number, (path, leaf) in enumerate(leaves)}
-    return named | dict(zip(_buffer_names(buffer), buffer.values(), strict=True))
+    return named | dict(zip(_column_names(column), column.values(), strict=True))
 
 
 def _as_name(path: Sequence[Any]) -> str:
@@ -316,12 +316,12 @@ def _as_name(path: Sequence[Any]) -> str:
     return "_" + "".join(letter if letter.isalnum() else "_" for letter in text)
 
 
-def _buffer_names(buffer: Buffer) -> list[str]:
-    return [f"buffer_{kind}" for kind in buffer]
+def _column_names(column: Column) -> list[str]:
+    return [f"column_{kind}" for kind in column]
 
 
-def _is_buffer(name: str) -> bool:
-    return name.startswith("buffer")
+def _is_column(name: str) -> bool:
+    return name.startswith("column")
 
 
 @partial(jax.jit, static_argnums=1)

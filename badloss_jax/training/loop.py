@@ -126,9 +126,9 @@ def train(
     begun = Position()
     if passengers.checkpoints:
         # The fresh arrays say which dtypes, shapes and shardings a checkpoint has to fit.
-        state, buffer, begun = passengers.checkpoints.restore(state, recorder.buffer if recorder else {})
+        state, column, begun = passengers.checkpoints.restore(state, recorder.column if recorder else {})
         if recorder:
-            recorder.resume(buffer, begun.epoch)
+            recorder.resume(column, begun.epoch, passengers.checkpoints.folder)
 
     running = _Phase(
         name=phase,
@@ -231,7 +231,7 @@ class _Phase:
                 state, batch, np.int32(epoch), learning_rate, augmentation_seed, self.given
             )
             if self.recorder:
-                self.recorder.end_step(batch, epoch, losses, values)
+                self.recorder.end_step(batch, losses, values)
 
             # Waits for the loss of a step before, while the devices are at work on this one.
             step_losses.append(mean_loss)
@@ -297,8 +297,8 @@ class _Phase:
         # The losses first: nothing is saved of a network that has diverged.
         step_losses = losses.settled()
         seconds = time.monotonic() - self.origin
-        buffer = self.recorder.buffer if self.recorder else {}
-        self.checkpoints.save(state, buffer, replace(position, losses=step_losses, seconds=seconds), steps_done)
+        column = self.recorder.column if self.recorder else {}
+        self.checkpoints.save(state, column, replace(position, losses=step_losses, seconds=seconds), steps_done)
 
     def _report(
         self, epoch: int, mean_loss: float, learning_rate: float, trained_on: int, clock: "_Clock"

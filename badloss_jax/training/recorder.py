@@ -1,31 +1,34 @@
 """The recorder that the trainer carries along: after each epoch every example has one more entry in its trajectory."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from badloss_jax.core.errors import NonFiniteLossError
+from badloss_jax.core.errors import DataError, NonFiniteLossError
 from badloss_jax.core.memory import check_device_memory
 from badloss_jax.core.mesh import process_blocks
 from badloss_jax.core.order import cut_batches
-from badloss_jax.core.processes import all_of, on_all
+from badloss_jax.core.processes import all_of, on_all, on_first
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.batch import Batch, Examples
 from badloss_jax.training.in_flight import InFlight
 from badloss_jax.training.state import TrainState
 from badloss_jax.training.step import make_sweep_step
-from badloss_jax.trajectories.buffer import Buffer, buffer_bytes, create_buffer, make_write, padding_id, read_column
+from badloss_jax.trajectories.buffer import Column, column_bytes, create_column, local_runs, make_write, padding_id
 from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.store import TrajectoryStore
 
 
 @dataclass
 class Recorder:
-    """Fills the device buffer by "sweep" or "step" capture, and appends each finished epoch to the store.
+    """Fills an epoch's column on the devices by "sweep" or "step" capture, and appends it to the store.
 
-    The kind "step" is what the training step itself saw of the loss, in a recording that otherwise sweeps.
+    The kind "step" is what the training step itself saw of the loss, in a recording that otherwise sweeps. Finished
+    epochs lie in the store alone, so that the devices' memory and a step's work do not depend on how many there are.
 
     Attributes:
       kinds: what is recorded.
@@ -33,6 +36,7 @@ class Recorder:
       store: gets each finished epoch's columns.
       mesh: whose devices share the rows.
       batch_size: of the sweep.
+      column: what steps have written of the epoch that goes on, and nothing else: it is all that a checkpoint needs.
     """
 
     kinds: Kinds
@@ -40,40 +44,49 @@ class Recorder:
     store: TrajectoryStore
     mesh: Mesh
     batch_size: int
-    buffer: Buffer = field(init=False)
+    column: Column = field(init=False)
 
     def __post_init__(self) -> None:
         examples = self.store.num_examples
-        epochs = self.store.num_epochs
-        needed = buffer_bytes(self.kinds, examples, epochs, self.mesh)
-        what = f"what is recorded of {examples:,} examples over {epochs:,} epochs"
+        needed = column_bytes(self.kinds, examples, self.mesh)
+        what = f"what is recorded of {examples:,} examples in an epoch"
         check_device_memory(needed, self.mesh, what, "record fewer kinds (recording.kinds), or take more devices")
-        self.buffer = create_buffer(self.kinds, examples, epochs, self.mesh)
+        self.column = self._empty(written_by_steps(self.kinds, self.capture))
 
     @property
     def step_kinds(self) -> Kinds | None:
         """What the training step has to look for beside the losses, which it has anyhow; None is nothing."""
         return step_kinds(self.kinds, self.capture)
 
-    def resume(self, buffer: Buffer, epoch: int) -> None:
-        """Goes on with a buffer in which the epochs before `epoch` are complete; these are stored again.
+    def resume(self, column: Column, epoch: int, checkpoints: Path) -> None:
+        """Goes on in the middle of an epoch; what the store has of it, and of later ones, is removed.
 
         Args:
-          buffer: of a checkpoint.
+          column: of a checkpoint.
           epoch: that the training goes on in.
+          checkpoints: their folder, for the message.
+
+        Raises:
+          DataError: the store lacks an earlier epoch.
         """
-        self.buffer = buffer
 
-        # A training that goes on begins its store anew, empty.
-        for finished in range(epoch):
-            self.flush(finished)
+        def keep_earlier() -> None:
+            try:
+                self.store.keep_first(epoch)
+            except DataError as error:
+                raise DataError(
+                    f"{error}: what was recorded before the checkpoint in {checkpoints} is lost. Removing that folder"
+                    " begins this training again"
+                ) from error
 
-    def end_step(self, batch: Batch, epoch: int, losses: jax.Array, values: dict[str, jax.Array]) -> None:
+        on_first(keep_earlier)
+        self.column = column
+
+    def end_step(self, batch: Batch, losses: jax.Array, values: dict[str, jax.Array]) -> None:
         """Keeps of a training step what is to be recorded of it, if anything.
 
         Args:
           batch: that it trained on.
-          epoch: that goes on.
           losses: float [B].
           values: kind -> [B, ...], of `step_kinds`.
         """
@@ -82,7 +95,7 @@ class Recorder:
         elif "step" in self.kinds.names:
             values = values | {"step": losses}
         if values:
-            self._write(batch, epoch, values)
+            self._write(batch, values)
 
     def end_epoch(self, spec: ModelSpec, state: TrainState, data: Examples, epoch: int) -> None:
         """Sweeps over the training set if that is how it captures, and stores the epoch.
@@ -97,28 +110,32 @@ class Recorder:
           NonFiniteLossError: some example's loss, or another value, is not finite; the epoch is stored all the same.
         """
         if self.capture == "sweep":
-            step = make_sweep_step(spec, sweep_kinds(self.kinds), self.mesh)
+            kinds = sweep_kinds(self.kinds)
+            self.column |= self._empty(kinds.observed)
+
+            step = make_sweep_step(spec, kinds, self.mesh)
             padding = padding_id(len(data), self.mesh)
             order = cut_batches(np.arange(len(data)), self.batch_size, padding)
             in_flight = InFlight(jax.block_until_ready, self.mesh)
             for batch in data.batches(order):
                 values = step(state, batch)
-                self._write(batch, epoch, values)
+                self._write(batch, values)
                 in_flight.append(values)
 
         self.flush(epoch, check=True)
+        self.column = self._empty(written_by_steps(self.kinds, self.capture))
 
     def flush(self, epoch: int, *, check: bool = False) -> None:
         """Stores what is recorded of the epoch, each process its own rows; cells that are not recorded are NaN.
 
         Args:
-          epoch: to store.
+          epoch: that goes on, or is over.
           check: that every value is finite, once the epoch is stored.
 
         Raises:
           NonFiniteLossError: in every process, if it is to be checked and some value is not finite.
         """
-        columns = read_column(self.buffer, epoch, self.store.num_examples)
+        columns = local_runs(self.column, self.store.num_examples, self.mesh)
         blocks = process_blocks(self.store.num_examples, self.mesh)
         here = jax.process_index()
         our_shards = [number for number, (_, _, process) in enumerate(blocks) if process == here]
@@ -131,9 +148,12 @@ class Recorder:
         if check:
             self._check_finite(epoch, columns)
 
-    def _write(self, batch: Batch, epoch: int, values: dict[str, jax.Array]) -> None:
+    def _empty(self, names: Sequence[str]) -> Column:
+        return create_column(self.kinds, names, self.store.num_examples, self.mesh)
+
+    def _write(self, batch: Batch, values: dict[str, jax.Array]) -> None:
         write = make_write(self.mesh)
-        self.buffer = write(self.buffer, batch.ids, np.int32(epoch), values)
+        self.column = write(self.column, batch.ids, values)
 
     def _check_finite(self, epoch: int, columns: dict[str, list[np.ndarray]]) -> None:
         # Every process asks of every kind, for the answer is one that they all wait for.
@@ -157,6 +177,18 @@ def step_kinds(kinds: Kinds, capture: str) -> Kinds | None:
     if capture == "step" and beside:
         return replace(kinds, observed=beside)
     return None
+
+
+def written_by_steps(kinds: Kinds, capture: str) -> tuple[str, ...]:
+    """Returns which kinds the training steps record, the others being left to the sweep.
+
+    Args:
+      kinds: what is recorded.
+      capture: "sweep" or "step".
+    """
+    if capture == "step":
+        return tuple(kinds.layout())
+    return tuple(name for name in kinds.names if name == "step")
 
 
 def sweep_kinds(kinds: Kinds) -> Kinds:

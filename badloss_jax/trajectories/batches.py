@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 
 from badloss_jax.core.errors import UsageError
 from badloss_jax.core.mesh import by_rows, replicated
-from badloss_jax.trajectories.buffer import Buffer, write
+from badloss_jax.trajectories.buffer import Buffer, write_epoch
 from badloss_jax.trajectories.kinds import Kinds
 
 Batch = dict[str, Any]
@@ -205,7 +205,7 @@ def write_batch(buffer: Buffer, batch: Batch, epoch: Int[Array, ""], kinds: Kind
 
     # Negative indices would count from the end.
     ids = jnp.where((ids < 0) | (epoch < 0), len(buffer["loss"]), ids)
-    return write(buffer, ids, epoch, values)
+    return write_epoch(buffer, ids, epoch, values)
 
 
 @lru_cache(maxsize=32)

@@ -1,11 +1,13 @@
-"""The trajectory buffer on the devices: one row an example id, one column an epoch, sharded over rows.
+"""What is recorded, on the devices: one row an example id, sharded over rows. NaN means "not recorded".
 
-An update gathers ids and values of one batch and nothing else: every device scatters what falls into its own rows. NaN
-means "not recorded".
+Training holds the column of the epoch at hand, [N', ...] of each kind: those of finished epochs are in the store. Loops
+of one's own hold all T epochs, [N', T, ...]. N' is N rounded up to a multiple of the devices.
+
+An update gathers ids and values of one batch and nothing else: every device scatters what falls into its own rows.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,14 +20,99 @@ from jaxtyping import Array, Int
 from badloss_jax.core.mesh import by_rows, local_rows, process_blocks, round_up
 from badloss_jax.trajectories.kinds import Kinds
 
+Column = dict[str, jax.Array]
 Buffer = dict[str, jax.Array]
 
 
-def buffer_bytes(kinds: Kinds, num_examples: int, num_epochs: int, mesh: Mesh) -> int:
-    """Counts what a buffer takes on each device; arguments as of `create_buffer`."""
-    rows = round_up(num_examples, mesh) // mesh.size
+def padding_id(num_examples: int, mesh: Mesh) -> int:
+    """Returns the id that fills up batches: no row of a column, so that writes to it are dropped.
+
+    Args:
+      num_examples: N.
+      mesh: the devices, which share the rows.
+    """
+    return round_up(num_examples, mesh)
+
+
+# --- one epoch
+
+
+def column_bytes(kinds: Kinds, num_examples: int, mesh: Mesh) -> int:
+    """Counts what the column of an epoch takes on each device.
+
+    Args:
+      kinds: what is recorded.
+      num_examples: N.
+      mesh: the devices, which share the rows.
+
+    Returns:
+      Bytes, of all kinds together.
+    """
     width = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in kinds.layout().values())
-    return rows * num_epochs * width
+    return round_up(num_examples, mesh) // mesh.size * width
+
+
+def create_column(kinds: Kinds, names: Sequence[str], num_examples: int, mesh: Mesh) -> Column:
+    """Creates an empty column where it will live.
+
+    Args:
+      kinds: what is recorded.
+      names: of the kinds that it is to hold.
+      num_examples: N.
+      mesh: the devices, which share the rows.
+
+    Returns:
+      kind -> [N', ...] of NaN, in the dtype of `Kinds.layout`.
+    """
+    rows = round_up(num_examples, mesh)
+    layout = kinds.layout()
+    return {name: _make_empty((rows, *layout[name][0]), layout[name][1], mesh)() for name in names}
+
+
+def write(column: Column, ids: Int[Array, "B"], values: dict[str, Array]) -> Column:
+    """Writes a batch, for use inside jit; ids past the end are dropped.
+
+    Args:
+      column: kind -> [N', ...].
+      ids: int32 [B], the rows, none of them twice and none negative.
+      values: kind -> [B, ...]; kinds that it lacks stay as they are.
+
+    Returns:
+      The column, with the values in its own dtypes.
+    """
+    return _written(column, (ids,), values)
+
+
+@lru_cache(maxsize=8)
+def make_write(mesh: Mesh) -> Any:
+    """Compiles `write`, for batches that are sharded by rows like the column, which is donated.
+
+    Args:
+      mesh: the devices.
+
+    Returns:
+      The jitted function, the same one for equal arguments.
+    """
+    return jax.jit(write, donate_argnums=0, out_shardings=by_rows(mesh))
+
+
+def local_runs(column: Column, num_examples: int, mesh: Mesh) -> dict[str, list[np.ndarray]]:
+    """Copies a column to the hosts, each its own rows and none of the padding.
+
+    Args:
+      column: kind -> [N', ...].
+      num_examples: N.
+      mesh: the devices, which share the rows.
+
+    Returns:
+      kind -> the runs of rows that this process holds (`mesh.process_blocks`), in order.
+    """
+    here = jax.process_index()
+    our_runs = [(start, stop) for start, stop, process in process_blocks(num_examples, mesh) if process == here]
+    return {name: [local_rows(array, *run) for run in our_runs] for name, array in column.items()}
+
+
+# --- all epochs
 
 
 def create_buffer(kinds: Kinds, num_examples: int, num_epochs: int, mesh: Mesh) -> Buffer:
@@ -38,35 +125,16 @@ def create_buffer(kinds: Kinds, num_examples: int, num_epochs: int, mesh: Mesh) 
       mesh: the devices, which share the rows.
 
     Returns:
-      kind -> [N', T, ...] of NaN, in the dtype of `Kinds.layout`; N' is N rounded up to a multiple of the devices.
+      kind -> [N', T, ...] of NaN, in the dtype of `Kinds.layout`.
     """
-    empty = _make_empty(kinds, round_up(num_examples, mesh), num_epochs, mesh)
-    return empty()
+    rows = round_up(num_examples, mesh)
+    return {
+        name: _make_empty((rows, num_epochs, *shape), dtype, mesh)() for name, (shape, dtype) in kinds.layout().items()
+    }
 
 
-@lru_cache(maxsize=32)
-def _make_empty(kinds: Kinds, rows: int, num_epochs: int, mesh: Mesh) -> Callable[[], Buffer]:
-    def empty() -> Buffer:
-        return {
-            name: jnp.full((rows, num_epochs, *shape), jnp.nan, dtype)
-            for name, (shape, dtype) in kinds.layout().items()
-        }
-
-    return jax.jit(empty, out_shardings=by_rows(mesh))
-
-
-def padding_id(num_examples: int, mesh: Mesh) -> int:
-    """Returns the id that fills up batches: no row of the buffer, so that writes to it are dropped.
-
-    Args:
-      num_examples: N.
-      mesh: the devices, which share the buffer.
-    """
-    return round_up(num_examples, mesh)
-
-
-def write(buffer: Buffer, ids: Int[Array, "B"], epoch: Int[Array, ""], values: dict[str, Array]) -> Buffer:
-    """Writes a batch into a column, for use inside jit; ids past the end are dropped.
+def write_epoch(buffer: Buffer, ids: Int[Array, "B"], epoch: Int[Array, ""], values: dict[str, Array]) -> Buffer:
+    """Writes a batch into a column of a buffer, for use inside jit; as `write`.
 
     Args:
       buffer: kind -> [N', T, ...].
@@ -77,44 +145,30 @@ def write(buffer: Buffer, ids: Int[Array, "B"], epoch: Int[Array, ""], values: d
     Returns:
       The buffer, with the values in its own dtypes.
     """
-    return buffer | {
-        name: buffer[name].at[ids, epoch].set(value.astype(buffer[name].dtype), mode="drop")
+    return _written(buffer, (ids, epoch), values)
+
+
+@jax.jit
+def column_of(buffer: Buffer, epoch: Int[Array, ""]) -> Column:
+    """Returns the column of an epoch.
+
+    Args:
+      buffer: kind -> [N', T, ...].
+      epoch: which.
+
+    Returns:
+      kind -> [N', ...].
+    """
+    return {name: jax.lax.dynamic_index_in_dim(array, epoch, 1, keepdims=False) for name, array in buffer.items()}
+
+
+def _written(arrays: dict[str, jax.Array], where: tuple[Array, ...], values: dict[str, Array]) -> dict[str, jax.Array]:
+    return arrays | {
+        name: arrays[name].at[where].set(value.astype(arrays[name].dtype), mode="drop")
         for name, value in values.items()
     }
 
 
-@lru_cache(maxsize=8)
-def make_write(mesh: Mesh) -> Any:
-    """Compiles `write`, for batches that are sharded by rows like the buffer, which is donated.
-
-    Args:
-      mesh: the devices.
-
-    Returns:
-      The jitted function, the same one for equal arguments.
-    """
-    return jax.jit(write, donate_argnums=0, out_shardings=by_rows(mesh))
-
-
-def read_column(buffer: Buffer, epoch: int, num_examples: int) -> dict[str, list[np.ndarray]]:
-    """Copies a column of every kind to the hosts, each its own rows and none of the padding.
-
-    Args:
-      buffer: kind -> [N', T, ...].
-      epoch: the column.
-      num_examples: N.
-
-    Returns:
-      kind -> the runs of rows that this process holds (`mesh.process_blocks`), in order.
-    """
-    columns = _column(buffer, np.int32(epoch))
-
-    mesh = buffer["loss"].sharding.mesh  # type: ignore[attr-defined]
-    here = jax.process_index()
-    our_runs = [(start, stop) for start, stop, process in process_blocks(num_examples, mesh) if process == here]
-    return {name: [local_rows(column, *run) for run in our_runs] for name, column in columns.items()}
-
-
-@jax.jit
-def _column(buffer: Buffer, epoch: Int[Array, ""]) -> Buffer:
-    return {name: jax.lax.dynamic_index_in_dim(array, epoch, 1, keepdims=False) for name, array in buffer.items()}
+@lru_cache(maxsize=64)
+def _make_empty(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jnp.full(shape, jnp.nan, dtype), out_shardings=by_rows(mesh))

@@ -27,6 +27,7 @@ from badloss_jax.core.errors import DataError
 from badloss_jax.core.files import map_array, read_json, write_atomically, write_text
 
 _FORMAT = "badloss_jax.trajectories/2"
+_SHARD = re.compile(r"epoch_(\d+)-(\d+)-of-(\d+)")  # the stem of a file: the epoch, which shard, how many there are
 _BLOCK = 2**12  # rows
 
 
@@ -148,6 +149,29 @@ class TrajectoryStore:
         for kind, column in columns.items():
             _save_array(self.folder / kind / f"epoch_{epoch:04d}-{shard:05d}-of-{shards:05d}.npy", column)
 
+    def keep_first(self, count: int) -> None:
+        """Removes all epochs but the first ones, such as those that a training had reached after its last checkpoint.
+
+        Args:
+          count: how many stay.
+
+        Raises:
+          DataError: one of these is missing, or a file cannot be removed.
+        """
+        lacking = [epoch for epoch in range(count) if not self._has(epoch)]
+        if lacking:
+            raise DataError(f"{self.folder} lacks epoch {lacking[0]}")
+
+        for kind in self.layout:
+            for path in (self.folder / kind).glob("epoch_*.npy"):
+                name = _SHARD.fullmatch(path.stem)
+                if not name or int(name[1]) < count:
+                    continue
+                try:
+                    path.unlink()
+                except OSError as error:
+                    raise DataError(f"{path} cannot be removed: {error}") from error
+
     def rows(self, kind: str, epochs: Int[np.ndarray, "E"] | None = None, *, check: bool = True) -> "StoredRows":
         """Maps the chosen epochs of a kind, by default all; nothing is read before it is indexed.
 
@@ -245,10 +269,10 @@ class TrajectoryStore:
         # By how many shards there are: a run that was stopped and went on with more processes leaves both.
         shardings: dict[int, dict[int, Path]] = {}
         for path in (self.folder / kind).glob(f"epoch_{epoch:04d}-*.npy"):
-            name = re.fullmatch(r"epoch_\d+-(\d+)-of-(\d+)", path.stem)
+            name = _SHARD.fullmatch(path.stem)
             if name:
-                number = int(name[1])
-                count = int(name[2])
+                number = int(name[2])
+                count = int(name[3])
                 shardings.setdefault(count, {})[number] = path
 
         for count, paths in shardings.items():

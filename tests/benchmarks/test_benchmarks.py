@@ -21,7 +21,7 @@ from badloss_jax.benchmarks import (
     find_benchmark,
     scan_findings,
 )
-from badloss_jax.benchmarks.buffer_memory import expected_bytes, measure_buffer
+from badloss_jax.benchmarks.buffer_memory import measure_buffer
 from badloss_jax.benchmarks.rounding import RESULTS, relative_error
 from badloss_jax.benchmarks.timing import overhead, summary
 from badloss_jax.cli import main
@@ -31,6 +31,7 @@ from badloss_jax.core.mesh import make_mesh
 from badloss_jax.report.results import read_results
 from badloss_jax.runs.experiment import run_experiment
 from badloss_jax.training import loop
+from badloss_jax.trajectories.buffer import column_bytes
 from badloss_jax.trajectories.kinds import Kinds
 
 SMALL = ["--examples", "40", "--image_size", "8", "--seconds", "0.01", "--config.recording.batch_size=16",
@@ -179,10 +180,10 @@ def test_bytes_per_device_are_those_of_the_arithmetic(devices):
     mesh, kinds = make_mesh(jax.devices()[:devices]), Kinds(("ranked", "features"), 10, 1, feature_dim=4)
     figure = measure_buffer(kinds, 1003, 3, mesh, batch_size=64, num_probes=20, k=5)
     rows = {1: 1003, 8: 126}[devices]
-    assert expected_bytes(kinds, 1003, 3, mesh) == rows * 3 * (4 + 2 * 6 + 2 * 4)
+    assert figure["bytes_per_device"]["expected"] == rows * (4 + 2 * 6 + 2 * 4)
     assert figure["bytes_per_device"]["measured"] == [figure["bytes_per_device"]["expected"]] * devices
-    assert figure["layout"]["features"] == [[rows * devices, 3, 4], "float16"]
-    # Nothing of the buffer's size: it is written where it is.
+    assert figure["layout"]["features"] == [[rows * devices, 4], "float16"]
+    # Nothing of the column's size: it is written where it is.
     assert figure["write_temporary_bytes"] < 64 * (4 + 2 * 6 + 2 * 4 + 8) * 4
     assert list(figure["peak_rss_bytes"].values()) == sorted(figure["peak_rss_bytes"].values())
     assert figure["seconds"]["write_batch"]["count"] == 15
@@ -193,7 +194,7 @@ def test_the_shape_of_imagenet():
     """What the README says of memory, without allocating it."""
     mesh = make_mesh()
     assert mesh.size == 8
-    assert expected_bytes(Kinds((), 1000, 1), 1_281_167, 30, mesh) == 160_146 * 30 * 4 == 19_217_520
+    assert column_bytes(Kinds((), 1000, 1), 1_281_167, mesh) == 160_146 * 4 == 640_584
 
 
 def test_the_buffer_by_its_command(tmp_path, capsys):

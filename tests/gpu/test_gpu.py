@@ -15,7 +15,7 @@ from badloss_jax.scoring import knn_distances, leave_one_out_distances
 from badloss_jax.training.objective import MeanLoss
 from badloss_jax.training.state import AdamW, create_state
 from badloss_jax.training.step import make_train_step
-from badloss_jax.trajectories.buffer import create_buffer, make_write, read_column
+from badloss_jax.trajectories.buffer import create_column, local_runs, make_write
 from badloss_jax.trajectories.kinds import Kinds
 from tests.training.test_training import SPEC, record, resident
 
@@ -46,32 +46,32 @@ def test_the_first_steps_are_those_of_the_cpu(device, cpu):
     with jax.default_matmul_precision("highest"):
         for mesh in (device, cpu):
             data, state = resident(mesh), create_state(SPEC, AdamW(), 0, mesh)
-            buffer = create_buffer(KINDS, len(data), 1, mesh)
+            column = create_column(KINDS, tuple(KINDS.layout()), len(data), mesh)
             step = make_train_step(SPEC, AdamW(), MeanLoss(), "none", KINDS, mesh)
             for batch in data.batches(np.arange(96, dtype=np.int32).reshape(3, 32)):
                 state, *_, values = step(state, batch, np.int32(0), np.float32(1e-3), np.uint32(0), None)
-                buffer = make_write(mesh)(buffer, batch.ids, np.int32(0), values)
-            seen.append({kind: run for kind, (run,) in read_column(buffer, 0, 96).items()})
+                column = make_write(mesh)(column, batch.ids, values)
+            seen.append({kind: run for kind, (run,) in local_runs(column, 96, mesh).items()})
     for kind in KINDS.layout():
         np.testing.assert_allclose(seen[0][kind], seen[1][kind], rtol=0, atol=1e-2, err_msg=kind)
         assert np.isfinite(seen[0][kind]).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_a_step_sees_is_written_into_the_buffer_where_it_is(device, dtype):
+def test_what_a_step_sees_is_written_into_the_column_where_it_is(device, dtype):
     spec = replace(SPEC, dtype=dtype)
     data, state = resident(device), create_state(spec, AdamW(), 0, device)
-    buffer = create_buffer(KINDS, len(data), 3, device)
+    column = create_column(KINDS, tuple(KINDS.layout()), len(data), device)
     step = make_train_step(spec, AdamW(), MeanLoss(), "crop_flip", KINDS, device)
     (batch,) = data.batches(np.arange(32, dtype=np.int32)[None])
     _, loss, _, values = step(state, batch, np.int32(1), np.float32(1e-3), np.uint32(0), None)
-    before = {kind: (array, array.unsafe_buffer_pointer()) for kind, array in buffer.items()}
-    buffer = make_write(device)(buffer, batch.ids, np.int32(1), values)
+    before = {kind: (array, array.unsafe_buffer_pointer()) for kind, array in column.items()}
+    column = make_write(device)(column, batch.ids, values)
     for kind, (array, address) in before.items():
         assert array.is_deleted()
-        assert buffer[kind].unsafe_buffer_pointer() == address
+        assert column[kind].unsafe_buffer_pointer() == address
     assert np.isfinite(float(loss))
-    (losses,) = read_column(buffer, 1, len(data))["loss"]
+    (losses,) = local_runs(column, len(data), device)["loss"]
     assert losses.dtype == np.float32
     assert np.isfinite(losses[:32]).all()
     assert np.isnan(losses[32:]).all()

@@ -61,7 +61,10 @@ def training(
     """Three epochs of 25 steps (the last one padded), recorded; stopped after some steps if asked to."""
     data = resident(mesh)
     nobody = np.zeros(len(data), bool)
-    store = TrajectoryStore.create(folder / "store", "", np.asarray(data.labels), nobody, epochs, kinds.layout())
+    store = TrajectoryStore(folder / "store", "", len(data), epochs, {})
+    if not (store.folder / "about.json").exists():
+        TrajectoryStore.create(store.folder, "", np.asarray(data.labels), nobody, epochs, kinds.layout())
+    store = TrajectoryStore.open(store.folder)
     recorder = Recorder(kinds, capture, store, mesh, 64)
     reports = []
     settings = {"every_steps": 7, "preemption": StopAfter(stop_after)} | changed
@@ -120,7 +123,7 @@ def test_sweeps_go_on_to_the_same_bits(tmp_path, mesh):
 
 @pytest.mark.slow
 def test_a_training_moves_to_another_number_of_devices(stopped, unbroken):
-    """From 1 to 8, whose buffer has 800 rows, and not 797; compared over the first 50 steps."""
+    """From 1 to 8, whose column has 800 rows, and not 797; compared over the first 50 steps."""
     moved, *_ = training(stopped, make_mesh(jax.devices()[:8]))
     ours, theirs = moved.read("loss"), unbroken[0].read("loss")
     np.testing.assert_array_equal(ours[:, 0], theirs[:, 0])
@@ -173,11 +176,42 @@ def test_another_trainings_checkpoint_is_refused(stopped, mesh):
         training(stopped, mesh, identity="that")
 
 
+def test_a_checkpoint_of_another_format_is_refused(stopped, mesh):
+    """Such as that which held all epochs."""
+    for about in (stopped / "checkpoints").glob("*/about/*"):
+        about.write_text(about.read_text().replace("badloss_jax.checkpoint/2", "badloss_jax.checkpoint/1"))
+    with pytest.raises(DataError, match=r"format is 'badloss_jax.checkpoint/1'.*Removing .*checkpoints begins"):
+        training(stopped, mesh)
+
+
+def test_epochs_before_the_checkpoint_are_not_recorded_anew(stopped, mesh):
+    next((stopped / "store" / "loss").glob("epoch_0000*")).unlink()
+    with pytest.raises(DataError, match=r"store lacks epoch 0: .* Removing that folder begins this training again"):
+        training(stopped, mesh)
+
+
+def test_epochs_after_the_checkpoint_are_recorded_anew(stopped, mesh, unbroken):
+    """A stored epoch that was reached after it, by more processes than there are now, is not taken for the new one."""
+    store = TrajectoryStore.open(stopped / "store")
+    columns = {kind: np.zeros((797, *shape), dtype) for kind, (shape, dtype) in store.layout.items()}
+    for shard in range(2):
+        rows = slice(400 * shard, 400 * shard + 400)
+        store.write_epoch(1, {kind: column[rows] for kind, column in columns.items()}, shard, 2)
+    assert_same(training(stopped, mesh), unbroken)
+
+
+@pytest.mark.parametrize(("kinds", "held"), [((), []), (("step",), ["column_step"])])
+def test_a_checkpoint_holds_what_steps_have_written_and_no_more(tmp_path, mesh, kinds, held):
+    training(tmp_path, mesh, capture="sweep", kinds=Kinds(kinds, 10, 8), epochs=1)
+    about = next((tmp_path / "checkpoints").glob("*/about/*"))
+    assert [name for name in json.loads(about.read_text())["arrays"] if "column" in name] == held
+
+
 def test_dtypes_are_checked(stopped, mesh, monkeypatch):
     about = next((stopped / "checkpoints" / "40" / "about").glob("*"))
-    about.write_text(about.read_text().replace("float32 [797, 3]", "float16 [797, 3]"))
+    about.write_text(about.read_text().replace("float32 [797]", "float16 [797]"))
     shutil.rmtree(stopped / "checkpoints" / "35")
-    with pytest.raises(DataError, match=r"buffer_loss is float16 \[797, 3\], expected float32 \[797, 3\]"):
+    with pytest.raises(DataError, match=r"column_loss is float16 \[797\], expected float32 \[797\]"):
         training(stopped, mesh)
 
 
@@ -193,7 +227,7 @@ def flip(checkpoint):
     """Changes a checksum, as a change of the data would."""
     about = next((checkpoint / "about").glob("*"))
     content = json.loads(about.read_text())
-    content["checksums"]["buffer_loss"] ^= 1
+    content["checksums"]["column_loss"] ^= 1
     about.write_text(json.dumps(content))
 
 

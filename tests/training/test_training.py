@@ -23,7 +23,7 @@ from badloss_jax.training.resident import ResidentData, make_take
 from badloss_jax.training.saved_model import load_model, save_model
 from badloss_jax.training.state import Adadelta, AdamW, create_state, merged
 from badloss_jax.training.step import make_observe_step, make_sweep_step, make_train_step
-from badloss_jax.trajectories.buffer import create_buffer, make_write
+from badloss_jax.trajectories.buffer import create_column, make_write
 from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.store import TrajectoryStore
 
@@ -135,20 +135,19 @@ def test_compiled_steps_share_a_batch_and_gather_at_most_its_logits():
     assert all(sharding == by_rows(mesh) for sharding in jax.tree.leaves(sweep.output_shardings))
 
 
-def test_compiled_write_gathers_only_one_batch_of_values_and_aliases_the_buffer():
+def test_compiled_write_gathers_only_one_batch_of_values_and_aliases_the_column():
     mesh, kinds = make_mesh(), Kinds(("logits", "ranked", "features"), 10, 8, feature_dim=7)
-    buffer = create_buffer(kinds, 797, 30, mesh)
-    assert buffer["loss"].shape[0] == 800
+    column = create_column(kinds, tuple(kinds.layout()), 797, mesh)
+    assert column["loss"].shape == (800,)
     values = {name: np.zeros((64, *shape), np.float32) for name, (shape, _) in kinds.layout().items()}
     ids, values = place((np.arange(64, dtype=np.int32), values), by_rows(mesh))
-    text = make_write(mesh).lower(buffer, ids, np.int32(0), values).compile().as_text()
+    text = make_write(mesh).lower(column, ids, values).compile().as_text()
     gathered = collectives(text)
     assert {operation for operation, _ in gathered} == {"all-gather"}
     rows = {int(rows) for _, shape in gathered for rows in re.findall(r"\[(\d+)", shape)}
-    assert rows == {64}, gathered  # (id, epoch) and the values of each example of the batch
-    assert not [shape for _, shape in gathered if ",30" in shape], gathered
+    assert rows == {64}, gathered  # ids and the values of each example of the batch
     count = text[: text.index("entry_computation_layout")].count("may-alias")
-    assert count == len(buffer) == 4
+    assert count == len(column) == 4
 
 
 def test_augmentation_is_the_same_on_any_number_of_devices(tmp_path):

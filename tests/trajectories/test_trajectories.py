@@ -8,7 +8,17 @@ import pytest
 
 from badloss_jax.core.errors import DataError
 from badloss_jax.core.mesh import make_mesh
-from badloss_jax.trajectories.buffer import create_buffer, padding_id, read_column, write
+from badloss_jax.trajectories.buffer import (
+    column_bytes,
+    column_of,
+    create_buffer,
+    create_column,
+    local_runs,
+    make_write,
+    padding_id,
+    write,
+    write_epoch,
+)
 from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.store import TrajectoryStore
 
@@ -35,20 +45,19 @@ def test_kinds_agree_with_float64(rng):
 def test_only_what_is_to_be_observed_is_computed_and_written(rng):
     kinds = Kinds(("step", "prob"), 7, 12)
     mesh = make_mesh(jax.devices()[:1])
-    buffer = create_buffer(kinds, 5, 2, mesh)
+    column = create_column(kinds, tuple(kinds.layout()), 5, mesh)
     logits, features, labels = jnp.asarray(rng.normal(size=(5, 7))), jnp.zeros((5, 12)), jnp.arange(5)
     step = replace(kinds, observed=("step",)).observe(logits, features, labels)
     sweep = replace(kinds, observed=("loss", "prob")).observe(logits, features, labels)
     assert (step.keys(), sweep.keys()) == ({"step"}, {"loss", "prob"})
     assert kinds.observe(logits, features, labels).keys() == kinds.layout().keys() == {"loss", "step", "prob"}
     np.testing.assert_array_equal(step["step"], sweep["loss"])
-    written = write(buffer, jnp.arange(5), jnp.int32(1), step)
-    assert np.isfinite(written["step"][:5, 1]).all()
-    assert np.isnan(written["step"][:, 0]).all()
+    written = write(column, jnp.arange(5), step)
+    assert np.isfinite(written["step"][:5]).all()
     assert all(np.isnan(written[kind]).all() for kind in ("loss", "prob"))
-    both = write(written, jnp.arange(5), jnp.int32(1), sweep)
+    both = write(written, jnp.arange(5), sweep)
     np.testing.assert_array_equal(both["step"], written["step"])
-    np.testing.assert_allclose(both["loss"][:5, 1], sweep["loss"], rtol=1e-6)
+    np.testing.assert_allclose(both["loss"][:5], sweep["loss"], rtol=1e-6)
 
 
 def test_few_classes_give_few_ranks_and_huge_values_stay_finite():
@@ -68,12 +77,22 @@ def test_buffer_holds_what_was_written(num_devices, rng):
     assert shards == {len(buffer["loss"]) // num_devices}
     ids = np.append(rng.permutation(101)[:39], padding_id(101, mesh)).astype(np.int32)
     values = {"loss": rng.random(40), "features": rng.random((40, 5))}
-    buffer = jax.jit(write, donate_argnums=0)(buffer, ids, np.int32(4), values)
-    column = {kind: run for kind, (run,) in read_column(buffer, 4, 101).items()}
-    assert len(column["loss"]) == 101
-    np.testing.assert_array_equal(column["loss"][ids[:39]], values["loss"][:39].astype(np.float32))
-    np.testing.assert_array_equal(column["features"][ids[:39]], values["features"][:39].astype(np.float16))
+    buffer = jax.jit(write_epoch, donate_argnums=0)(buffer, ids, np.int32(4), values)
     assert np.isfinite(buffer["loss"]).sum() == 39  # padding wrote nothing, and nothing else was touched
+    alone = create_column(kinds, ("loss", "features"), 101, mesh)
+    for column in (column_of(buffer, np.int32(4)), make_write(mesh)(alone, ids, values)):
+        runs = {kind: run for kind, (run,) in local_runs(column, 101, mesh).items()}
+        assert len(runs["loss"]) == 101
+        np.testing.assert_array_equal(runs["loss"][ids[:39]], values["loss"][:39].astype(np.float32))
+        np.testing.assert_array_equal(runs["features"][ids[:39]], values["features"][:39].astype(np.float16))
+        assert np.isfinite(runs["loss"]).sum() == 39
+
+
+def test_a_column_holds_what_it_is_for_and_its_size_is_known(mesh):
+    column = create_column(ALL, ("loss", "features"), 101, mesh)
+    assert {kind: array.shape for kind, array in column.items()} == {"loss": (101,), "features": (101, 4)}
+    everything = create_column(ALL, tuple(ALL.layout()), 101, mesh)
+    assert column_bytes(ALL, 101, mesh) == sum(array.nbytes for array in everything.values())
 
 
 @pytest.fixture
@@ -117,6 +136,21 @@ def test_store_reads_ranges_and_ids_from_any_sharding(tmp_path, rng, monkeypatch
     assert not made.complete
     with pytest.raises(DataError, match=r"epoch_0002-.*not all of its shards are there"):
         made.rows("features")
+
+
+def test_store_keeps_the_first_epochs(store, tmp_path):
+    half = {kind: np.zeros((2, *shape), dtype) for kind, (shape, dtype) in ALL.layout().items()}
+    store.write_epoch(2, half, 0, 2)  # as a process wrote it whose peer was killed
+    store.keep_first(3)
+    assert store.complete
+    store.keep_first(2)
+    assert store.finished().num_epochs == 2
+    assert not list(store.folder.glob("*/epoch_0002*"))
+    next((store.folder / "prob").glob("epoch_0000*")).unlink()
+    with pytest.raises(DataError, match=r"lacks epoch 0$"):
+        store.keep_first(2)
+    store.keep_first(0)
+    assert not list(store.folder.glob("*/epoch*"))
 
 
 def test_store_says_what_is_wrong(store):

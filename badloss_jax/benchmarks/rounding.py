@@ -64,7 +64,7 @@ def _compute(spec: ModelSpec, state: TrainState, batch: Batch, mesh: Mesh) -> di
     trained, _, losses, _ = step(state, batch, np.int32(0), np.float32(_LEARNING_RATE), np.uint32(0), None)
 
     # After one step the first moment is a tenth of the gradient.
-    moments, _ = trained.optimizer
+    moments, _ = jax.jit(lambda packed: packed.tree)(trained.optimizer)
     results = {
         "losses": losses,
         "gradients": moments.mu,

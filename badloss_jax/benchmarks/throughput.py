@@ -25,7 +25,7 @@ from badloss_jax.benchmarks.peers import Peer, make_peer
 from badloss_jax.benchmarks.timing import overhead, ratio, seconds_of, summary
 from badloss_jax.benchmarks.workload import Workload
 from badloss_jax.core.errors import NonFiniteLossError
-from badloss_jax.core.mesh import jit_on
+from badloss_jax.core.mesh import jit_on, place, replicated
 from badloss_jax.core.order import epoch_batches
 from badloss_jax.core.seeding import generator
 from badloss_jax.training.batch import Batch
@@ -41,6 +41,7 @@ MODES = ("off", "sweep", "step")
 _RECORDING = MODES[1:]
 _BLOCK = 0.1  # seconds of steps that are timed at a time, so that waiting for the last one does not count
 _ENDS = 5  # how often the end of an epoch is measured, and a scanned epoch
+_DISPATCHES = 4  # steps whose dispatch is timed, after each of these
 
 
 def measure_training(workload: Workload, seconds: float, scan: bool = False, peer: str | None = None) -> dict[str, Any]:
@@ -58,6 +59,8 @@ def measure_training(workload: Workload, seconds: float, scan: bool = False, pee
       step_seconds, examples_per_second: per mode, without the end of the epoch.
       step_overhead: per mode, of a step, against "off". "sweep" trains by the same step as "off": what it shows beyond
         zero is the error of this measurement.
+      dispatch_seconds: per mode, that the host takes for a step whose devices have nothing to do: what it needs to keep
+        ahead of them. A CPU device begins to work meanwhile.
       epoch_end_seconds: per mode, to sweep (if it does), copy the epoch's column to the host and store it.
       epoch_overhead_percent: per mode, of an epoch with its end against one without recording.
       scan: seconds of a looped and of a scanned epoch, and the overhead of the latter; None if not asked for.
@@ -105,11 +108,13 @@ class _Samples:
     Attributes:
       steps_per_block: steps that were timed at a time.
       steps: mode, or name of a peer -> seconds of a step, per round.
+      dispatches: mode -> seconds that the host takes for a step.
       ends: mode -> seconds of the end of an epoch.
     """
 
     steps_per_block: int
     steps: dict[str, list[float]]
+    dispatches: dict[str, list[float]]
     ends: dict[str, list[float]]
 
 
@@ -142,6 +147,8 @@ class _Training:
         self.state = create_state(workload.spec, workload.recipe.optimizer, 0, workload.mesh)
         self._recorders = {mode: self._make_recorder(mode) for mode in _RECORDING}
         self._steps = {mode: self._make_step(self._recorders.get(mode)) for mode in MODES}
+        constants = (np.int32(0), np.float32(workload.recipe.learning_rate_at(0)), np.uint32(0))
+        self._constants = place(constants, replicated(workload.mesh))
         self._in_flight = InFlight(self._settle, workload.mesh)
         self._batches = self._endless()
         self._draw = generator(0, "benchmark", "modes")
@@ -189,6 +196,17 @@ class _Training:
 
         return seconds_of(work) / steps
 
+    def dispatch(self, mode: str) -> float:
+        """Returns the seconds that the host takes to start a step, once the devices have done all before."""
+        recorder = self._recorders.get(mode)
+        jax.block_until_ready(self.state)
+
+        started = time.perf_counter()
+        loss = self._start(self._steps[mode], next(self._batches), recorder)
+        seconds = time.perf_counter() - started
+        self._settle(loss)
+        return seconds
+
     def end_epoch(self, mode: str) -> float:
         """Returns the seconds from an epoch's last step to the column on disk.
 
@@ -214,7 +232,7 @@ class _Training:
             return self.state
 
         def scan() -> TrainState:
-            self.state, losses = scanned(self.state, data, order, np.int32(0), self._rate(), np.uint32(0))
+            self.state, losses = scanned(self.state, data, order, *self._constants)
             # A loop waits for its losses, too.
             self.loss = float(losses[-1])
             return self.state
@@ -234,11 +252,15 @@ class _Training:
     def _walk(self, step: Callable, batches: Iterator[Batch], recorder: Recorder | None = None) -> None:
         """Trains on some batches, waiting for losses while later steps run, as the trainer does."""
         for batch in batches:
-            self.state, loss, losses, values = step(self.state, batch, np.int32(0), self._rate(), np.uint32(0), None)
-            if recorder:
-                recorder.end_step(batch, losses, values)
-            self._in_flight.append(loss)
+            self._in_flight.append(self._start(step, batch, recorder))
         self._in_flight.settle_all()
+
+    def _start(self, step: Callable, batch: Batch, recorder: Recorder | None) -> jax.Array:
+        """Starts a step, and writing what is recorded of it; returns the loss."""
+        self.state, loss, losses, values = step(self.state, batch, *self._constants, None)
+        if recorder:
+            recorder.end_step(batch, losses, values)
+        return loss
 
     def _settle(self, loss: jax.Array) -> None:
         self.loss = float(loss)
@@ -262,9 +284,6 @@ class _Training:
             phase="benchmark",
             epoch=epoch,
         )
-
-    def _rate(self) -> np.float32:
-        return np.float32(self.workload.recipe.learning_rate_at(0))
 
     def _make_step(self, recorder: Recorder | None) -> Callable:
         workload = self.workload
@@ -296,6 +315,7 @@ def _sample(training: _Training, seconds: float) -> _Samples:
     steps_per_block = max(1, math.ceil(_BLOCK / a_step))
 
     steps: dict[str, list[float]] = {mode: [] for mode in training.modes}
+    dispatches: dict[str, list[float]] = {mode: [] for mode in MODES}
     ends: dict[str, list[float]] = {mode: [] for mode in _RECORDING}
     for _ in range(_ENDS):
         # One round at least, however few the seconds are.
@@ -306,9 +326,11 @@ def _sample(training: _Training, seconds: float) -> _Samples:
             if time.perf_counter() > until:
                 break
 
+        for mode in MODES:
+            dispatches[mode] += [training.dispatch(mode) for _ in range(_DISPATCHES)]
         for mode in _RECORDING:
             ends[mode].append(training.end_epoch(mode))
-    return _Samples(steps_per_block, steps, ends)
+    return _Samples(steps_per_block, steps, dispatches, ends)
 
 
 def _costs(samples: _Samples, batch_size: int, steps_per_epoch: int) -> dict[str, Any]:
@@ -327,6 +349,7 @@ def _costs(samples: _Samples, batch_size: int, steps_per_epoch: int) -> dict[str
         "step_seconds": {mode: summary(samples.steps[mode]) for mode in MODES},
         "examples_per_second": {mode: batch_size / medians[mode] for mode in MODES},
         "step_overhead": overheads,
+        "dispatch_seconds": {mode: summary(samples.dispatches[mode]) for mode in MODES},
         "epoch_end_seconds": {mode: summary(samples.ends[mode]) for mode in _RECORDING},
         "epoch_overhead_percent": of_epoch,
     }

@@ -120,7 +120,7 @@ class TorchResNet(torch.nn.Module):
           state: of the same network.
         """
         copied = {}
-        for path, leaf in chain(*map(tree_leaves_with_path, (state.params, state.batch_stats))):
+        for path, leaf in chain(*map(tree_leaves_with_path, (state.params.tree, state.batch_stats.tree))):
             *modules, name = (str(entry.key) for entry in path)
             values = np.asarray(leaf)
             if name == "kernel":

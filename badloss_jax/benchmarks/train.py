@@ -106,12 +106,24 @@ def measure(arguments: Namespace, overrides: Sequence[str]) -> Iterator[dict[str
 
 
 def table(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Returns header and rows: per network and mode seconds a step, examples a second, and the costs of recording.
+    """Returns header and rows: per network and mode milliseconds a step, of them those in which the host starts it,
+    examples a second, and the costs of recording.
 
     The row of a peer has the ratio of our step to its own in their place.
     """
     rows = [
-        ["network", "px", "dtype", "recording", "ms/step", "examples/s", "of a step", "95 % interval", "of an epoch"]
+        [
+            "network",
+            "px",
+            "dtype",
+            "recording",
+            "ms/step",
+            "dispatch",
+            "examples/s",
+            "of a step",
+            "95 % interval",
+            "of an epoch",
+        ]
     ]
     for figure in figures:
         rows += [_mode_row(figure, mode) for mode in figure["step_seconds"]]
@@ -134,6 +146,7 @@ def _mode_row(figure: Mapping[str, Any], mode: str) -> list[str]:
         *_network_cells(figure),
         mode,
         f"{1000 * figure['step_seconds'][mode]['median']:.2f}",
+        f"{1000 * figure['dispatch_seconds'][mode]['median']:.2f}",
         f"{figure['examples_per_second'][mode]:,.0f}",
         *costs,
     ]
@@ -146,6 +159,7 @@ def _scan_row(figure: Mapping[str, Any]) -> list[str]:
         *_network_cells(figure),
         "off, scanned",
         f"{1000 * seconds / figure['steps_per_epoch']:.2f}",
+        "",
         f"{figure['examples'] / seconds:,.0f}",
         *_cost_cells(figure["scan"]["overhead"]),
         "",
@@ -160,6 +174,7 @@ def _peer_row(figure: Mapping[str, Any]) -> list[str]:
         *_network_cells(figure),
         peer["name"],
         f"{1000 * peer['step_seconds']['median']:.2f}",
+        "",
         f"{peer['examples_per_second']:,.0f}",
         f"ours / {peer['name']} {peer['ratio']['median']:.3f}",
         f"{low:.3f} to {high:.3f}",

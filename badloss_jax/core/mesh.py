@@ -65,7 +65,7 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
     """Copies host arrays, the same in every process, to the devices.
 
     Args:
-      tree: of NumPy arrays.
+      tree: of NumPy arrays or numbers.
       sharding: of each of them.
 
     Returns:

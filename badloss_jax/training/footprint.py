@@ -17,7 +17,7 @@ from jax.extend import core
 from jax.sharding import Mesh
 
 from badloss_jax.core.memory import check_device_memory, on_cpus
-from badloss_jax.core.mesh import by_rows
+from badloss_jax.core.mesh import by_rows, replicated
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.batch import Batch
 from badloss_jax.training.loop import Recipe
@@ -64,7 +64,7 @@ def check_train_step(
 
     # With the shardings that arrays will have: then JAX finds this trace again, and nothing is traced twice.
     step: Any = make_train_step(spec, recipe.optimizer, recipe.objective, recipe.augment, kinds, mesh)
-    traced = step.trace(state, batch, np.int32(0), np.float32(0), np.uint32(0), given)
+    traced = step.trace(state, batch, *constants_of(mesh), given)
     needed += _share(traced, batch, mesh)
     check_device_memory(needed, mesh, _described(key, recipe.batch_size, spec, "training step"), _ADVICE)
 
@@ -104,6 +104,13 @@ def _batch_of(spec: ModelSpec, batch_size: int, mesh: Mesh) -> Any:
         return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
 
     return Batch(ids=rows(np.int32), images=rows(np.float32, *spec.image_shape), labels=rows(np.int32), real=rows(bool))
+
+
+def constants_of(mesh: Mesh) -> tuple[Any, Any, Any]:
+    """Returns the shapes of epoch, learning rate and seed, which every training step is given."""
+    dtypes = (np.int32, np.float32, np.uint32)
+    epoch, learning_rate, seed = (jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh)) for dtype in dtypes)
+    return epoch, learning_rate, seed
 
 
 def _size_of(tree: Any) -> int:

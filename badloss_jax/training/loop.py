@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from badloss_jax.core.errors import NonFiniteLossError
-from badloss_jax.core.mesh import to_host
+from badloss_jax.core.mesh import place, replicated, to_host
 from badloss_jax.core.order import epoch_batches
 from badloss_jax.core.progress import Progress
 from badloss_jax.core.seeding import derived_seed
@@ -218,8 +218,11 @@ class _Phase:
         epoch = begun.epoch
         clock = _Clock()
         step_losses = _Losses(self, begun)
-        learning_rate = np.float32(self.recipe.learning_rate_at(epoch))
-        augmentation_seed = np.uint32(derived_seed(self.seed, self.name, "augmentation"))
+        learning_rate = self.recipe.learning_rate_at(epoch)
+        augmentation_seed = derived_seed(self.seed, self.name, "augmentation")
+        # Copied to the devices here, and not at each step.
+        constants = (np.int32(epoch), np.float32(learning_rate), np.uint32(augmentation_seed))
+        constants = place(constants, replicated(self.mesh))
 
         order = self._shuffle(epoch)
         batch_sizes = (order < self.padding).sum(1)
@@ -227,13 +230,11 @@ class _Phase:
 
         for number in range(begun.step, self.steps_per_epoch):
             batch = clock.pull(batches)
-            state, mean_loss, losses, values = self.step(
-                state, batch, np.int32(epoch), learning_rate, augmentation_seed, self.given
-            )
+            state, mean_loss, losses, values = self.step(state, batch, *constants, self.given)
             if self.recorder:
                 self.recorder.end_step(batch, losses, values)
 
-            # Waits for the loss of a step before, while the devices are at work on this one.
+            # Waits for the loss of a step before, while the devices are at work on later ones.
             step_losses.append(mean_loss)
             self.watchdog.alive()
             self.progress.advance(int(batch_sizes[number]), self._title(epoch))
@@ -248,7 +249,7 @@ class _Phase:
         # The mean is that of the whole epoch, the rate only that of what was trained on since a stop.
         trained_on = int(batch_sizes[begun.step :].sum())
         loss = float(np.average(np.array(settled, np.float64), weights=batch_sizes))
-        return state, self._report(epoch, loss, float(learning_rate), trained_on, clock)
+        return state, self._report(epoch, loss, float(np.float32(learning_rate)), trained_on, clock)
 
     def finite(self, loss: jax.Array, position: Position) -> float:
         """Waits for a step's mean loss.

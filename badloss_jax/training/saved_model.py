@@ -1,7 +1,7 @@
 """Trained networks on disk: weights and batch statistics by orbax, and a JSON file that says what they are.
 
-DIR/weights/    orbax, {"params": ..., "batch_stats": ...}
-DIR/about.json  the network's spec, the hash of what it was trained on, and what it scored
+DIR/weights/    orbax, {"params": ..., "batch_stats": ...}, each packed
+DIR/about.json  format, the network's spec, the hash of what it was trained on, and what it scored
 """
 
 import json
@@ -20,6 +20,8 @@ from badloss_jax.core.mesh import replicated
 from badloss_jax.core.processes import on_first
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.state import AdamW, TrainState, create_state
+
+_FORMAT = "badloss_jax.model/2"
 
 
 def save_model(folder: Path, spec: ModelSpec, state: TrainState, about: dict[str, Any]) -> None:
@@ -53,7 +55,7 @@ def save_model(folder: Path, spec: ModelSpec, state: TrainState, about: dict[str
         raise DataError(f"the model cannot be saved in {folder}: {error}") from error
 
     # Last: a folder without about.json holds no whole model.
-    write_about(folder, {"spec": asdict(spec), **about})
+    write_about(folder, {"format": _FORMAT, "spec": asdict(spec), **about})
 
 
 def write_about(folder: Path, about: dict[str, Any]) -> None:
@@ -77,9 +79,14 @@ def read_about(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
 
-    missing = {"spec", "hash", "tested", "evaluation", "seconds"} - about.keys()
+    missing = {"format", "spec", "hash", "tested", "evaluation", "seconds"} - about.keys()
     if missing:
         raise DataError(f"{folder / 'about.json'} lacks {min(missing)}: remove {folder} to train this model again")
+    if about["format"] != _FORMAT:
+        raise DataError(
+            f"{folder / 'about.json'} has format {about['format']!r}, expected {_FORMAT!r}: remove {folder} to train"
+            " this model again"
+        )
     return about
 
 
@@ -113,7 +120,9 @@ def load_model(folder: Path, mesh: Mesh) -> tuple[ModelSpec, TrainState]:
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"the model in {folder} cannot be loaded: {error}") from error
 
-    return spec, replace(state, **restored)
+    params = replace(state.params, **restored["params"])
+    batch_stats = replace(state.batch_stats, **restored["batch_stats"])
+    return spec, replace(state, params=params, batch_stats=batch_stats)
 
 
 def _spec_of(about: dict[str, Any]) -> ModelSpec:
@@ -127,4 +136,7 @@ def _spec_of(about: dict[str, Any]) -> ModelSpec:
 
 
 def _weights_of(state: TrainState) -> dict[str, Any]:
-    return {"params": state.params, "batch_stats": state.batch_stats}
+    return {
+        name: {"kernels": packed.kernels, "vectors": packed.vectors}
+        for name, packed in (("params", state.params), ("batch_stats", state.batch_stats))
+    }

@@ -1,7 +1,7 @@
 """What training changes: parameters, batch statistics, optimiser state, step.
 
-Networks travel as nested dicts of arrays, named as their modules are: JAX goes over all arrays at each call of a jitted
-function, and Flax's own classes, which are in Python, make that several times slower.
+Networks travel packed. JAX goes over all arrays at each call of a jitted function: of a ResNet-50 with AdamW 168 in
+place of 591. Unpacked they are nested dicts of arrays, named as their modules are.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from badloss_jax.core.mesh import jit_on, replicated
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.objective import MeanLoss
+from badloss_jax.training.packed import Packed, pack
 
 
 @jax.tree_util.register_dataclass
@@ -28,16 +29,16 @@ class TrainState:
 
     Attributes:
       step: int32, the updates that were made.
-      params: the network's parameters, module -> ... -> array.
-      batch_stats: the running statistics of its batch norms, module -> ... -> array.
-      optimizer: state of the optimiser, for params and beside.
+      params: the network's parameters; their tree is module -> ... -> array.
+      batch_stats: the running statistics of its batch norms, likewise.
+      optimizer: state of the optimiser, for params and beside; its tree is optax's.
       beside: the objective's own parameters, mostly none.
     """
 
     step: Int[Array, ""]
-    params: dict[str, Any]
-    batch_stats: dict[str, Any]
-    optimizer: Any
+    params: Packed
+    batch_stats: Packed
+    optimizer: Packed
     beside: Any = field(default_factory=dict)
 
 
@@ -117,7 +118,7 @@ def _make_init(
         # A key of its own: the weights are the same whatever the objective draws.
         beside = objective.init(jax.random.fold_in(key, 1), spec)
         optimizer_state = optimizer.transform().init((params, beside))
-        return TrainState(jnp.zeros((), jnp.int32), params, statistics_of(model), optimizer_state, beside)
+        return TrainState(jnp.zeros((), jnp.int32), pack(params), statistics_of(model), pack(optimizer_state), beside)
 
     return jit_on(init, mesh, out_shardings=replicated(mesh))
 
@@ -127,8 +128,8 @@ def merged(spec: ModelSpec, params: dict[str, Any], batch_stats: dict[str, Any])
 
     Args:
       spec: the network.
-      params: as in `TrainState`.
-      batch_stats: as in `TrainState`.
+      params: module -> ... -> array.
+      batch_stats: likewise.
 
     Returns:
       The module.
@@ -136,9 +137,9 @@ def merged(spec: ModelSpec, params: dict[str, Any], batch_stats: dict[str, Any])
     return nnx.merge(_graph_of(spec), params, batch_stats)
 
 
-def statistics_of(model: nnx.Module) -> dict[str, Any]:
-    """Returns the running statistics of a network's batch norms, as in `TrainState`."""
-    return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+def statistics_of(model: nnx.Module) -> Packed:
+    """Returns the running statistics of a network's batch norms."""
+    return pack(nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
 
 @lru_cache(maxsize=32)
@@ -162,5 +163,5 @@ def forward_of(
     Returns:
       A differentiable function from images in [0, 1] to logits and penultimate features.
     """
-    model = merged(spec, state.params, state.batch_stats)
+    model = merged(spec, state.params.tree, state.batch_stats.tree)
     return lambda images: model(images, train=False)

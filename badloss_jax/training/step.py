@@ -18,6 +18,7 @@ from badloss_jax.data import AUGMENTATIONS
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.batch import Batch
 from badloss_jax.training.objective import Forward, MeanLoss
+from badloss_jax.training.packed import Packed, pack
 from badloss_jax.training.state import Optimizer, TrainState, forward_of, merged, statistics_of
 from badloss_jax.trajectories.kinds import Kinds
 
@@ -59,18 +60,18 @@ def make_train_step(
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, epoch), i))(batch.ids)
         images = jax.vmap(augmentation)(batch.images.astype(spec.param_dtype), keys)
 
-        def loss_of(learned: tuple[dict[str, Any], Any]) -> tuple[Array, tuple[dict[str, Any], Forward]]:
+        def loss_of(learned: tuple[dict[str, Any], Any]) -> tuple[Array, tuple[Packed, Forward]]:
             params, beside = learned
-            model = merged(spec, params, state.batch_stats)
+            model = merged(spec, params, state.batch_stats.tree)
             logits, features = model(images, train=True, mask=batch.real)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
             forward = Forward(images, batch.labels, batch.real, losses, logits, features)
             return objective(forward, beside, given), (statistics_of(model), forward)
 
-        learned = (state.params, state.beside)
+        learned = (state.params.tree, state.beside)
         (_, (stats, forward)), gradients = jax.value_and_grad(loss_of, has_aux=True)(learned)
 
-        updates, opt_state = optimizer.transform().update(gradients, state.optimizer, learned)
+        updates, opt_state = optimizer.transform().update(gradients, state.optimizer.tree, learned)
         params, beside = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), learned, updates)
 
         values = kinds.observe(forward.logits, forward.features, batch.labels) if kinds else {}
@@ -78,7 +79,7 @@ def make_train_step(
         # The clamp would hide a loss that is infinite.
         mean = forward.mean(jnp.minimum(forward.losses, objective.clamp))
         finite = jnp.all(jnp.isfinite(forward.losses) | ~batch.real)
-        state = TrainState(state.step + 1, params, stats, opt_state, beside)
+        state = TrainState(state.step + 1, pack(params), stats, pack(opt_state), beside)
         return state, jnp.where(finite, mean, jnp.nan), forward.losses, values
 
     everywhere = replicated(mesh)

@@ -82,15 +82,15 @@ def test_logits_losses_and_gradients_are_ours(mesh, spec):
         images = draw.random((12, *spec.image_shape))
         state = fresh(workload_of(mesh, replace(spec, dtype="float64")))
         # Flax keeps these in float32.
-        batch_stats = jax.tree.map(lambda leaf: leaf.astype(np.float64), state.batch_stats)
+        batch_stats = jax.tree.map(lambda leaf: leaf.astype(np.float64), state.batch_stats.tree)
 
         def ours(params):
             model = merged(replace(spec, dtype="float64"), params, batch_stats)
             logits, _ = model(images, train=True)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), (logits, statistics_of(model))
+            return losses.mean(), (logits, statistics_of(model).tree)
 
-        (loss, (logits, stats)), gradients = jax.jit(jax.value_and_grad(ours, has_aux=True))(state.params)
+        (loss, (logits, stats)), gradients = jax.jit(jax.value_and_grad(ours, has_aux=True))(state.params.tree)
         gradients, stats = as_named(gradients), as_named(stats)
 
     network = TorchResNet(spec).double()
@@ -119,7 +119,7 @@ def test_batches_are_ours(mesh):
     state = fresh(workload)
     ids = np.array([7, 3, 39, 3], np.int32)
     batch = workload.data.batch(ids)
-    logits, _ = merged(SMALL, state.params, state.batch_stats)(batch.images, train=True)
+    logits, _ = merged(SMALL, state.params.tree, state.batch_stats.tree)(batch.images, train=True)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
     close(make_peer("torch", workload, state).losses(torch.from_numpy(ids)).detach(), losses, 1e-4)
 
@@ -156,7 +156,7 @@ def test_steps_are_ours(mesh):
     assert max(ours) < 1.8
     np.testing.assert_allclose(theirs, ours, rtol=1e-4)
     for name, parameter in peer.network.named_parameters():
-        close(parameter.detach(), as_named(state.params)[name], 1e-3)
+        close(parameter.detach(), as_named(state.params.tree)[name], 1e-3)
 
 
 def test_padding_is_computed(mesh):

@@ -82,7 +82,7 @@ def played(mesh, rng):
 
 def test_network_descends_where_the_critic_ascends(played):
     objective, critic, forward, given = played
-    model = merged(SPEC, given.params, given.batch_stats)
+    model = merged(SPEC, given.params.tree, given.batch_stats.tree)
     _, confounders = model(forward.images, train=False)
 
     def value(features, critic):
@@ -101,7 +101,7 @@ def test_network_descends_where_the_critic_ascends(played):
 
 def test_value_is_the_reweighted_loss_and_padding_does_not_count(played):
     objective, critic, forward, given = played
-    model = merged(SPEC, given.params, given.batch_stats)
+    model = merged(SPEC, given.params.tree, given.batch_stats.tree)
     logits, _ = model(forward.images, train=False)
     theirs = optax.softmax_cross_entropy_with_integer_labels(logits, forward.labels)
     hard, losses = np.asarray(theirs, np.float64)[:4], np.asarray(forward.losses, np.float64)[:4]

@@ -14,7 +14,7 @@ from badloss_jax.training.state import AdamW, create_state, merged
 
 def built(spec, mesh):
     state = create_state(spec, AdamW(), 0, mesh)
-    return merged(spec, state.params, state.batch_stats)
+    return merged(spec, state.params.tree, state.batch_stats.tree)
 
 
 @nnx.jit

@@ -8,7 +8,7 @@ import pytest
 from badloss_jax.cli import main
 from badloss_jax.core import memory
 from badloss_jax.core.errors import UsageError
-from badloss_jax.core.mesh import by_rows, make_mesh, place
+from badloss_jax.core.mesh import by_rows, make_mesh, place, replicated
 from badloss_jax.models import ModelSpec
 from badloss_jax.runs.sizing import Network, choose
 from badloss_jax.training import footprint
@@ -82,7 +82,8 @@ def test_nothing_is_traced_twice(monkeypatch, mesh):
         np.arange(4, dtype=np.int32), np.zeros((4, 8, 8, 1), np.float32), np.zeros(4, np.int32), np.ones(4, bool)
     )
     state = create_state(spec, recipe.optimizer, 0, mesh)
-    step(state, place(batch, by_rows(mesh)), np.int32(0), np.float32(0), np.uint32(0), None)
+    constants = place((np.int32(0), np.float32(0), np.uint32(0)), replicated(mesh))
+    step(state, place(batch, by_rows(mesh)), *constants, None)
     assert len(traces) == 1
 
 

@@ -67,9 +67,12 @@ def test_those_between_by_their_length(clock):
     assert {len(together) for _, together in waits(clock, 0.03, 30)} == {1, 3}
 
 
-def test_several_processes_find_out_at_the_same_step(clock, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert waits(clock, 0.001, 4) == [(2, [0]), (3, [1]), (4, [2])]
+@pytest.mark.parametrize("seconds", [0.001, 0.2])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_accelerators_have_four_steps_before_them_however_long_these_are(clock, monkeypatch, seconds, devices):
+    """By their number alone, so that all processes find out at the same step."""
+    monkeypatch.setattr(in_flight, "on_cpus", lambda mesh: False)
+    assert waits(clock, seconds, 8, devices) == [(5, [0]), (6, [1]), (7, [2]), (8, [3])]
 
 
 def test_several_cpus_have_few_programs_before_them(clock):

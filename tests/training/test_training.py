@@ -179,7 +179,7 @@ def test_step_capture_is_what_the_training_step_saw(tmp_path):
         ids = batch[batch < 797]
         (shown,) = data.batches(ids[None])
         images, labels = shown.images, shown.labels
-        model = merged(SPEC, fresh.params, fresh.batch_stats)
+        model = merged(SPEC, fresh.params.tree, fresh.batch_stats.tree)
         logits, _ = model(images, train=True)
         expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         np.testing.assert_allclose(losses[ids], expected, rtol=1e-4, atol=1e-5)
@@ -191,7 +191,7 @@ def test_sweep_is_an_evaluation_pass_after_the_epoch(tmp_path):
     (shown,) = data.batches(np.arange(797, dtype=np.int32)[None])
     images, labels = shown.images, shown.labels
     assert float(images[3].max()) == 0  # the replaced image is the one that is shown
-    logits, _ = merged(SPEC, state.params, state.batch_stats)(images, train=False)
+    logits, _ = merged(SPEC, state.params.tree, state.batch_stats.tree)(images, train=False)
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     np.testing.assert_allclose(store.read("loss")[:, 1], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(store.read("logits")[:, 1], logits, rtol=2e-3, atol=2e-3)
@@ -231,7 +231,7 @@ def test_what_the_network_says_is_gathered_by_example(mesh):
     data, state = resident(mesh), create_state(SPEC, AdamW(), 0, mesh)
     logits, features = map_examples(make_observe_step(SPEC, mesh), data, np.arange(797), 100, mesh, state)
     (shown,) = data.batches(np.arange(797, dtype=np.int32)[None])
-    expected = merged(SPEC, state.params, state.batch_stats)(shown.images, train=False)
+    expected = merged(SPEC, state.params.tree, state.batch_stats.tree)(shown.images, train=False)
     np.testing.assert_allclose(logits, expected[0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(features, expected[1], rtol=1e-4, atol=1e-5)
 

@@ -287,6 +287,7 @@ _SETTINGS: dict[str, Any] = {
         "variants": (("loss/fraction", "logits/fraction", "combined/fraction"), FREE),
     },
     "evaluation": {
+        # of all devices together, in sweeps, too; with many devices so many that each has 64 images
         "batch_size": (500, AT_LEAST_ONE),
         "max_triggered": (10_000, AT_LEAST_ONE),  # test images per attack
         "boost": (2.0, POSITIVE),  # how much stronger the "boosted" trigger is

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from badloss_jax.config import default_config, load_config, override
 from badloss_jax.core.errors import UsageError
-from badloss_jax.core.mesh import round_up
+from badloss_jax.core.mesh import pass_batch_size
 from badloss_jax.core.seeding import generator
 from badloss_jax.data import is_streamed, load_dataset
 from badloss_jax.models import ModelSpec
@@ -148,7 +148,7 @@ def make_workload(name: str, config: ConfigDict, images: Images, mesh: Mesh) -> 
     )
 
     # A sweep's batches may be padded, unlike those of a training step.
-    sweep_batch = round_up(config.evaluation.batch_size, mesh)
+    sweep_batch = pass_batch_size(config.evaluation.batch_size, mesh)
     return Workload(spec, recipe, kinds, images.data, mesh, sweep_batch)
 
 

@@ -12,6 +12,7 @@ from badloss_jax.core.compiler import check_sums
 from badloss_jax.core.errors import UsageError
 
 AXIS = "data"
+_FEWEST_OF_A_PASS = 64  # images on each device
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -173,6 +174,21 @@ def round_up(count: int, mesh: Mesh) -> int:
       The smallest multiple that is at least `count`.
     """
     return -(-count // mesh.size) * mesh.size
+
+
+def pass_batch_size(batch_size: int, mesh: Mesh) -> int:
+    """Returns the batch of a pass that does not train, of all devices together, which grows with their number.
+
+    Shared by hundreds of devices, what suits one would leave each with an image or two at a time.
+
+    Args:
+      batch_size: that is set.
+      mesh: the devices.
+
+    Returns:
+      A multiple of the devices, at least `batch_size`, with 64 for each, or `batch_size` if that is less.
+    """
+    return round_up(max(batch_size, min(batch_size, _FEWEST_OF_A_PASS) * mesh.size), mesh)
 
 
 def check_batch_size(key: str, batch_size: int, mesh: Mesh) -> None:

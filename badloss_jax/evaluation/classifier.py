@@ -1,22 +1,29 @@
 """Clean accuracy, attack success rate and robust accuracy of a trained network (BaDLoss, section 5.1)."""
 
-from collections.abc import Mapping
-from functools import partial
+import collections
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache, partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int, UInt8
+from jaxtyping import Array, Int, UInt8
 
 from badloss_jax.attacks.manifest import Manifest
 from badloss_jax.attacks.poisoning import evaluation_triggers
 from badloss_jax.attacks.trigger import Trigger
-from badloss_jax.core.mesh import place_rows, round_up, to_host
+from badloss_jax.core.mesh import by_rows, pass_batch_size, place_rows, to_host
 from badloss_jax.core.seeding import generator
 from badloss_jax.data import Split
 from badloss_jax.models import ModelSpec
+from badloss_jax.training.in_flight import InFlight
 from badloss_jax.training.state import TrainState
 from badloss_jax.training.step import make_predict_step
+
+_AHEAD = 2  # batches that are made ready while one is computed
 
 
 def predict(
@@ -34,7 +41,7 @@ def predict(
       spec: of the network.
       state: with its weights.
       images: uint8 [N, H, W, C].
-      batch_size: images at a time, rounded up to a multiple of the devices.
+      batch_size: images at a time, of all devices together; see `pass_batch_size`.
       mesh: the devices.
       rows: int [M], which images, by default all.
       trigger: to put on them, or None.
@@ -43,28 +50,67 @@ def predict(
       int32 [M].
     """
     step = make_predict_step(spec, mesh)
-    size = round_up(batch_size, mesh)
+    size = pass_batch_size(batch_size, mesh)
     if rows is None:
         rows = np.arange(len(images))
+
+    predicted: list[jax.Array] = []
+    in_flight = InFlight(jax.block_until_ready, mesh)
+    for batch in _placed(images, rows, size, mesh, trigger):
+        predicted.append(step(state, batch))
+        in_flight.append(predicted[-1])
+
+    # Without images there is nothing else to join.
+    return np.concatenate([np.zeros(0, np.int32), *map(to_host, predicted)])[: len(rows)]
+
+
+def _placed(
+    images: UInt8[np.ndarray, "N H W C"],
+    rows: Int[np.ndarray, "M"],
+    size: int,
+    mesh: Mesh,
+    trigger: Trigger | None,
+) -> Iterator[jax.Array]:
+    """Yields batches on the devices, float32 in [0, 1], a few of which are made ready by threads meanwhile.
+
+    Images travel as the bytes that they are; with a trigger on them they are no whole numbers any more.
+    """
 
     def part(start: int, begin: int, end: int) -> np.ndarray:
         # What one device needs of the batch, with black images past the end.
         batch_rows = rows[start + begin : start + end]
-        batch = images[batch_rows].astype(np.float32) / 255
-        if trigger and len(batch_rows):
-            batch = trigger(batch)
-        padding = np.zeros((end - begin - len(batch_rows), *images.shape[1:]), np.float32)
+        batch = images[batch_rows]
+        if trigger:
+            batch = batch.astype(np.float32) / 255
+            # A device may have nothing but padding.
+            batch = trigger(batch) if len(batch) else batch
+        padding = np.zeros((end - begin - len(batch_rows), *images.shape[1:]), batch.dtype)
         return np.concatenate([batch, padding])
 
-    predicted = []
-    for start in range(0, len(rows), size):
-        batch = place_rows((size, *images.shape[1:]), mesh, partial(part, start))
-        predicted.append(step(state, batch))
-        if len(predicted) > 2:  # so that few batches lie on the devices at a time
-            predicted[-3].block_until_ready()
+    def place(start: int) -> jax.Array:
+        return place_rows((size, *images.shape[1:]), mesh, partial(part, start))
 
-    # Without images there is nothing else to join.
-    return np.concatenate([np.zeros(0, np.int32), *map(to_host, predicted)])[: len(rows)]
+    show = _make_show(mesh)
+    with ThreadPoolExecutor(_AHEAD, "badloss-evaluating") as threads:
+        ahead: collections.deque[Future] = collections.deque()
+        for start in range(0, len(rows), size):
+            ahead.append(threads.submit(place, start))
+            if len(ahead) > _AHEAD:
+                yield show(ahead.popleft().result())
+        while ahead:
+            yield show(ahead.popleft().result())
+
+
+@lru_cache(maxsize=8)
+def _make_show(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Compiles images, uint8 or float32 -> float32 in [0, 1]."""
+
+    def show(images: Array) -> Array:
+        if images.dtype == jnp.uint8:
+            return images.astype(jnp.float32) / 255
+        return images
+
+    return jax.jit(show, out_shardings=by_rows(mesh))
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from badloss_jax.attacks.poisoning import Poisoning, unpoisoned
 from badloss_jax.core.errors import DataError, NonFiniteLossError, UsageError
 from badloss_jax.core.hashing import digest
-from badloss_jax.core.mesh import check_batch_size, round_up
+from badloss_jax.core.mesh import check_batch_size, pass_batch_size
 from badloss_jax.core.preemption import Preemption
 from badloss_jax.core.processes import first, on_first
 from badloss_jax.core.progress import Progress
@@ -340,7 +340,7 @@ class Recording:
         kinds = step_kinds(self.kinds, self.capture)
         check_train_step(_BATCH_SIZES["recording"], self.spec, self.recipe, kinds, mesh)
         if self.capture == "sweep":
-            size = round_up(config.evaluation.batch_size, mesh)
+            size = pass_batch_size(config.evaluation.batch_size, mesh)
             check_sweep_step("evaluation.batch_size", self.spec, self.recipe, size, sweep_kinds(self.kinds), mesh)
 
     def train(
@@ -375,7 +375,7 @@ class Recording:
 
         # The recorders of all processes open the store that the first one makes.
         on_first(start_store)
-        batch_size = round_up(trainer.config.evaluation.batch_size, trainer.mesh)
+        batch_size = pass_batch_size(trainer.config.evaluation.batch_size, trainer.mesh)
         recorder = Recorder(self.kinds, self.capture, TrajectoryStore.open(folder), trainer.mesh, batch_size)
         training = Training("recording", self.identity, "recording", trainer.config.seed, self.spec, self.recipe)
         return trainer.train(training, data, np.arange(len(labels)), recorder=recorder)

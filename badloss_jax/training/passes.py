@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from badloss_jax.core.mesh import by_rows, round_up, to_host
+from badloss_jax.core.mesh import by_rows, pass_batch_size, to_host
 from badloss_jax.core.order import cut_batches
 from badloss_jax.core.progress import Progress
 from badloss_jax.training.batch import Batch, Examples
@@ -32,7 +32,7 @@ def map_examples(
       function: (batch, *arguments) -> a tree of arrays [B, ...], one row an example of the batch.
       data: the training set.
       ids: int [M], at least one.
-      batch_size: rounded up to a multiple of the devices.
+      batch_size: of all devices together; see `pass_batch_size`.
       mesh: the devices.
       *arguments: handed on, such as a network's state.
       progress, title: tell how far it is.
@@ -41,7 +41,7 @@ def map_examples(
       The tree, of NumPy arrays [M, ...], in every process.
     """
     padding = padding_id(len(data), mesh)
-    order = cut_batches(ids, round_up(batch_size, mesh), padding)
+    order = cut_batches(ids, pass_batch_size(batch_size, mesh), padding)
 
     progress = progress or Progress(None)
     progress.phase(title)

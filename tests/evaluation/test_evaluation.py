@@ -1,9 +1,11 @@
+import jax
 import numpy as np
 import pytest
 
 from badloss_jax.attacks import make_trigger
 from badloss_jax.attacks.manifest import AttackPlan, Manifest
 from badloss_jax.config import default_config
+from badloss_jax.core.mesh import make_mesh
 from badloss_jax.data import Split
 from badloss_jax.defenses.controls import oracle_removal, random_removal
 from badloss_jax.evaluation import classifier
@@ -109,6 +111,22 @@ def test_predict_pads_the_last_batch(mesh):
     whole = classifier.predict(spec, state, images, 23, mesh)
     np.testing.assert_array_equal(classifier.predict(spec, state, images, 5, mesh), whole)
     assert whole.shape == (23,)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_network_is_shown_what_the_host_has(devices):
+    """Whether bytes travel or what a trigger makes of them, in the order of the rows, black behind the last."""
+    mesh = make_mesh(jax.devices()[:devices])
+    images = np.arange(256, dtype=np.uint8).repeat(16).reshape(256, 4, 4, 1)
+    rows = np.random.default_rng(0).permutation(256)[:250]
+    exact = images[rows].astype(np.float32) / 255
+    for trigger in (None, make_trigger("patch", (4, 4, 1))):
+        batches = list(classifier._placed(images, rows, 20, mesh, trigger))
+        assert [(batch.shape, batch.dtype) for batch in batches] == 13 * [((20, 4, 4, 1), np.float32)]
+        shown = np.concatenate(batches)
+        # Of bytes XLA makes numbers by a product with 1 / 255, as it does of training images.
+        np.testing.assert_allclose(shown[:250], trigger(exact) if trigger else exact, rtol=2**-23)
+        assert not shown[250:].any()
 
 
 def test_predict_shows_the_rows_asked_for_with_the_trigger(mesh):

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from badloss_jax.core.errors import NonFiniteLossError, UsageError
-from badloss_jax.core.mesh import by_columns, by_rows, check_batch_size, jit_on, make_mesh, place
+from badloss_jax.core.mesh import by_columns, by_rows, check_batch_size, jit_on, make_mesh, pass_batch_size, place
 from badloss_jax.core.order import epoch_batches
 from badloss_jax.core.progress import Progress
 from badloss_jax.core.seeding import derived_seed
@@ -351,6 +351,13 @@ def test_non_finite_loss_stops_at_the_step_and_keeps_what_was_recorded(tmp_path)
 def test_batch_size_must_be_divisible_by_the_devices():
     with pytest.raises(UsageError, match=r"recording.batch_size = 33 .* 8 devices.* 40 would do"):
         check_batch_size("recording.batch_size", 33, make_mesh())
+
+
+@pytest.mark.parametrize(
+    ("set_to", "devices", "expected"), [(500, 1, 500), (500, 8, 512), (2000, 8, 2000), (8, 8, 64), (30, 4, 120)]
+)
+def test_passes_take_more_at_a_time_on_more_devices(set_to, devices, expected):
+    assert pass_batch_size(set_to, make_mesh(jax.devices()[:devices])) == expected
 
 
 def test_saved_model_comes_back_bit_by_bit(tmp_path, mesh):

@@ -28,6 +28,11 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
+def local_mesh(mesh: Mesh) -> Mesh:
+    """Returns a mesh over the devices of this process among those of a mesh: what runs on it waits for no other one."""
+    return Mesh(np.array(mesh.local_devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of parameters and of the resident data set: everything on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -3,9 +3,13 @@
 Rows are taken in chunks, the next one being read while one is computed, so memory does not depend on N. Two kernels do
 the work (see `kernels`): "numba" on the CPU, "xla" on any device of JAX. "auto" takes "xla" on GPUs and TPUs, and
 "numba" where JAX runs on the CPU: two to seven times as fast from 10,000 rows on (configs/results/README.md).
+
+Of several processes each reads and scores the rows of its own devices, from the first to the last, and all distances
+are gathered once, at the end. A chunk of a device is as large as if there was no other.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +21,23 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from badloss_jax.core.errors import UsageError
-from badloss_jax.core.mesh import make_mesh, place, place_rows, replicated, round_up, to_host
+from badloss_jax.core.mesh import (
+    by_rows,
+    local_mesh,
+    make_mesh,
+    place,
+    place_rows,
+    process_blocks,
+    replicated,
+    round_up,
+    to_host,
+)
 from badloss_jax.scoring.kernels import on_cpu, on_devices
-from badloss_jax.scoring.rows import CHUNK_VALUES, Rows, chunk_size, parts_of_range, row_chunks
+from badloss_jax.scoring.rows import CHUNK_VALUES, Rows, chunk_size, parts_of_range
 
 KERNELS = ("auto", "numba", "xla")
-_XLA_DISTANCES = 2**19  # held at a time on a CPU device; an accelerator takes a whole chunk
+_CPU_DISTANCES = 2**19  # from rows to probes that XLA holds at a time on each CPU device,
+_ACCELERATOR_DISTANCES = 2**27  # and on each accelerator; TPUs hold them twice
 _NAMED = 10  # ids in a message
 
 
@@ -71,7 +86,7 @@ def knn_distances(
         raise UsageError("labels and probe_labels go together: one of them is None")
 
     flat, choice = _choose(flat, rows.shape[0], k, labels, probe_labels, leave_out=False)
-    distances = _distances(rows, flat, choice, k, mesh, kernel)
+    distances = _distances(_Comparison(rows, flat, choice, k), mesh, kernel)
 
     # The kernels leave NaN where a row has any; which rows those are is looked up once.
     bad = np.flatnonzero(~np.isfinite(distances))
@@ -114,7 +129,7 @@ def leave_one_out_distances(
         )
 
     flat, choice = _choose(flat, len(flat), k, labels, labels, leave_out=True)
-    return _distances(rows, flat, choice, k, None, kernel)
+    return _distances(_Comparison(rows, flat, choice, k), None, kernel)
 
 
 def nearest_probes(
@@ -177,6 +192,42 @@ class _Choice:
         return out
 
 
+@dataclass(frozen=True)
+class _Comparison:
+    """What is compared with what.
+
+    Attributes:
+      rows: [N, T] or [N, T, width].
+      probes: [P, D], in the dtype to compute in.
+      choice: with which of the probes each row is compared.
+      k: how many of these are the nearest.
+    """
+
+    rows: Rows
+    probes: np.ndarray
+    choice: _Choice
+    k: int
+
+    def read(self, start: int, stop: int) -> Float[np.ndarray, "R D"]:
+        """Reads some rows."""
+        return _flat(np.asarray(self.rows[start:stop]), self.probes.dtype)
+
+    def read_ahead(self, begin: int, end: int, size: int) -> Iterator[tuple[int, int, Float[np.ndarray, "R D"]]]:
+        """Reads a range of rows in chunks, the next one while the caller works on one.
+
+        Yields:
+          (start, stop, rows) of consecutive chunks.
+        """
+        parts = list(parts_of_range(begin, end, size))
+        with ThreadPoolExecutor(1, "badloss-reading") as reader:
+            ahead = [reader.submit(self.read, *part) for part in parts[:1]]
+            for (start, stop), following in zip(parts, [*parts[1:], None], strict=True):
+                chunk = ahead.pop().result()
+                if following:
+                    ahead.append(reader.submit(self.read, *following))
+                yield start, stop, chunk
+
+
 def _choose(
     probes: np.ndarray, count: int, k: int, labels: Any, probe_labels: Any, *, leave_out: bool
 ) -> tuple[np.ndarray, _Choice]:
@@ -221,7 +272,7 @@ def _check(trajectories: Any, probes: Any) -> tuple[Rows, np.ndarray]:
     return rows, flat
 
 
-def _distances(rows: Rows, probes: np.ndarray, choice: _Choice, k: int, mesh: Mesh | None, kernel: str) -> np.ndarray:
+def _distances(comparison: _Comparison, mesh: Mesh | None, kernel: str) -> np.ndarray:
     """Returns the distances of all rows; those without one are NaN."""
     if kernel not in KERNELS:
         raise UsageError(f"unknown kernel {kernel!r}: expected {', '.join(KERNELS)}")
@@ -230,105 +281,104 @@ def _distances(rows: Rows, probes: np.ndarray, choice: _Choice, k: int, mesh: Me
     if kernel == "auto":
         kernel = "numba" if mesh.devices.flat[0].platform == "cpu" else "xla"
 
-    if kernel == "xla":
-        distances = _on_devices(rows, probes, choice, k, mesh)
-    elif mesh.is_multi_process:
-        distances = _on_cpus(rows, probes, choice, k, mesh)
-    else:
-        distances = _on_cpu(rows, probes, choice, k, 0, rows.shape[0])
-    return _repaired(distances, rows, probes, choice, k)
+    def score(begin: int, end: int) -> np.ndarray:
+        if kernel == "numba":
+            distances = _on_cpu(comparison, begin, end)
+        else:
+            distances = _on_devices(comparison, local_mesh(mesh), begin, end)
+        _repair(distances, comparison, begin)
+        return distances
+
+    count = comparison.rows.shape[0]
+    if not mesh.is_multi_process:
+        return score(0, count)
+    return _by_processes(score, count, comparison.probes.dtype, mesh)
 
 
-def _on_cpus(rows: Rows, probes: np.ndarray, choice: _Choice, k: int, mesh: Mesh) -> np.ndarray:
-    """Scores all rows with "numba", each process its own."""
-    count = rows.shape[0]
+def _by_processes(score: Callable[[int, int], np.ndarray], count: int, dtype: Any, mesh: Mesh) -> np.ndarray:
+    """Scores all rows, each process its own; the one place where processes wait for each other."""
+    distances = np.zeros(round_up(count, mesh), dtype)
+    for begin, end, process in process_blocks(count, mesh):
+        if process == jax.process_index():
+            distances[begin:end] = score(begin, end)
 
-    def part(begin: int, end: int) -> np.ndarray:
-        return _padded(_on_cpu(rows, probes, choice, k, min(begin, count), min(end, count)), end - begin)
+    everywhere = place_rows(distances.shape, mesh, lambda begin, end: distances[begin:end])
+    distances[:] = to_host(everywhere)
+    return distances[:count]
 
-    return np.array(to_host(place_rows((round_up(count, mesh),), mesh, part))[:count])
 
-
-def _on_cpu(rows: Rows, probes: np.ndarray, choice: _Choice, k: int, begin: int, end: int) -> np.ndarray:
-    """Scores a range of rows with "numba", reading a chunk while the one before is at work."""
+def _on_cpu(comparison: _Comparison, begin: int, end: int) -> np.ndarray:
+    """Scores a range of rows with "numba"."""
+    probes = comparison.probes
     distances = np.empty(end - begin, probes.dtype)
-    with ThreadPoolExecutor(1, "badloss-reading") as reader:
-        parts = list(row_chunks(rows, begin, end))
-        ahead = [reader.submit(_read, rows, *part, probes.dtype) for part in parts[:1]]
-        for (start, stop), following in zip(parts, [*parts[1:], None], strict=True):
-            chunk = ahead.pop().result()
-            if following:
-                ahead.append(reader.submit(_read, rows, *following, probes.dtype))
-            distances[start - begin : stop - begin] = on_cpu(chunk, probes, choice[start:stop], k)
+    for start, stop, chunk in comparison.read_ahead(begin, end, chunk_size(comparison.rows)):
+        chosen = comparison.choice[start:stop]
+        distances[start - begin : stop - begin] = on_cpu(chunk, probes, chosen, comparison.k)
     return distances
 
 
-def _on_devices(rows: Rows, probes: np.ndarray, choice: _Choice, k: int, mesh: Mesh) -> np.ndarray:
-    """Scores all rows with "xla"; fixed-size chunks, so that one compiled kernel serves any N."""
-    count = rows.shape[0]
-    width = probes.shape[1]
-    size = _rows_at_a_time(rows, len(probes), mesh)
-    probes_on_mesh = place(probes, replicated(mesh))
-    kernel = on_devices(k, mesh)
+def _on_devices(comparison: _Comparison, mesh: Mesh, begin: int, end: int) -> np.ndarray:
+    """Scores a range of rows with "xla"; fixed-size chunks, so that one compiled kernel serves any N."""
+    size = _rows_at_a_time(comparison, end - begin, mesh)
+    probes = place(comparison.probes, replicated(mesh))
+    kernel = on_devices(comparison.k, mesh)
 
-    def score(start: int) -> jax.Array:
-        def read(begin: int, end: int) -> np.ndarray:
-            return _padded(_read(rows, *_clipped(start, begin, end, count), probes.dtype), end - begin)
+    def score(start: int, stop: int, chunk: np.ndarray) -> jax.Array:
+        chosen = None
+        if not comparison.choice.whole:
+            chosen = _padded(comparison.choice[start:stop], size)
+        on_mesh, chosen_on_mesh = place((_padded(chunk, size), chosen), by_rows(mesh))
+        return kernel(on_mesh, probes, chosen_on_mesh)
 
-        def choose(begin: int, end: int) -> np.ndarray:
-            return _padded(choice[slice(*_clipped(start, begin, end, count))], end - begin)
+    distances = np.empty(end - begin, comparison.probes.dtype)
 
-        chosen = None if choice.whole else place_rows((size, 3), mesh, choose)
-        return kernel(place_rows((size, width), mesh, read), probes_on_mesh, chosen)
+    def keep(start: int, at_work: jax.Array) -> None:
+        kept = distances[start - begin : start - begin + size]
+        kept[:] = to_host(at_work)[: len(kept)]
 
-    # A chunk is copied to the host only once the next one is at work.
-    distances = np.empty(count, probes.dtype)
+    # A chunk is copied to the host only once the next one is at work, and that is all that a device has before it: two
+    # chunks, and on CPUs two programs, of which XLA takes no more than 32 (see `training.in_flight`).
     before: tuple[int, jax.Array] | None = None
-    for start, _ in parts_of_range(0, count, size):
-        at_work = score(start)
+    for start, stop, chunk in comparison.read_ahead(begin, end, size):
+        at_work = score(start, stop, chunk)
         if before:
-            distances[before[0] : start] = to_host(before[1])
+            keep(*before)
         before = start, at_work
     if before:
-        distances[before[0] :] = to_host(before[1])[: count - before[0]]
+        keep(*before)
     return distances
 
 
-def _rows_at_a_time(rows: Rows, num_probes: int, mesh: Mesh) -> int:
-    """Returns the size of a chunk for the devices of a mesh, a multiple of their number."""
-    share = max(1, chunk_size(rows) // mesh.size)
+def _rows_at_a_time(comparison: _Comparison, count: int, mesh: Mesh) -> int:
+    """Returns the size of a chunk of `count` rows for all devices of a mesh, a multiple of their number."""
+    most = _ACCELERATOR_DISTANCES
     if mesh.devices.flat[0].platform == "cpu":
-        share = min(share, max(1, _XLA_DISTANCES // num_probes))
+        most = _CPU_DISTANCES
+    share = min(chunk_size(comparison.rows), max(1, most // len(comparison.probes)))
 
     # Of few rows, no more than there are.
-    return mesh.size * min(share, max(1, -(-rows.shape[0] // mesh.size)))
+    return min(mesh.size * share, round_up(max(1, count), mesh))
 
 
-def _repaired(distances: np.ndarray, rows: Rows, probes: np.ndarray, choice: _Choice, k: int) -> np.ndarray:
-    """Computes finite rows whose squares overflowed once more, in float64."""
+def _repair(distances: np.ndarray, comparison: _Comparison, begin: int) -> None:
+    """Computes finite rows whose squares overflowed once more, in float64; `begin` is the first row's id."""
+    probes = comparison.probes.astype(np.float64)
     missing = np.flatnonzero(np.isnan(distances))
-    for start, stop in parts_of_range(0, len(missing), chunk_size(rows)):
-        ids = missing[start:stop]
-        chunk = _flat(np.asarray(rows[ids]), np.float64)
+    for start, stop in parts_of_range(0, len(missing), chunk_size(comparison.rows)):
+        places = missing[start:stop]
+        chunk = _flat(np.asarray(comparison.rows[begin + places]), np.float64)
         finite = np.isfinite(chunk).all(1)
-        ids = ids[finite]
+        places = places[finite]
 
         # What even its own dtype cannot hold becomes infinite, which the caller names.
         with np.errstate(over="ignore"):
-            distances[ids] = on_cpu(chunk[finite], probes.astype(np.float64), choice[ids], k)
-    return distances
-
-
-def _clipped(start: int, begin: int, end: int, count: int) -> tuple[int, int]:
-    return min(start + begin, count), min(start + end, count)
+            distances[places] = on_cpu(chunk[finite], probes, comparison.choice[begin + places], comparison.k)
 
 
 def _padded(real: np.ndarray, length: int) -> np.ndarray:
+    if len(real) == length:
+        return real
     return np.concatenate([real, np.zeros((length - len(real), *real.shape[1:]), real.dtype)])
-
-
-def _read(rows: Rows, start: int, stop: int, dtype: Any) -> np.ndarray:
-    return _flat(np.asarray(rows[start:stop]), dtype)
 
 
 def _flat(array: np.ndarray, dtype: Any) -> np.ndarray:

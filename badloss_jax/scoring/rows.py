@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-CHUNK_VALUES = 2**22  # of trajectories held at a time, twice, which bounds memory whatever N is
+CHUNK_VALUES = 2**22  # of trajectories held at a time for each device, twice, whatever N is
 
 
 class Rows(Protocol):

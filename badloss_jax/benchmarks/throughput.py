@@ -26,7 +26,7 @@ from badloss_jax.benchmarks.timing import overhead, ratio, seconds_of, summary
 from badloss_jax.benchmarks.workload import Workload
 from badloss_jax.core.errors import NonFiniteLossError
 from badloss_jax.core.mesh import jit_on, place, replicated
-from badloss_jax.core.order import epoch_batches
+from badloss_jax.core.order import cut_batches, epoch_batches
 from badloss_jax.core.seeding import generator
 from badloss_jax.training.batch import Batch
 from badloss_jax.training.in_flight import InFlight
@@ -216,7 +216,10 @@ class _Training:
 
         started = time.perf_counter()
         if mode == "sweep":
-            recorder.end_epoch(self.workload.spec, self.state, self.workload.data, 0)
+            count = len(self.workload.data)
+            padding = padding_id(count, self.workload.mesh)
+            order = cut_batches(np.arange(count), recorder.batch_size, padding)
+            recorder.end_epoch(self.workload.spec, self.state, self.workload.data.batches(order), 0)
         else:
             recorder.flush(0)
         return time.perf_counter() - started

@@ -1,12 +1,14 @@
 """What a step is given, wherever the images come from, and what gives it."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Protocol
 
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from badloss_jax.core.order import Passes
 
 
 @jax.tree_util.register_dataclass
@@ -35,10 +37,19 @@ class Examples(Protocol):
     def __len__(self) -> int:
         """N."""
 
-    def batches(self, order: Int[np.ndarray, "S B"], start: int = 0) -> Iterator[Batch]:
-        """Yields the batches of an epoch.
+    def batches(self, order: Int[np.ndarray, "S B"], start: int = 0) -> Generator[Batch]:
+        """Yields the batches of one pass.
 
         Args:
           order: int32 [S, B], the ids of each batch; ids of no example are padding.
-          start: the batch to begin with, after a stop in the middle of an epoch.
+          start: the batch to begin with.
+        """
+
+    def stream(self, passes: Passes, number: int = 0, start: int = 0) -> Generator[Batch]:
+        """Yields the batches of one pass after the other, reading on meanwhile; to be closed before its end.
+
+        Args:
+          passes: of a whole training.
+          number: the pass to begin with, after a stop.
+          start: the batch of it to begin with.
         """

@@ -7,6 +7,7 @@ before, and save a checkpoint where one is due; then let the recorder end the ep
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxtyping import Int
 
 from badloss_jax.core.errors import NonFiniteLossError
 from badloss_jax.core.mesh import place, replicated, to_host
-from badloss_jax.core.order import epoch_batches
+from badloss_jax.core.order import TrainingPasses
 from badloss_jax.core.progress import Progress
 from badloss_jax.core.seeding import derived_seed
 from badloss_jax.models import ModelSpec
@@ -130,13 +131,22 @@ def train(
         if recorder:
             recorder.resume(column, begun.epoch, passengers.checkpoints.folder)
 
+    passes = TrainingPasses(
+        example_ids,
+        recipe.batch_size,
+        padding_id(len(data), mesh),
+        seed,
+        phase,
+        recipe.epochs,
+        recorder.swept if recorder else 0,
+        recorder.batch_size if recorder else 1,
+    )
     running = _Phase(
         name=phase,
         spec=spec,
         recipe=recipe,
         data=data,
-        example_ids=example_ids,
-        padding=padding_id(len(data), mesh),
+        passes=passes,
         seed=seed,
         given=given,
         mesh=mesh,
@@ -151,11 +161,12 @@ def train(
     if passengers.on_begin:
         passengers.on_begin(begun, running.steps_done(begun))
 
-    for epoch in range(begun.epoch, recipe.epochs):
-        position = begun if epoch == begun.epoch else Position(epoch)
-        state, report = running.run_epoch(state, position)
-        if passengers.on_epoch:
-            passengers.on_epoch(report)
+    with closing(data.stream(passes, passes.number_of(begun.epoch), begun.step)) as batches:
+        for epoch in range(begun.epoch, recipe.epochs):
+            position = begun if epoch == begun.epoch else Position(epoch)
+            state, report = running.run_epoch(state, position, batches)
+            if passengers.on_epoch:
+                passengers.on_epoch(report)
 
     # No loss was computed with the weights of the last update. On the host, as a program that looks at hundreds of
     # arrays takes seconds to compile.
@@ -170,7 +181,7 @@ class _Phase:
     """What stays the same through one training, and its epoch.
 
     Attributes:
-      padding: the id that fills up the last batch of an epoch.
+      passes: over the examples.
       step: as `make_train_step` compiles it.
       origin: seconds, the monotonic clock's when this training would have begun, had it never been stopped.
     """
@@ -179,8 +190,7 @@ class _Phase:
     spec: ModelSpec
     recipe: Recipe
     data: Examples
-    example_ids: Int[np.ndarray, "M"]
-    padding: int
+    passes: TrainingPasses
     seed: int
     given: Any
     mesh: Mesh
@@ -194,7 +204,12 @@ class _Phase:
     @property
     def steps_per_epoch(self) -> int:
         """S; the last batch counts even if it is not full."""
-        return -(-len(self.example_ids) // self.recipe.batch_size)
+        return math.ceil(self.num_examples / self.recipe.batch_size)
+
+    @property
+    def num_examples(self) -> int:
+        """M, that are trained on."""
+        return len(self.passes.example_ids)
 
     def steps_done(self, position: Position) -> int:
         """Counts the steps since the beginning of the training."""
@@ -202,15 +217,18 @@ class _Phase:
 
     def examples_done(self, position: Position) -> int:
         """Counts the examples trained on since the beginning of the training."""
-        in_this_epoch = min(position.step * self.recipe.batch_size, len(self.example_ids))
-        return position.epoch * len(self.example_ids) + in_this_epoch
+        in_this_epoch = min(position.step * self.recipe.batch_size, self.num_examples)
+        return position.epoch * self.num_examples + in_this_epoch
 
-    def run_epoch(self, state: TrainState, begun: Position) -> tuple[TrainState, dict[str, Any]]:
+    def run_epoch(
+        self, state: TrainState, begun: Position, batches: Iterator[Batch]
+    ) -> tuple[TrainState, dict[str, Any]]:
         """Trains from a position to the end of its epoch.
 
         Args:
           state: is used up, for its arrays are donated.
           begun: where to begin, in the middle of an epoch after a stop.
+          batches: from there on.
 
         Returns:
           The state after the epoch, and what `on_epoch` is called with.
@@ -224,9 +242,8 @@ class _Phase:
         constants = (np.int32(epoch), np.float32(learning_rate), np.uint32(augmentation_seed))
         constants = place(constants, replicated(self.mesh))
 
-        order = self._shuffle(epoch)
-        batch_sizes = (order < self.padding).sum(1)
-        batches = self.data.batches(order, begun.step)
+        order = self.passes.order(self.passes.number_of(epoch))
+        batch_sizes = (order < self.passes.padding_id).sum(1)
 
         for number in range(begun.step, self.steps_per_epoch):
             batch = clock.pull(batches)
@@ -243,7 +260,7 @@ class _Phase:
         # Before the recorder looks: a loss that is not finite is reported with its step.
         settled = step_losses.settled()
         if self.recorder:
-            self.recorder.end_epoch(self.spec, state, self.data, epoch)
+            self.recorder.end_epoch(self.spec, state, batches, epoch)
         self.watchdog.alive()
 
         # The mean is that of the whole epoch, the rate only that of what was trained on since a stop.
@@ -280,11 +297,6 @@ class _Phase:
 
     def _title(self, epoch: int) -> str:
         return f"epoch {epoch + 1}/{self.recipe.epochs}"
-
-    def _shuffle(self, epoch: int) -> Int[np.ndarray, "S B"]:
-        return epoch_batches(
-            self.example_ids, self.recipe.batch_size, self.padding, seed=self.seed, phase=self.name, epoch=epoch
-        )
 
     def _save_if_due(self, state: TrainState, position: Position, losses: "_Losses") -> None:
         steps_done = self.steps_done(position)

@@ -1,6 +1,8 @@
 """The recorder that the trainer carries along: after each epoch every example has one more entry in its trajectory."""
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,14 +13,13 @@ from jax.sharding import Mesh
 from badloss_jax.core.errors import DataError, NonFiniteLossError
 from badloss_jax.core.memory import check_device_memory
 from badloss_jax.core.mesh import process_blocks
-from badloss_jax.core.order import cut_batches
 from badloss_jax.core.processes import all_of, on_all, on_first
 from badloss_jax.models import ModelSpec
-from badloss_jax.training.batch import Batch, Examples
+from badloss_jax.training.batch import Batch
 from badloss_jax.training.in_flight import InFlight
 from badloss_jax.training.state import TrainState
 from badloss_jax.training.step import make_sweep_step
-from badloss_jax.trajectories.buffer import Column, column_bytes, create_column, local_runs, make_write, padding_id
+from badloss_jax.trajectories.buffer import Column, column_bytes, create_column, local_runs, make_write
 from badloss_jax.trajectories.kinds import Kinds
 from badloss_jax.trajectories.store import TrajectoryStore
 
@@ -97,13 +98,18 @@ class Recorder:
         if values:
             self._write(batch, values)
 
-    def end_epoch(self, spec: ModelSpec, state: TrainState, data: Examples, epoch: int) -> None:
+    @property
+    def swept(self) -> int:
+        """N, the examples of a sweep, which have the ids 0 to N - 1; 0 if there are no sweeps."""
+        return self.store.num_examples if self.capture == "sweep" else 0
+
+    def end_epoch(self, spec: ModelSpec, state: TrainState, batches: Iterator[Batch], epoch: int) -> None:
         """Sweeps over the training set if that is how it captures, and stores the epoch.
 
         Args:
           spec: the network.
           state: its weights after the epoch.
-          data: the training set.
+          batches: those of the sweep come next.
           epoch: that is over.
 
         Raises:
@@ -114,10 +120,8 @@ class Recorder:
             self.column |= self._empty(kinds.observed)
 
             step = make_sweep_step(spec, kinds, self.mesh)
-            padding = padding_id(len(data), self.mesh)
-            order = cut_batches(np.arange(len(data)), self.batch_size, padding)
             in_flight = InFlight(jax.block_until_ready, self.mesh)
-            for batch in data.batches(order):
+            for batch in itertools.islice(batches, math.ceil(self.swept / self.batch_size)):
                 values = step(state, batch)
                 self._write(batch, values)
                 in_flight.append(values)

@@ -1,6 +1,6 @@
 """A data set that lies on the devices as uint8, with the poisoned images beside it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from badloss_jax.core.memory import check_device_memory, on_cpus, placed_bytes
 from badloss_jax.core.mesh import by_columns, by_rows, place, replicated
+from badloss_jax.core.order import OnePass, Passes
 from badloss_jax.training.batch import Batch
 
 
@@ -71,20 +72,22 @@ class ResidentData:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batches(self, order: Int[np.ndarray, "S B"], start: int = 0) -> Iterator[Batch]:
-        """Yields the batches of an epoch from the given one on; ids of no example are padding.
+    def batches(self, order: Int[np.ndarray, "S B"], start: int = 0) -> Generator[Batch]:
+        """Yields the batches of one pass; see `Examples`."""
+        return self.stream(OnePass(order), start=start)
 
-        Args:
-          order: int32 [S, B], the ids of each batch.
-          start: the batch to begin with.
-        """
+    def stream(self, passes: Passes, number: int = 0, start: int = 0) -> Generator[Batch]:
+        """Yields the batches of one pass after the other; see `Examples`."""
         mesh = self.labels.sharding.mesh  # type: ignore[attr-defined]
         take = make_take(mesh)
 
-        # The whole epoch at once, so that nothing is copied from the host between two steps.
-        placed = place(order, by_columns(mesh))
-        for number in range(start, len(order)):
-            yield take(self, placed, np.int32(number))
+        for later in range(number, len(passes.shapes)):
+            # The whole pass at once, so that nothing is copied from the host between two steps.
+            order = passes.order(later)
+            placed = place(order, by_columns(mesh))
+            for step in range(start, len(order)):
+                yield take(self, placed, np.int32(step))
+            start = 0
 
     def batch(self, ids: Int[Array, "B"]) -> Batch:
         """Returns examples as the victim sees them, for use inside jit; padding shows the last one.

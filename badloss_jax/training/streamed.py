@@ -3,26 +3,33 @@
 Every process decodes the rows of its own devices and no others. Images travel as uint8, as they are in memory on the
 devices; poisoned ones, which are not whole numbers any more, beside them as float32: so the steps see the same bits as
 with `ResidentData`.
+
+A training has one stream, whatever its passes: workers start once, and read the next epoch's images during a sweep.
 """
 
+import bisect
 import collections
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from badloss_jax.attacks.poisoning import Poisoning
 from badloss_jax.core.mesh import AXIS, local_blocks, place_rows
+from badloss_jax.core.order import OnePass, Passes, batches_of
 from badloss_jax.training.batch import Batch
 
 _AHEAD = 2  # batches that wait on the devices, while the next ones are decoded
+_PIECE = 2**21  # bytes of images that are decoded at a time, but at least one image
 
 
 @dataclass(frozen=True)
@@ -44,65 +51,61 @@ class StreamedData:
     def __len__(self) -> int:
         return len(self.poisoning.labels)
 
-    def batches(self, order: Int[np.ndarray, "S B"], start: int = 0) -> Iterator[Batch]:
-        """Yields the batches of an epoch from the given one on; ids of no example are padding.
+    def batches(self, order: Int[np.ndarray, "S B"], start: int = 0) -> Generator[Batch]:
+        """Yields the batches of one pass; see `Examples`."""
+        return self.stream(OnePass(order), start=start)
 
-        Args:
-          order: int32 [S, B], the ids of each batch.
-          start: the batch to begin with.
-        """
+    def stream(self, passes: Passes, number: int = 0, start: int = 0) -> Generator[Batch]:
+        """Yields the batches of one pass after the other; see `Examples`."""
         show = _make_show(self.mesh)
-        ahead: collections.deque[_RawBatch] = collections.deque()
-        for shares in self._decoded(order[start:]):
-            if len(ahead) == _AHEAD:
-                yield show(ahead.popleft())
-            ahead.append(self._place(shares, order.shape[1]))
+        ahead: collections.deque[Future] = collections.deque()
+        with ThreadPoolExecutor(1, "badloss-input") as loader:
+            try:
+                decoded = self._decoded(passes, number, start)
+                for ids in batches_of(passes, number, start):
+                    ahead.append(loader.submit(self._load, ids, decoded))
+                    if len(ahead) > _AHEAD:
+                        yield show(ahead.popleft().result())
+                while ahead:
+                    yield show(ahead.popleft().result())
+            finally:
+                for waiting in ahead:
+                    waiting.cancel()
 
-        yield from map(show, ahead)
-
-    def _decoded(self, order: Int[np.ndarray, "S B"]) -> Iterator[Sequence[dict[str, np.ndarray]]]:
-        """Yields for each batch the share of each device of this process."""
+    def _decoded(self, passes: Passes, number: int, start: int) -> Iterator["_Piece"]:
+        """Yields the images of each batch, a piece of a device's share after the other."""
         import grain  # heavy, and only streams need it
 
-        blocks = local_blocks(order.shape[1], self.mesh)
-        ids = np.stack([order[:, block] for block in blocks], axis=1)  # [S, local devices, B / devices]
-        share_size = ids.shape[2]
+        pieces = _Pieces.of(passes, self.mesh, self._piece_size, number, start)
+        decoded = grain.MapDataset.source(pieces).map(partial(_decode, self.poisoning))
 
-        examples = grain.MapDataset.source(ids.reshape(-1)).map(partial(_look_up, self.poisoning))
-        shares = examples.batch(share_size, batch_fn=partial(_lay_out, room=self._room(order)))
-        batches = shares.batch(len(blocks), batch_fn=list)
-
-        two_batches = 2 * share_size * len(blocks)
-        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=two_batches)
-        stream = batches.to_iter_dataset(options)
+        # Every thread has a piece in work, and one that is done.
+        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)
+        stream = decoded.to_iter_dataset(options)
         if self.workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # grain hands them to its workers
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(self.workers))
         return iter(stream)
 
-    def _room(self, order: Int[np.ndarray, "S B"]) -> int:
-        """Returns for how many poisoned images a device's share of a batch has room.
+    @property
+    def _piece_size(self) -> int:
+        """How many images are decoded at a time."""
+        return max(1, _PIECE // math.prod(self.poisoning.images.shape[1:]))
 
-        A power of two, so that few sizes are compiled, and the same in every process.
-        """
-        is_poisoned = np.append(self.poisoning.attack_of >= 0, False)  # the last one is padding
-        shares = is_poisoned[np.minimum(order, len(self))].reshape(len(order), self.mesh.size, -1)
-        most = int(shares.sum(2).max(initial=1))
-        return 1 << (max(1, most) - 1).bit_length()
-
-    def _place(self, shares: Sequence[dict[str, np.ndarray]], batch_size: int) -> "_RawBatch":
+    def _load(self, ids: Int[np.ndarray, "B"], decoded: Iterator["_Piece"]) -> "_RawBatch":
         """Brings the shares of this process's devices onto them, as one sharded batch."""
-        blocks = local_blocks(batch_size, self.mesh)
-        share_of = {}
-        for block, share in zip(blocks, shares, strict=True):
-            device = block.start // (block.stop - block.start)
-            share_of[device] = share
+        room = self._room(ids)
+        shares = {}  # device -> what it gets
+        for block in local_blocks(len(ids), self.mesh):
+            share_size = block.stop - block.start
+            pieces = itertools.islice(decoded, math.ceil(share_size / self._piece_size))
+            shares[block.start // share_size] = self._lay_out(ids[block], list(pieces), room)
 
         def sharded(name: str) -> jax.Array:
-            rows, *width = shares[0][name].shape
+            rows, *width = next(iter(shares.values()))[name].shape
             shape = (rows * self.mesh.size, *width)
-            return place_rows(shape, self.mesh, lambda begin, end: share_of[begin // rows][name])
+            return place_rows(shape, self.mesh, lambda begin, end: shares[begin // rows][name])
 
         return _RawBatch(
             ids=sharded("ids"),
@@ -111,6 +114,41 @@ class StreamedData:
             override=sharded("override"),
             override_row=sharded("override_row"),
         )
+
+    def _room(self, ids: Int[np.ndarray, "B"]) -> int:
+        """Returns for how many poisoned images a device's share of a batch has room, the same in every process.
+
+        Nearly always the same, too: for the share that is poisoned, and three standard deviations more. A power of two,
+        so that few sizes are compiled where that is not enough.
+        """
+        share_size = len(ids) // self.mesh.size
+        expected = share_size * len(self.poisoning.ids) / len(self)
+        usual = math.ceil(expected + 3 * math.sqrt(expected))
+
+        shares = self._is_poisoned(ids).reshape(self.mesh.size, share_size)
+        most = max(1, usual, int(shares.sum(1).max()))
+        return 1 << (most - 1).bit_length()
+
+    def _is_poisoned(self, ids: Int[np.ndarray, "B"]) -> Bool[np.ndarray, "B"]:
+        """Says which ids are poisoned examples; padding is none."""
+        known = np.minimum(ids, len(self) - 1)
+        return (ids < len(self)) & (self.poisoning.attack_of[known] >= 0)
+
+    def _lay_out(self, ids: Int[np.ndarray, "R"], pieces: Sequence["_Piece"], room: int) -> dict[str, np.ndarray]:
+        """Lays one device's share of a batch out in arrays of fixed shapes, however many are poisoned."""
+        is_poisoned = self._is_poisoned(ids)
+        poisoned = np.concatenate([piece["poisoned"] for piece in pieces])
+        override = np.zeros((room, *poisoned.shape[1:]), np.float32)
+        override[: len(poisoned)] = poisoned
+
+        labels = self.poisoning.labels[np.minimum(ids, len(self) - 1)]
+        return {
+            "ids": ids,
+            "labels": np.where(ids < len(self), labels, -1).astype(np.int32),
+            "images": np.concatenate([piece["images"] for piece in pieces]),
+            "override": override,
+            "override_row": np.where(is_poisoned, is_poisoned.cumsum(), 0).astype(np.int32),
+        }
 
 
 @jax.tree_util.register_dataclass
@@ -153,37 +191,77 @@ def _make_show(mesh: Mesh) -> Callable[[_RawBatch], Batch]:
     return jax.jit(jax.shard_map(show, mesh=mesh, in_specs=rows, out_specs=rows))
 
 
-def _look_up(poisoning: Poisoning, example_id: Any) -> dict[str, Any]:
-    """Decodes one example: uint8 if clean, float32 if poisoned; padding is black and has the label -1."""
+# --- what threads and workers do
+
+_Piece = dict[str, np.ndarray]  # "images", uint8 [R, H, W, C]; "poisoned", float32 [p, H, W, C], of those rows that are
+
+
+def _decode(poisoning: Poisoning, ids: Int[np.ndarray, "R"]) -> _Piece:
+    """Decodes a few examples; where the clean images have padding and poisoned ones, they are black."""
     # Here and not in the step: a trigger is put on by the host that decodes the image.
-    row = int(example_id)
-    if row >= len(poisoning.labels):
-        return {"id": row, "label": -1, "image": np.zeros(poisoning.images.shape[1:], np.uint8)}
+    is_known = ids < len(poisoning.labels)
+    known = ids[is_known]
+    is_poisoned = poisoning.attack_of[known] >= 0
 
-    label = int(poisoning.labels[row])
-    if poisoning.attack_of[row] >= 0:
-        return {"id": row, "label": label, "image": poisoning.triggered(np.array([row]))[0]}
-    return {"id": row, "label": label, "image": poisoning.images[row]}
+    images = np.zeros((len(ids), *poisoning.images.shape[1:]), np.uint8)
+    clean = np.flatnonzero(is_known)[~is_poisoned]
+    images[clean] = poisoning.images[ids[clean]]
+    return {"images": images, "poisoned": poisoning.triggered(known[is_poisoned])}
 
 
-def _lay_out(examples: Sequence[dict[str, Any]], room: int) -> dict[str, np.ndarray]:
-    """Lays one device's share of a batch out in arrays of fixed shapes."""
-    shape = examples[0]["image"].shape
-    # Of fixed shapes, however many are poisoned, so that the step compiles once.
-    share = {
-        "ids": np.array([example["id"] for example in examples], np.int32),
-        "labels": np.array([example["label"] for example in examples], np.int32),
-        "images": np.zeros((len(examples), *shape), np.uint8),
-        "override": np.zeros((room, *shape), np.float32),
-        "override_row": np.zeros(len(examples), np.int32),
-    }
+@dataclass(frozen=True)
+class _Pieces:
+    """The ids that are decoded at a time: for each batch, of each device of this process, a piece after the other.
 
-    poisoned = 0
-    for position, example in enumerate(examples):
-        if example["image"].dtype == np.float32:
-            share["override"][poisoned] = example["image"]
-            poisoned += 1
-            share["override_row"][position] = poisoned
-        else:
-            share["images"][position] = example["image"]
-    return share
+    Attributes:
+      passes: of the training.
+      size: ids of a piece, but for the last of a share.
+      blocks: batch size -> the rows of each device.
+      number: the pass to begin with.
+      begins: of each pass from that on, where its pieces begin, and behind them the end; the first may be negative,
+        where the pass is begun in its middle.
+    """
+
+    passes: Passes
+    size: int
+    blocks: dict[int, list[slice]]
+    number: int
+    begins: list[int]
+
+    @classmethod
+    def of(cls, passes: Passes, mesh: Mesh, size: int, number: int, start: int) -> "_Pieces":
+        """Cuts the passes into pieces.
+
+        Args:
+          passes: of the training.
+          mesh: the devices.
+          size: ids of a piece, at most.
+          number: the pass to begin with.
+          start: the batch of it to begin with.
+        """
+        shapes = passes.shapes[number:]
+        blocks = {batch_size: local_blocks(batch_size, mesh) for _, batch_size in shapes}
+        begins = [0]
+        for steps, batch_size in shapes:
+            begins.append(begins[-1] + steps * _pieces_of(blocks[batch_size], size))
+
+        skipped = start * _pieces_of(blocks[shapes[0][1]], size)
+        return cls(passes, size, blocks, number, [begin - skipped for begin in begins])
+
+    def __len__(self) -> int:
+        return self.begins[-1]
+
+    def __getitem__(self, number: int) -> Int[np.ndarray, "R"]:
+        later = bisect.bisect_right(self.begins, number) - 1
+        order = self.passes.order(self.number + later)
+        blocks = self.blocks[order.shape[1]]
+
+        step, rest = divmod(number - self.begins[later], _pieces_of(blocks, self.size))
+        device, piece = divmod(rest, _pieces_of(blocks[:1], self.size))
+        share = order[step, blocks[device]]
+        return share[piece * self.size : (piece + 1) * self.size]
+
+
+def _pieces_of(blocks: Sequence[slice], size: int) -> int:
+    """Returns how many pieces shares of a batch are cut into, all of one size."""
+    return len(blocks) * math.ceil((blocks[0].stop - blocks[0].start) / size)

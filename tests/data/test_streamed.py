@@ -1,8 +1,12 @@
 import io
 import json
+import math
+import pickle
 import re
 import subprocess
 import sys
+import time
+from contextlib import closing
 from dataclasses import replace
 
 import jax
@@ -10,11 +14,12 @@ import numpy as np
 import pytest
 
 from badloss_jax.attacks.manifest import draw_manifest
-from badloss_jax.attacks.poisoning import apply_manifest
+from badloss_jax.attacks.poisoning import apply_manifest, unpoisoned
 from badloss_jax.config import load_config
+from badloss_jax.core import order as orders
 from badloss_jax.core.errors import DataError
 from badloss_jax.core.mesh import make_mesh
-from badloss_jax.core.order import epoch_batches
+from badloss_jax.core.order import TrainingPasses, cut_batches, epoch_batches
 from badloss_jax.core.progress import Progress
 from badloss_jax.data import digits
 from badloss_jax.models import ModelSpec
@@ -132,7 +137,7 @@ _WORKERS = """
 if __name__ == "__main__":  # all of it, as the workers import this module, too, and need nothing of it
     import jax
     import numpy as np
-    from badloss_jax.core.order import epoch_batches
+    from badloss_jax.core.order import TrainingPasses, cut_batches, epoch_batches
     from badloss_jax.core.mesh import make_mesh
     from badloss_jax.training.streamed import StreamedData
     from tests.data.test_streamed import COUNT, make_poisoning
@@ -160,14 +165,91 @@ def test_worker_processes_decode_the_same(tmp_path):
     assert run.stdout.strip() == "22"
 
 
-def test_room_for_poison_takes_few_sizes_and_is_the_same_everywhere(poisoning):
+def test_room_for_poison_is_enough_takes_few_sizes_and_is_the_same_everywhere(poisoning):
     mesh = make_mesh(jax.devices()[:4])
+    data = StreamedData(poisoning, mesh)
     order = epoch_batches(np.arange(COUNT), 32, 800, seed=0, phase="p", epoch=0)
     poisoned = np.append(poisoning.attack_of >= 0, False)[np.minimum(order, COUNT)]
-    most = poisoned.reshape(25, 4, 8).sum(2).max()
-    room = StreamedData(poisoning, mesh)._room(order)
-    assert room >= most > room // 2
-    assert room & (room - 1) == 0
+    rooms = np.array([data._room(ids) for ids in order])
+    assert (rooms >= poisoned.reshape(25, 4, 8).sum(2).max(1)).all()
+    assert set(rooms) <= {4, 8}
+    assert (rooms == rooms[0]).mean() > 0.9
+    assert data._room(np.resize(poisoning.ids, 32)) == 8  # of every share all
+    assert StreamedData(unpoisoned(poisoning.images, poisoning.labels), mesh)._room(order[0]) == 1
+
+
+class Counted:
+    """Images that know how many of them were read."""
+
+    def __init__(self, images):
+        self.images, self.read = images, 0
+        self.shape, self.dtype, self.ndim = images.shape, images.dtype, images.ndim
+
+    def __getitem__(self, rows):
+        self.read += len(rows)
+        return self.images[rows]
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_only_a_few_batches_are_read_ahead(poisoning, mesh, monkeypatch, devices):
+    """And in pieces, some of them smaller, whose images are in their order all the same."""
+    monkeypatch.setattr("badloss_jax.training.streamed._PIECE", 3 * math.prod(poisoning.images.shape[1:]))
+    images = Counted(poisoning.images)
+    mesh = make_mesh(jax.devices()[:devices])
+    data = StreamedData(replace(poisoning, images=images), mesh, threads=2)
+    order = np.arange(800, dtype=np.int32).reshape(50, 16)
+    with closing(data.batches(order)) as batches:
+        for ids in order[:20]:
+            np.testing.assert_array_equal(next(batches).ids, ids)
+        time.sleep(0.5)  # they would go on reading
+        # Two batches on the devices, one that is put together, four pieces in threads and one in each of them.
+        assert 20 * 16 <= images.read <= (20 + 3) * 16 + 6 * 3
+
+
+def passes_of(**changed):
+    """Three epochs of 25 steps and a sweep of 13."""
+    return TrainingPasses(**{
+        "example_ids": np.arange(COUNT), "batch_size": 32, "padding_id": 800, "seed": 0, "phase": "p", "epochs": 3,
+        "swept": COUNT, "sweep_batch": 64,
+    } | changed)  # fmt: skip
+
+
+@pytest.mark.parametrize("resident_too", [False, True])
+@pytest.mark.parametrize(("epoch", "step"), [(0, 0), (1, 24), (1, 25)])
+def test_a_stream_goes_through_all_passes_from_where_it_is_begun(poisoning, mesh, resident_too, epoch, step):
+    passes = passes_of()
+    assert passes.shapes == [(25, 32), (13, 64)] * 3
+    data = resident(poisoning, mesh) if resident_too else StreamedData(poisoning, mesh)
+    given = [np.asarray(batch.ids) for batch in data.stream(passes, passes.number_of(epoch), step)]
+
+    expected = []
+    for later in range(epoch, 3):
+        expected += [*epoch_batches(np.arange(COUNT), 32, 800, seed=0, phase="p", epoch=later)]
+        expected += [*cut_batches(np.arange(COUNT), 64, 800)]
+    assert len(given) == len(expected) - step
+    for ours, theirs in zip(given, expected[step:], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_training_without_sweeps_has_no_passes_for_them():
+    passes = passes_of(swept=0)
+    assert passes.shapes == [(25, 32)] * 3
+    np.testing.assert_array_equal(passes.order(2), passes_of().order(4))
+
+
+def test_few_orders_are_kept_and_workers_get_none(monkeypatch):
+    counted = []
+    usual = orders.epoch_batches
+    monkeypatch.setattr(orders, "epoch_batches", lambda *given, **named: counted.append(0) or usual(*given, **named))
+    passes = passes_of()
+    for number in (0, 1, 2, 0, 1, 2):
+        passes.order(number)
+    assert len(counted) == 2
+    passes.order(4)
+    assert sorted(passes._known) == [2, 4]
+    copy = pickle.loads(pickle.dumps(passes))  # noqa: S301
+    assert not copy._known
+    np.testing.assert_array_equal(copy.order(4), passes.order(4))
 
 
 def test_what_cannot_be_read_stops_the_run_and_is_named(poisoning):

@@ -175,7 +175,8 @@ _SETTINGS: dict[str, Any] = {
         "name": ("resnet18", Registered("models.MODELS")),
         "stages": ((16, 32, 64), FREE),  # resnet_small: channels of each stage, one block a stage
         "stem_stride": (2, AT_LEAST_ONE),  # resnet_small
-        # of the computation: float32 | bfloat16 | float64 (needs JAX_ENABLE_X64=1)
+        # of convolutions and what is between them: float32 | bfloat16 | float64 (needs JAX_ENABLE_X64=1). Weights,
+        # statistics, logits, losses and what is recorded are never narrower than float32
         "dtype": ("float32", OneOf("float32", "bfloat16", "float64")),
     },
     "optimizer": {

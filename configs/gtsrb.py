@@ -1,7 +1,7 @@
 """German traffic signs at the paper's settings, from the official archives' folder GTSRB.
 
 Source: BaDLoss (Alex et al., ICLR 2025), section 5 and appendix: 224 px, no augmentation, the authors' poison ratios;
-the paper's mean ASR is 10.29 %. These settings need a GPU and are not measured yet.
+the paper's mean ASR is 10.29 %. These settings need a GPU, compute in bfloat16 (`model.dtype`) and are not measured yet.
 
 `:third` is for a reduced set at 32 px: DIR then holds only the frames 0, 3, 6, ... of each track (13,070 images; the
 variant itself leaves nothing out). Its classes are too small for the paper's sinusoid, so at least 100 images of a
@@ -23,7 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.attacks.patch.ratio = 0.02
     config.attacks.single_pix.ratio = 0.04
     config.attacks.sinusoid.update(min_images=300, min_class=1000)
-    config.model.name = "resnet50"
+    config.model.update(name="resnet50", dtype="bfloat16")
     config.recording.batch_size = 256
     config.rejection.rules = ("fraction", "fraction@0.1", "alpha", "fdr")
     config.retraining.batch_size = 256
@@ -34,7 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "third":
         config.data.image_size = 32
         config.attacks.sinusoid.update(min_images=100, min_class=333)
-        config.model.update(name="resnet_small", stages=(16, 32, 64), stem_stride=2)
+        config.model.update(name="resnet_small", dtype="float32", stages=(16, 32, 64), stem_stride=2)
         config.recording.update(epochs=15, batch_size=64)
         config.retraining.update(epochs=20, batch_size=64)
         config.evaluation.max_triggered = 2_000

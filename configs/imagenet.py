@@ -1,8 +1,8 @@
 """ImageNet-1k at the paper's settings, from the official archives (in TARS; `badloss prepare --help` names them).
 
 Source: BaDLoss (Alex et al., ICLR 2025), section 5 and appendix: 224 px, five attacks, the authors' poison ratios,
-batches of 256. The paper's mean ASR is 15.61 %. Not measured yet. Images are streamed: a few batches of them lie in
-memory at a time.
+batches of 256, computed in bfloat16 (`model.dtype`). The paper's mean ASR is 15.61 %. Not measured yet. Images are
+streamed: a few batches of them lie in memory at a time.
 
 `:large_batch` records and retrains in batches of 4,096, and multiplies the learning rate by the square root of
 4,096 / 256, the rule for Adam (Malladi et al., On the SDEs and scaling rules for adaptive gradient algorithms, NeurIPS
@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.attacks.blend_p.update(ratio=0.0002, strength=0.15)
     config.attacks.sinusoid.strength = 0.15
     config.attacks.frequency.update(ratio=0.001, magnitude=90.0)
-    config.model.name = "resnet50"
+    config.model.update(name="resnet50", dtype="bfloat16")
     config.recording.update(batch_size=256, kinds=("ranked", "features"), feature_dim=32)
     config.scoring.kinds = ("loss", "ranked", "features", "combined")
     config.rejection.rules = ("fraction", "fraction@0.1", "alpha", "fdr")

@@ -1,7 +1,7 @@
 """Imagenette (10 classes of ImageNet) at the paper's settings, from the official folder `{train,val}/<wnid>/*`.
 
 Source: BaDLoss (Alex et al., ICLR 2025), section 5 and appendix: 224 px, five attacks, the authors' poison ratios. The
-paper's mean ASR is 19.17 %. These settings need a GPU and are not measured yet.
+paper's mean ASR is 19.17 %. These settings need a GPU, compute in bfloat16 (`model.dtype`) and are not measured yet.
 
     badloss run --config configs/imagenette.py --config.data.dir=DIR/imagenette2 --workdir /tmp/imagenette
 """
@@ -24,7 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
     for name in ("blend_r", "blend_p", "sinusoid"):
         config.attacks[name].strength = 0.15
     config.attacks.frequency.magnitude = 90.0
-    config.model.name = "resnet50"
+    config.model.update(name="resnet50", dtype="bfloat16")
     config.recording.update(batch_size=256, schedule_epochs=250)
     config.rejection.rules = ("fraction", "fraction@0.1", "alpha", "fdr")
     config.retraining.update(epochs=250, batch_size=256, augment="resized_crop_flip")

@@ -52,11 +52,13 @@ class Head(nnx.Module):
     """The mean over pixels, the penultimate features, and a linear layer, in float32 or wider."""
 
     def __init__(self, inputs: int, num_classes: int, *, rngs: nnx.Rngs, **dtypes: Any):
-        self.linear = nnx.Linear(inputs, num_classes, rngs=rngs, **dtypes)
+        # Logits of eight bits would leave little of the loss of what is well learnt.
+        wide = jnp.promote_types(dtypes["dtype"], jnp.float32)
+        self.linear = nnx.Linear(inputs, num_classes, rngs=rngs, **dtypes | {"dtype": wide})
 
     def __call__(self, x: Float[Array, "B H W F"]) -> tuple[Float[Array, "B K"], Float[Array, "B F"]]:
         """Returns logits and features."""
         # The mean of many pixels in bfloat16 would lose most of its digits.
         wide = jnp.promote_types(x.dtype, jnp.float32)
         features = x.astype(wide).mean((1, 2))
-        return self.linear(features).astype(wide), features
+        return self.linear(features), features

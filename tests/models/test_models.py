@@ -102,6 +102,7 @@ def test_bfloat16_computes_in_16_bits_and_answers_in_32(mesh):
     assert model.stem(x, True, None).dtype == jnp.bfloat16
     logits, features = trained(model, x)
     assert logits.dtype == features.dtype == jnp.float32
+    assert (logits != logits.astype(jnp.bfloat16)).all()  # nor were they rounded before
 
 
 def test_padding_counts_neither_in_outputs_nor_in_statistics(mesh):

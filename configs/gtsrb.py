@@ -1,7 +1,7 @@
 """German traffic signs at the paper's settings, from the official archives' folder GTSRB.
 
 Source: BaDLoss (Alex et al., ICLR 2025), section 5 and appendix: 224 px, no augmentation, the authors' poison ratios;
-the paper's mean ASR is 10.29 %. These settings need a GPU, compute in bfloat16 (`model.dtype`) and are not measured yet.
+the paper's mean ASR is 10.29 %. These settings need a GPU, compute in bfloat16 (`model.dtype`), and are not measured.
 
 `:third` is for a reduced set at 32 px: DIR then holds only the frames 0, 3, 6, ... of each track (13,070 images; the
 variant itself leaves nothing out). Its classes are too small for the paper's sinusoid, so at least 100 images of a

@@ -1,13 +1,10 @@
 """`badloss run`."""
 
 import argparse
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from badloss_jax.cli.start import explain, out_of_memory, set_up_jax, settings_and
-from badloss_jax.core.errors import BadlossError, UsageError
+from badloss_jax.cli.processes import add_arguments_of_processes, joined
+from badloss_jax.cli.start import set_up_jax, settings_and
 
 SUMMARY = "run a whole experiment"
 ABOUT = """\
@@ -34,18 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(configurable=True, goes_on_from="checkpoint")
     parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="config file, and its variant if any")
     parser.add_argument("--workdir", required=True, type=Path, metavar="OUT", help="folder of this run, new or its own")
-    parser.add_argument(
-        "--distributed",
-        action="store_true",
-        help="as one of many processes that share the work and OUT; Slurm, Open MPI, GKE and Cloud TPUs say the rest,"
-        " elsewhere give the three below",
-    )
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 runs, and a free port of it")
-    parser.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
-    parser.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0")
-    parser.add_argument(
-        "--timeout", type=int, default=300, metavar="SECONDS", help="to wait for the others (default 300)"
-    )
+    add_arguments_of_processes(parser)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -67,7 +53,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     # Wrong settings are refused before JAX starts.
     config = load_config(arguments.config, overrides)
     set_up_jax(trains=True)
-    with _joined(arguments):
+    with joined(arguments):
         results = run_experiment(config, arguments.workdir, Progress() if first() else None)
     # One process speaks for all.
     if not first():
@@ -80,29 +66,3 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(f"{as_text(detection_table(results))}\n")
     print(f"Report: {arguments.workdir / 'report.html'}")
     return 0
-
-
-@contextmanager
-def _joined(arguments: argparse.Namespace) -> Iterator[None]:
-    """Joins the other processes, if there are to be any, and leaves them to themselves if this one fails alone."""
-    from badloss_jax.core.processes import connect, leave
-
-    address = (arguments.coordinator, arguments.num_processes, arguments.process_id)
-    if not arguments.distributed:
-        if any(value is not None for value in address):
-            raise UsageError("--coordinator, --num_processes and --process_id need --distributed")
-        yield
-        return
-
-    # One that fails alone must not wait for the others at the end, nor they for it.
-    connect(*address, arguments.timeout)
-    try:
-        yield
-    except BadlossError as error:
-        leave(error, explain(error))
-    except Exception as error:
-        exhausted = out_of_memory(error)
-        if exhausted is not None:
-            leave(exhausted, explain(exhausted))
-        traceback.print_exc()
-        leave(None, 1)

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from badloss_jax.cli.processes import add_arguments_of_processes, joined
 from badloss_jax.cli.start import set_up_jax, settings_and
 from badloss_jax.core.errors import UsageError
 
@@ -27,6 +28,8 @@ EPILOG = settings_and(
         "badloss scan --data photos --probes trusted.txt --workdir OUT",
         "badloss scan --data photos --probes 250 --workdir OUT --config.rejection.alpha=0.05 --apply cleaned",
         "badloss scan --data photos --probes 250 --workdir OUT --minutes 60 --config.data.image_size=96",
+        "srun badloss scan --distributed --data tfds:/shared/imagenet --probes 5000 --workdir /shared/OUT"
+        " --config.data.image_size=64",
     ]
 )
 
@@ -52,12 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR2",
         help="also make a copy of the training set without what remove.txt lists (of arrays: FILE2.npz)",
     )
+    add_arguments_of_processes(parser)
     parser.add_argument("--links", action="store_true", help="with --apply: links to the files in place of copies")
     parser.add_argument("--follow_links", action="store_true", help="read files that links lead to outside of DIR, too")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Scans, and applies what was found if asked to.
+    """Scans, and applies what was found if asked to; of many processes, the first one speaks and applies.
 
     Args:
       arguments: of the command line, parsed.
@@ -66,6 +70,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     Returns:
       The exit code.
     """
+    from badloss_jax.core.processes import first
     from badloss_jax.core.progress import Progress
     from badloss_jax.data.cleaned import check_target, write_cleaned
     from badloss_jax.report.tables import as_text, cluster_table
@@ -78,15 +83,19 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         check_target(arguments.data, arguments.workdir, arguments.apply)
 
     set_up_jax(trains=True)
-    results = scan(
-        arguments.data,
-        arguments.probes,
-        arguments.workdir,
-        overrides,
-        minutes=arguments.minutes,
-        follow_links=arguments.follow_links,
-        progress=Progress(),
-    )
+    with joined(arguments):
+        results = scan(
+            arguments.data,
+            arguments.probes,
+            arguments.workdir,
+            overrides,
+            minutes=arguments.minutes,
+            follow_links=arguments.follow_links,
+            progress=Progress() if first() else None,
+        )
+    if not first():
+        return 0
+
     print(f"\n{results['verdict']}\n")
     if results["attacks"]:
         print(f"{as_text(cluster_table(results))}\n")

@@ -1,20 +1,17 @@
 """One run, from a config to a verdict: poison, record, score, reject, retrain, evaluate, report."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from badloss_jax.attacks.manifest import Manifest, choose_probes
-from badloss_jax.config import check_config, settled
-from badloss_jax.core.hashing import code_hash
+from badloss_jax.attacks.manifest import choose_probes
+from badloss_jax.config import check_config
 from badloss_jax.core.mesh import make_mesh
 from badloss_jax.core.preemption import Preemption
 from badloss_jax.core.processes import agree, on_first
@@ -37,9 +34,9 @@ from badloss_jax.runs.defending import defend
 from badloss_jax.runs.ledger import Ledger
 from badloss_jax.runs.phases import Phases
 from badloss_jax.runs.poison import keep_manifest, plan_poison
+from badloss_jax.runs.together import claimed, facts_of
 from badloss_jax.runs.trainer import Recording, Trainer, check_devices, recipe_of, spec_of
-from badloss_jax.runs.workdir import claim, read_resumes
-from badloss_jax.runs.writers import Writer, open_writers
+from badloss_jax.runs.workdir import read_resumes
 from badloss_jax.training.footprint import check_train_step
 
 
@@ -95,12 +92,19 @@ def run_experiment(
     dataset = load_dataset(config.data, config.seed)
     planned = plan_poison(config, dataset)
     probe_ids = choose_probes(planned, config.probes.count, config.seed, config.probes.contaminated)
-    _check_agreement(config, dataset, planned)
+    agree(
+        facts_of(config)
+        | {
+            "the training images and labels (a hash)": dataset.train.fingerprint,
+            "the test images and labels (a hash)": dataset.test.fingerprint,
+            "the poison (a hash)": planned.digest,
+        }
+    )
     # A folder that was begun would be refused with what the user then changes.
     if not (workdir / "config.json").is_file():
         _check_memory(config, dataset, mesh)
 
-    with Preemption() as preemption, _claimed(workdir, config) as writers:
+    with Preemption() as preemption, claimed(workdir, config) as writers:
         ledger = Ledger(seconds={"data": time.monotonic() - started})
         trainer = Trainer(config, workdir, artefacts, mesh, progress, writers, preemption)
         manifest, surrogate = keep_manifest(workdir, planned, dataset, trainer)
@@ -234,23 +238,6 @@ def _write(run: Phases, findings: _Findings, results: dict[str, Any], *, report:
         write_reports(run.workdir)
 
 
-@contextmanager
-def _claimed(workdir: Path, config: ConfigDict) -> Iterator[Sequence[Writer]]:
-    """Holds the folder and opens the writers, in the first process; checks that all processes see the folder."""
-    writers: list[Writer] = []
-    with ExitStack() as stack:
-
-        def hold() -> None:
-            stack.enter_context(claim(workdir, config))
-            writers.extend(stack.enter_context(open_writers(workdir, config)))
-
-        on_first(hold)
-        # Every process looks for what the first has just written.
-        content = "a run" if (workdir / "config.json").is_file() else "nothing"
-        agree({f"what is in --workdir {workdir}, which has to be one folder that all processes share,": content})
-        yield writers
-
-
 def _check_memory(config: ConfigDict, dataset: Dataset, mesh: Mesh) -> None:
     """Raises UsageError if a step of the recording, or of the retraining, cannot fit the devices' memory."""
     spec = spec_of(config, dataset.image_shape, dataset.num_classes, config.model.name)
@@ -261,16 +248,3 @@ def _check_memory(config: ConfigDict, dataset: Dataset, mesh: Mesh) -> None:
     if settings.enabled:
         recipe = recipe_of(config, settings.epochs, settings.epochs, settings.batch_size, settings.augment)
         check_train_step("retraining.batch_size", spec, recipe, None, mesh)
-
-
-def _check_agreement(config: ConfigDict, dataset: Dataset, manifest: Manifest) -> None:
-    """Raises UsageError, in every process, if some have other settings, code or data than the first."""
-    facts = {f"config.{key}": str(value) for key, value in settled(config).items()}
-    facts |= {
-        "the code of badloss_jax (a hash)": code_hash(),
-        "the version of jax": jax.__version__,
-        "the training images and labels (a hash)": dataset.train.fingerprint,
-        "the test images and labels (a hash)": dataset.test.fingerprint,
-        "the poison (a hash)": manifest.digest,
-    }
-    agree(facts)

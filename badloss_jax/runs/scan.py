@@ -25,17 +25,19 @@ from ml_collections import ConfigDict
 from badloss_jax.config import default_config, override, settled
 from badloss_jax.core.errors import DataError, UsageError
 from badloss_jax.core.files import write_text
+from badloss_jax.core.hashing import digest
 from badloss_jax.core.mesh import make_mesh, round_up
 from badloss_jax.core.preemption import Preemption
+from badloss_jax.core.processes import agree, first, on_first
 from badloss_jax.core.progress import Progress
 from badloss_jax.data.training_set import TrainingSet, trusted_ids
 from badloss_jax.runs.artefacts import Artefacts
 from badloss_jax.runs.scan_input import ScanRequest, describe, read_training_set
 from badloss_jax.runs.scan_verdict import write_verdict
 from badloss_jax.runs.sizing import Network, Sizing, choose_network
+from badloss_jax.runs.together import claimed, facts_of
 from badloss_jax.runs.trainer import Recording, Trainer, check_devices, place_clean, spec_of
-from badloss_jax.runs.workdir import claim, read_config, read_resumes
-from badloss_jax.runs.writers import open_writers
+from badloss_jax.runs.workdir import read_config, read_resumes
 from badloss_jax.scoring import COMBINED
 from badloss_jax.training.batch import Examples
 from badloss_jax.trajectories.store import TrajectoryStore
@@ -176,17 +178,21 @@ def scan(
     examples, config = read_training_set(request)
     probe_ids = trusted_ids(probes, examples, config.seed)
     config = _settings(request, config, examples, len(probe_ids))
-    describe(request, config, examples, probe_ids)
+    agree(
+        facts_of(config)
+        | {
+            "the images and labels (a hash)": examples.split.fingerprint,
+            "the probes (a hash)": digest(probe_ids.tolist()),
+        }
+    )
+    if first():
+        describe(request, config, examples, probe_ids)
     images = _choose_network(request, config, examples)
     # A folder that was begun would be refused with what the user then changes.
-    if not (workdir / "config.json").is_file():
+    if not on_first((workdir / "config.json").is_file):
         _recording_of(config, examples).check_fits(config, request.mesh)
 
-    with (
-        Preemption() as preemption,
-        claim(workdir, config, free=_CHANGEABLE),
-        open_writers(workdir, config) as writers,
-    ):
+    with Preemption() as preemption, claimed(workdir, config, _CHANGEABLE) as writers:
         seconds = {"data": time.monotonic() - started}
         artefacts = Artefacts(workdir)
         trainer = Trainer(config, workdir, artefacts, request.mesh, request.progress, writers, preemption)
@@ -197,7 +203,7 @@ def scan(
         results = write_verdict(store, examples, probe_ids, config, workdir, request.mesh)
         seconds["scoring"] = time.monotonic() - begun
         results |= {"seconds": seconds, "resumes": read_resumes(workdir)}
-        write_text(workdir / "scan.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+        on_first(lambda: write_text(workdir / "scan.json", json.dumps(results, indent=2, allow_nan=False) + "\n"))
         preemption.stop_if_reached()
     return results
 
@@ -263,7 +269,7 @@ def _network_is_known(request: ScanRequest, config: ConfigDict) -> bool:
     """Whether the network need not be chosen: it was asked for, or the folder has one, which the config is given."""
     if any(text.startswith(f"--config.{key}=") for text in request.overrides for key in _OF_THE_NETWORK):
         return True
-    if not (request.workdir / "config.json").is_file():
+    if not on_first((request.workdir / "config.json").is_file):
         return False
 
     # Another network would be another recording: a scan that goes on keeps its own, whatever the time is now.
@@ -286,10 +292,10 @@ def _record(
     recording = _recording_of(config, examples)
     folder = trainer.workdir / "trajectories"
 
-    if recording.is_in(folder):
+    if on_first(lambda: recording.is_in(folder)):
         trainer.progress.note("recording  done before")
     else:
-        _check_same(folder, recording.identity)
+        on_first(lambda: _check_same(folder, recording.identity))
         begun = time.monotonic()
         trainer.progress.phase("recording")
         images = images or place_clean(config, split, trainer.mesh)
@@ -300,8 +306,12 @@ def _record(
 
     # Probes do not change what is recorded, so that other ones need no new recording.
     store = TrajectoryStore.open(folder)
-    if not np.array_equal(store.probe_ids(), probe_ids):
-        store.mark_probes(probe_ids)
+
+    def mark_probes() -> None:
+        if not np.array_equal(store.probe_ids(), probe_ids):
+            store.mark_probes(probe_ids)
+
+    on_first(mark_probes)
     return store
 
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from badloss_jax.config import to_dict
 from badloss_jax.core.environment import environment
 from badloss_jax.core.files import printable, write_lines, write_text
+from badloss_jax.core.processes import on_first
 from badloss_jax.data.training_set import TrainingSet
 from badloss_jax.report.scan import Suspects, reasons, render_scan, sentence, write_scores, write_suspects
 from badloss_jax.scoring import (
@@ -40,7 +41,7 @@ def write_verdict(
     workdir: Path,
     mesh: Mesh,
 ) -> dict[str, Any]:
-    """Scores a recording, judges it, and writes everything but scan.json.
+    """Scores a recording, judges it, and writes everything but scan.json; of many processes, the first one writes.
 
     Args:
       store: the recording.
@@ -90,10 +91,13 @@ def write_verdict(
         "environment": environment(),
     }
 
-    write_suspects(workdir, suspects, examples)
-    write_scores(workdir, examples, scores, verdict, is_probe, impressions)
-    _write_lists(workdir, examples, verdict)
-    write_text(workdir / "report.html", render_scan(results, suspects, examples, losses, scores, is_probe))
+    def write() -> None:
+        write_suspects(workdir, suspects, examples)
+        write_scores(workdir, examples, scores, verdict, is_probe, impressions)
+        _write_lists(workdir, examples, verdict)
+        write_text(workdir / "report.html", render_scan(results, suspects, examples, losses, scores, is_probe))
+
+    on_first(write)
     return results
 
 

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from badloss_jax.core.errors import UsageError
 from badloss_jax.core.order import epoch_batches
+from badloss_jax.core.processes import on_all, on_first
 from badloss_jax.core.progress import Progress
 from badloss_jax.runs.trainer import recipe_of, spec_of
 from badloss_jax.training.batch import Batch, Examples
@@ -112,24 +113,31 @@ class Sizing:
         spec = spec_of(config, self.image_shape, self.num_classes, config.model.name)
         settings = config.recording
         recipe = recipe_of(config, settings.epochs, settings.schedule_epochs, settings.batch_size)
-        check_train_step("recording.batch_size", spec, recipe, None, self.mesh)
+        # What one of several machines has no memory for, none of them tries.
+        on_all(lambda: check_train_step("recording.batch_size", spec, recipe, None, self.mesh))
         step = make_train_step(spec, recipe.optimizer, recipe.objective, recipe.augment, None, self.mesh)
         state: Any = create_state(spec, recipe.optimizer, 0, self.mesh)
         epoch = np.int32(0)
         learning_rate = np.float32(recipe.learning_rate_at(0))
         seed = np.uint32(0)
 
-        # Every step is waited for: else only its dispatch would be timed.
-        steps = -_WARM_UP
-        started = 0.0
         with closing(self._endless_batches(recipe.batch_size)) as batches:
-            while steps < _FEWEST_STEPS or time.perf_counter() - started < _SECONDS:
-                state, loss, *_ = step(state, next(batches), epoch, learning_rate, seed, None)
-                jax.block_until_ready(loss)
-                steps += 1
-                if steps == 0:
-                    started = time.perf_counter()
-            return steps * recipe.batch_size / (time.perf_counter() - started)
+
+            def seconds_of(steps: int) -> float:
+                nonlocal state
+                started = time.perf_counter()
+                for batch in itertools.islice(batches, steps):
+                    # Every step is waited for: else only its dispatch would be timed.
+                    state, loss, *_ = step(state, batch, epoch, learning_rate, seed, None)
+                    jax.block_until_ready(loss)
+                # By the clock of the first process, so that all of them make as many steps.
+                return on_first(lambda: time.perf_counter() - started)
+
+            seconds_of(_WARM_UP)
+            spent = seconds_of(_FEWEST_STEPS)
+            more = math.ceil(max(0.0, _SECONDS - spent) * _FEWEST_STEPS / spent)
+            spent += seconds_of(more)
+            return (_FEWEST_STEPS + more) * recipe.batch_size / spent
 
     def use(self, network: Network) -> None:
         """Sets the network in the config."""

@@ -178,6 +178,9 @@ _SETTINGS: dict[str, Any] = {
         # of convolutions and what is between them: float32 | bfloat16 | float64 (needs JAX_ENABLE_X64=1). Weights,
         # statistics, logits, losses and what is recorded are never narrower than float32
         "dtype": ("float32", OneOf("float32", "bfloat16", "float64")),
+        # batch norm in training by the statistics of so many images each; 0 = of the whole batch. Devices wait less for
+        # each other if it divides the share of a batch that each has (configs/results/README.md has what it changes)
+        "ghost_batch": (0, NOT_NEGATIVE),
     },
     "optimizer": {
         "learning_rate": (1e-3, POSITIVE),

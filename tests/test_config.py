@@ -173,6 +173,7 @@ def test_overrides_keep_types():
         ("--config.defenses.pss.clean_quantile=nan", r"defenses.pss.clean_quantile = nan"),
         ("--config.defenses.abl.epochs=0", r"defenses.abl.epochs = 0: expected a finite number above 0"),
         ("--config.retraining.variants=('loss/own',)", r"has 'loss/own': expected KIND/RULE"),
+        ("--config.model.ghost_batch=-1", r"model.ghost_batch = -1: expected a finite number of at least 0"),
     ],
 )
 def test_impossible_settings_are_named(text, message):
@@ -194,6 +195,11 @@ def test_impossible_settings_are_named(text, message):
          r"has 'badloss/fractoin': expected KIND/RULE or DEFENCE/RULE; did you mean 'badloss/fraction'"),
         ({"defenses.names": "('badloss',)", "retraining.variants": "('badloss/own',)"}, r"has 'badloss/own': expected"),
         ({"retraining.variants": "('badloss/fraction',)"}, r"has 'badloss/fraction': expected KIND/RULE"),
+        ({"model.ghost_batch": 24, "recording.batch_size": 48},
+         r"model.ghost_batch = 24 does not divide retraining.batch_size = 32: .*; 16 would do, or 0"),
+        ({"model.ghost_batch": 7, "recording.batch_size": 9},
+         r"model.ghost_batch = 7 does not divide recording.batch_size = 9: .*; 1 would do, or 0"),
+        ({"model.ghost_batch": 64}, r"does not divide recording.batch_size = 32: .*; 32 would do, or 0"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_named(changed, message):

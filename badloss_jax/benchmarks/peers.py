@@ -82,6 +82,11 @@ def check_workload(name: str, workload: Workload) -> None:
         raise UsageError(
             f"model.dtype = {spec.dtype!r} with --peer {name}: expected float32, in which both compute the same"
         )
+    if spec.ghost_batch:
+        raise UsageError(
+            f"model.ghost_batch = {spec.ghost_batch} with --peer {name}: expected 0, the whole batch, by which the peer"
+            " normalises"
+        )
 
     devices = workload.mesh.devices.flat
     if len(devices) > 1 or devices[0].platform != "cpu":

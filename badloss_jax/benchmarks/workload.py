@@ -138,6 +138,7 @@ def make_workload(name: str, config: ConfigDict, images: Images, mesh: Mesh) -> 
         tuple(model.stages),
         model.stem_stride,
         model.dtype,
+        model.ghost_batch,
     )
     kinds = Kinds(
         tuple(recording.kinds),

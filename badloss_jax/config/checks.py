@@ -1,5 +1,6 @@
 """What a config may be: each value alone, the names that registries know, what several settings together may be."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,7 @@ def check_config(config: ConfigDict) -> None:
         )
     if not config.model.stages or min(config.model.stages) < 1:
         raise UsageError(f"model.stages = {config.model.stages}: expected one positive channel count a stage")
+    _check_ghost_batch(config)
 
     recorded = {"loss", *recording.kinds}
     if recording.capture == "step" and "step" in recorded:
@@ -77,6 +79,23 @@ def _check_types(config: ConfigDict) -> None:
         value = value_at(config, key)
         if not all(type(element) is wanted for element in value):
             raise UsageError(f"{key} = {value}: expected a tuple of {wanted.__name__}")
+
+
+def _check_ghost_batch(config: ConfigDict) -> None:
+    """Checks that the batches that networks are trained with are whole ghost batches."""
+    ghost_batch = config.model.ghost_batch
+    if not ghost_batch:
+        return
+
+    sizes = {f"{phase}.batch_size": config[phase].batch_size for phase in ("recording", "retraining")}
+    common = math.gcd(*sizes.values())
+    would_do = max(size for size in range(1, ghost_batch + 1) if common % size == 0)
+    for key, size in sizes.items():
+        if size % ghost_batch:
+            raise UsageError(
+                f"model.ghost_batch = {ghost_batch} does not divide {key} = {size}: a batch is cut into whole ghost"
+                f" batches; {would_do} would do, or 0 for the whole batch"
+            )
 
 
 def _check_kinds(config: ConfigDict, recorded: set[str]) -> None:

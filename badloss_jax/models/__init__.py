@@ -16,6 +16,7 @@ from flax import nnx
 
 from badloss_jax.models.frequency_cnn import frequency_cnn
 from badloss_jax.models.mobilenet import mobilenet_v2
+from badloss_jax.models.normalization import BatchNorm
 from badloss_jax.models.resnet import resnet18, resnet34, resnet50, resnet_small
 from badloss_jax.models.vgg import vgg16_bn
 
@@ -41,6 +42,7 @@ class ModelSpec:
       stages: channels of each stage, for those networks that ask for them.
       stem_stride: of the first convolution, for those networks that ask for it.
       dtype: of the computation, by name; parameters are never narrower than float32.
+      ghost_batch: images that the statistics of batch norm are of in training, which divides B; 0 is the whole batch.
     """
 
     name: str
@@ -49,6 +51,7 @@ class ModelSpec:
     stages: tuple[int, ...] = (16, 32, 64)
     stem_stride: int = 2
     dtype: str = "float32"
+    ghost_batch: int = 0
 
     @property
     def num_features(self) -> int:
@@ -61,8 +64,12 @@ class ModelSpec:
         return jnp.promote_types(self.dtype, jnp.float32)
 
     def build(self, rngs: nnx.Rngs) -> Any:
-        """Returns the network with fresh weights of `param_dtype`."""
-        return MODELS[self.name](
+        """Returns the network with fresh weights of `param_dtype`.
+
+        Raises:
+          ValueError: it has no batch norm that could have ghost batches.
+        """
+        model = MODELS[self.name](
             self.image_shape,
             self.num_classes,
             rngs=rngs,
@@ -71,6 +78,11 @@ class ModelSpec:
             stages=self.stages,
             stem_stride=self.stem_stride,
         )
+
+        # Set afterwards, so that networks need not hand it on to their layers.
+        if self.ghost_batch:
+            model.set_attributes(BatchNorm, ghost_batch=self.ghost_batch)
+        return model
 
 
 @lru_cache(maxsize=32)

@@ -1,7 +1,7 @@
 """What the networks share: convolution and batch norm, the head, and which images count as large.
 
 As in the authors' program: He-normal (fan-out) convolutions, batch norm that keeps 0.9 of its running statistics with
-eps 1e-5 and takes its statistics over the whole (global, masked) batch.
+eps 1e-5 and takes its statistics over the whole (global, masked) batch, or over ghost batches if asked to.
 """
 
 from typing import Any

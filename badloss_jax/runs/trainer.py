@@ -267,7 +267,15 @@ def spec_of(config: ConfigDict, image_shape: tuple[int, int, int], num_classes: 
       name: of `MODELS`.
     """
     model = config.model
-    return ModelSpec(name, image_shape, num_classes, tuple(model.stages), model.stem_stride, model.dtype)
+    return ModelSpec(
+        name,
+        image_shape,
+        num_classes,
+        tuple(model.stages),
+        model.stem_stride,
+        model.dtype,
+        model.ghost_batch,
+    )
 
 
 def recipe_of(config: ConfigDict, epochs: int, schedule_epochs: int, batch_size: int, augment: str = "none") -> Recipe:

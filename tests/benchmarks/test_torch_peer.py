@@ -224,6 +224,7 @@ def test_an_unknown_peer_is_refused(capsys):
     [
         ({"name": "vgg16_bn"}, {}, "expected one of resnet_small, resnet18, resnet34, resnet50"),
         ({"dtype": "bfloat16"}, {}, "model.dtype = 'bfloat16' with --peer torch: expected float32"),
+        ({"ghost_batch": 8}, {}, "model.ghost_batch = 8 with --peer torch: expected 0"),
         ({}, {"optimizer": Adadelta()}, "expected AdamW"),
         ({}, {"objective": Flooding()}, "expected MeanLoss"),
         ({}, {"augment": "cifar"}, "augment = 'cifar' with --peer torch: expected 'none'"),

@@ -1,4 +1,4 @@
-"""Our batch norm beside flax's: values, statistics and gradients."""
+"""Our batch norm beside flax's, and ghost batches beside a loop: values, statistics and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from badloss_jax.models.normalization import BatchNorm, image_sums
+from badloss_jax.models.normalization import BatchNorm, image_sums, normalize
 
 
 def look(module, x, mask):
@@ -68,6 +68,84 @@ def test_bfloat16_takes_its_statistics_in_32_bits(rng):
     assert {leaf.dtype for leaf in moved} == {jnp.dtype(jnp.float32)}
     exact = np.asarray(x, np.float64)
     np.testing.assert_allclose(moved[0], 0.1 * exact.mean((0, 1, 2)), rtol=1e-5)
+
+
+def test_the_whole_batch_is_computed_as_without_ghost_batches(rng):
+    """Bit by bit: what was trained before there were any is trained again."""
+    x = (3 + rng.standard_normal((8, 5, 4, 6))).astype(np.float32)
+    mask = np.arange(8) < 6
+
+    @jax.jit
+    def plain(x, mask):
+        weights = mask / (mask.sum().astype(x.dtype) * 20)
+        mean = weights @ jnp.where(mask[:, None], image_sums(x), 0)
+        square = weights @ jnp.where(mask[:, None], image_sums(x * x), 0)
+        return mean, jnp.maximum(square - mean * mean, 0)
+
+    _, *statistics = jax.jit(normalize, static_argnums=4)(x, mask, jnp.ones(6), jnp.zeros(6), 1e-5)
+    for ours, expected in zip(statistics, plain(x, mask), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+def normalised_by_fours(xp, x, mask, scale, bias):
+    """Four images at a time: their values, zeros where one does not count, and statistics weighted by those that do."""
+    parts, mean, variance = [], 0, 0
+    for start in range(0, len(x), 4):
+        images, real = x[start : start + 4], mask[start : start + 4]
+        if real.any():
+            own_mean = images[real].mean((0, 1, 2))
+            own_variance = ((images[real] - own_mean) ** 2).mean((0, 1, 2))
+            mean += own_mean * real.sum() / mask.sum()
+            variance += own_variance * real.sum() / mask.sum()
+            images = scale * (images - own_mean) / xp.sqrt(own_variance + 1e-5) + bias
+        parts.append(xp.where(real[:, None, None, None], images, 0))
+    return xp.concatenate(parts), mean, variance
+
+
+@pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types")  # flax's, whose statistics are float32
+@pytest.mark.parametrize("real", [(4, 4, 4), (4, 2, 0), (1, 0, 4), (0, 3, 0)])
+def test_ghost_batches_are_those_of_a_loop(real, rng):
+    """In float64; nothing is seen of one that is all padding, and it is finite."""
+    mask = np.concatenate([np.arange(4) < count for count in real])
+    x = 3 + rng.standard_normal((12, 5, 3, 6))
+    scale, bias, gradient = rng.standard_normal(6), rng.standard_normal(6), rng.standard_normal(x.shape)
+    gradient[~mask] = 0  # as that of a loss is, which does not count padding
+
+    def expected_values(x, scale, bias):
+        return normalised_by_fours(jnp, x, mask, scale, bias)[0]
+
+    with jax.enable_x64(True):
+        norm = BatchNorm(6, momentum=0.9, dtype=jnp.float64, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        norm.ghost_batch = 4
+        norm.scale[...] = scale
+        norm.bias[...] = bias
+        graph, params, statistics = nnx.split(norm, nnx.Param, ...)
+
+        def apply(x, params):
+            own = nnx.merge(graph, params, statistics, copy=True)
+            return own(x, mask=jnp.asarray(mask)), nnx.state(own, nnx.BatchStat)
+
+        y, pull_back, moved = jax.vjp(apply, x, params, has_aux=True)
+        of_x, of_params = pull_back(jnp.asarray(gradient))
+        expected_of_x, of_scale, of_bias = jax.vjp(expected_values, x, scale, bias)[1](jnp.asarray(gradient))
+
+    expected, mean, variance = normalised_by_fours(np, x, mask, scale, bias)
+    assert np.isfinite(y).all()
+    np.testing.assert_allclose(y[mask], expected[mask], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(moved["mean"][...], 0.1 * mean, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(moved["var"][...], 0.9 + 0.1 * variance, rtol=0, atol=1e-6)
+
+    np.testing.assert_allclose(of_x, expected_of_x, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(of_params["scale"][...], of_scale, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(of_params["bias"][...], of_bias, rtol=0, atol=1e-11)
+
+
+def test_padding_of_a_ghost_batch_may_be_nan(rng):
+    x = jnp.asarray(rng.standard_normal((8, 3, 3, 2)), jnp.float32)
+    norm = BatchNorm(2, momentum=0.9, rngs=nnx.Rngs(0))
+    norm.ghost_batch = 4
+    norm(x.at[3:].set(jnp.nan), mask=jnp.arange(8) < 3)
+    np.testing.assert_allclose(norm.mean[...], 0.1 * np.asarray(x[:3]).mean((0, 1, 2)), rtol=1e-5, atol=1e-7)
 
 
 def test_running_statistics_stay_when_they_are_used(rng):

@@ -1,4 +1,5 @@
 import io
+import json
 import re
 from dataclasses import dataclass, replace
 
@@ -365,5 +366,11 @@ def test_saved_model_comes_back_bit_by_bit(tmp_path, mesh):
     save_model(tmp_path / "m", SPEC, state, {"hash": "", "tested": "", "evaluation": {}, "seconds": 1.0})
     spec, loaded = load_model(tmp_path / "m", mesh)
     assert spec == SPEC
+
+    # As one that was saved before there were ghost batches.
+    about = json.loads((tmp_path / "m" / "about.json").read_text())
+    del about["spec"]["ghost_batch"]
+    (tmp_path / "m" / "about.json").write_text(json.dumps(about))
+    assert load_model(tmp_path / "m", mesh)[0] == SPEC
     for ours, theirs in ((state.params, loaded.params), (state.batch_stats, loaded.batch_stats)):
         assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), ours, theirs))

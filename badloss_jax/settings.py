@@ -175,8 +175,8 @@ _SETTINGS: dict[str, Any] = {
         "name": ("resnet18", Registered("models.MODELS")),
         "stages": ((16, 32, 64), FREE),  # resnet_small: channels of each stage, one block a stage
         "stem_stride": (2, AT_LEAST_ONE),  # resnet_small
-        # of convolutions and what is between them: float32 | bfloat16 | float64 (needs JAX_ENABLE_X64=1). Weights,
-        # statistics, logits, losses and what is recorded are never narrower than float32
+        # of convolutions, what is between them, and gradients while devices add them up: float32 | bfloat16 | float64
+        # (needs JAX_ENABLE_X64=1). Weights, statistics, logits, losses and scores are never narrower than float32
         "dtype": ("float32", OneOf("float32", "bfloat16", "float64")),
         # batch norm in training by the statistics of so many images each; 0 = of the whole batch. Devices wait less for
         # each other if it divides the share of a batch that each has (configs/results/README.md has what it changes)

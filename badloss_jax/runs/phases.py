@@ -21,8 +21,9 @@ from badloss_jax.defenses import DEFENSES
 from badloss_jax.defenses.context import Observed
 from badloss_jax.report.gallery import choose_gallery, write_gallery
 from badloss_jax.runs.ledger import Ledger
+from badloss_jax.runs.recording import Recording
 from badloss_jax.runs.trained_models import ModelPlan, TrainedModels
-from badloss_jax.runs.trainer import Recording, Trainer, Training, place_examples, recipe_of, spec_of
+from badloss_jax.runs.trainer import Trainer, Training, place_examples, recipe_of, spec_of
 from badloss_jax.training.passes import map_examples
 from badloss_jax.training.saved_model import load_model
 from badloss_jax.training.state import TrainState

@@ -286,7 +286,7 @@ class _Phase:
             return value
 
         kept = ""
-        if self.recorder:
+        if self.recorder and (position.epoch or self.recorder.column):
             self.recorder.flush(position.epoch)
             kept = f"; what was recorded up to then is kept in {self.recorder.store.folder}"
         raise NonFiniteLossError(

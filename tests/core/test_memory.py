@@ -134,11 +134,11 @@ def test_devices_say_what_they_have(monkeypatch):
 def test_a_recording_that_cannot_fit_is_refused(tmp_path, monkeypatch, mesh):
     kinds = Kinds((), 10, 8)
     store = TrajectoryStore.create(
-        tmp_path / "store", "", np.zeros(10**5, int), np.zeros(10**5, bool), 50, kinds.layout()
+        tmp_path / "store", "", np.zeros(10**7, int), np.zeros(10**7, bool), 50, kinds.layout()
     )
-    monkeypatch.setattr(memory, "free_on_host", lambda: 10**7)  # 4 bytes an example and epoch are 20 million
+    monkeypatch.setattr(memory, "free_on_host", lambda: 2 * 10**7)  # 4 bytes an example are 40 million
     with pytest.raises(
-        UsageError, match=r"recorded of 100,000 examples over 50 epochs takes at least 0\.02 GiB.* has 0\.01 GiB"
+        UsageError, match=r"recorded of 10,000,000 examples in an epoch takes at least 0\.04 GiB.* has 0\.02 GiB"
     ):
         Recorder(kinds, "sweep", store, mesh, 100)
 

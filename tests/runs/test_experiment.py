@@ -530,11 +530,14 @@ def test_a_damaged_model_is_said(finished, tmp_path, mesh, content):
         run_experiment(config, tmp_path / "run", mesh=mesh)
 
 
-def test_a_loss_that_becomes_nan_stops_the_run(tmp_path, tiny, mesh):
-    config = tiny(optimizer__learning_rate=1e30)
-    with pytest.raises(NonFiniteLossError, match=r"in phase 'recording' at step \d+"):
+@pytest.mark.parametrize("capture", ["step", "sweep"])
+def test_a_loss_that_becomes_nan_stops_the_run(tmp_path, tiny, mesh, capture):
+    config = tiny(optimizer__learning_rate=1e30, recording__capture=capture)
+    with pytest.raises(NonFiniteLossError, match=r"in phase 'recording' at step \d+") as caught:
         run_experiment(config, tmp_path, mesh=mesh)
-    assert (tmp_path / "trajectories" / "loss" / "epoch_0000-00000-of-00001.npy").is_file()
+    # Before the first sweep nothing is recorded that could be kept.
+    assert (tmp_path / "trajectories" / "loss" / "epoch_0000-00000-of-00001.npy").is_file() == (capture == "step")
+    assert ("what was recorded up to then is kept in" in str(caught.value)) == (capture == "step")
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert "the loss became NaN or infinite in phase 'recording' at step" in last["error"]
     assert not (tmp_path / "results.json").exists()

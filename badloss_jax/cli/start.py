@@ -35,7 +35,7 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def set_up_jax(trains: bool = False) -> None:
-    """Keeps compiled programs in the user's own cache folder, and off the screen what orbax logs before it raises.
+    """Keeps compiled programs in the user's own cache folder, and off the screen what orbax and libtpu log.
 
     Args:
       trains: keep memory for the next step, too, which takes as much again.
@@ -45,8 +45,10 @@ def set_up_jax(trains: bool = False) -> None:
     import absl.logging
     import jax
 
+    from badloss_jax.core.environment import leave_out_absent_tpus
     from badloss_jax.core.memory import keep_memory
 
+    leave_out_absent_tpus()
     if trains:
         keep_memory()
     absl.logging.set_verbosity(absl.logging.FATAL)

@@ -1,5 +1,6 @@
-"""Where a result was made: versions, devices, machine and commit."""
+"""Where a result is made: versions, devices, machine and commit; and which devices JAX need not look for."""
 
+import importlib.util
 import os
 import platform
 import subprocess
@@ -23,6 +24,7 @@ _PACKAGES = (
     "ml_collections",
 )
 _LONGEST = 80  # characters of a commit's name
+_GOOGLE = "0x1ae0"  # maker of a device on the PCI bus
 
 
 def environment() -> dict[str, Any]:
@@ -40,6 +42,22 @@ def environment() -> dict[str, Any]:
         "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
         "jax_enable_x64": bool(jax.config.values["jax_enable_x64"]),
     }
+
+
+def leave_out_absent_tpus(root: Path = Path("/")) -> None:
+    """Lets JAX take the CPU where libtpu is installed, to plan runs, and no TPU is: it would try, and say so at length.
+
+    To be called before JAX looks for devices. Where it was told which to take, or may find GPUs, all stays as it is.
+
+    Args:
+      root: where /sys is.
+    """
+    told = jax.config.values["jax_platforms"]
+    if told or importlib.util.find_spec("jax_plugins") or not importlib.util.find_spec("libtpu"):
+        return
+    makers = (file.read_text().strip() for file in (root / "sys/bus/pci/devices").glob("*/vendor"))
+    if _GOOGLE not in makers:
+        jax.config.update("jax_platforms", "cpu")
 
 
 def _git_commit() -> str | None:

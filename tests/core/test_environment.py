@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 
+import jax
 import pytest
 
 from badloss_jax.core import environment as module
@@ -39,3 +40,27 @@ def test_a_checkout_knows_its_commit_and_needs_git_for_it(root, monkeypatch):
     assert module.environment()["git_commit"] == git("rev-parse", "--short=12", "HEAD").strip()
     monkeypatch.setenv("PATH", str(root))
     assert module.environment()["git_commit"] == "told"
+
+
+@pytest.mark.parametrize(
+    ("installed", "told", "maker", "taken"),
+    [
+        (("libtpu",), "", "0x8086", "cpu"),
+        (("libtpu",), "", "0x1ae0", ""),
+        (("libtpu",), "tpu", "0x8086", "tpu"),
+        (("libtpu", "jax_plugins"), "", "0x8086", ""),
+        ((), "", "0x8086", ""),
+    ],
+)
+def test_tpus_that_are_not_there_are_not_looked_for(tmp_path, monkeypatch, installed, told, maker, taken):
+    device = tmp_path / "sys/bus/pci/devices/0000:00:01.0"
+    device.mkdir(parents=True)
+    (device / "vendor").write_text(f"{maker}\n")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name if name in installed else None)
+    before = jax.config.values["jax_platforms"]
+    jax.config.update("jax_platforms", told)
+    try:
+        module.leave_out_absent_tpus(tmp_path)
+        assert jax.config.values["jax_platforms"] == taken
+    finally:
+        jax.config.update("jax_platforms", before)

@@ -65,7 +65,12 @@ def row_chunks(rows: Rows, begin: int, end: int) -> Iterator[tuple[int, int]]:
 
 def chunk_size(rows: Rows) -> int:
     """Returns how many rows are held at a time, 1 at least."""
-    return max(1, CHUNK_VALUES // max(1, math.prod(rows.shape[1:])))
+    return chunk_size_of(math.prod(rows.shape[1:]))
+
+
+def chunk_size_of(values: int) -> int:
+    """Returns how many rows of so many values are held at a time, 1 at least."""
+    return max(1, CHUNK_VALUES // max(1, values))
 
 
 def parts_of_range(begin: int, end: int, size: int) -> Iterator[tuple[int, int]]:

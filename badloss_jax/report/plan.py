@@ -1,0 +1,164 @@
+"""What `badloss plan` prints, from the plan's JSON alone.
+
+A plan is tables of cells that are texts, and lines between them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from badloss_jax.report.tables import as_text
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def as_lines(plan: Mapping[str, Any]) -> list[str]:
+    """Returns the lines to print of a plan."""
+    lines = [*_introduction(plan), ""]
+    lines += [as_text(memory_table(plan)), ""]
+    lines += [as_text(time_table(plan)), ""]
+    lines += [as_text(phase_table(plan)), ""]
+    lines += [as_text(needs_table(plan))]
+    lines += ["", *_verdict(plan)]
+    return lines
+
+
+def _introduction(plan: Mapping[str, Any]) -> list[str]:
+    images = plan["images"]
+    network = plan["network"]
+    recording = plan["recording"]
+    widths = recording["bytes_an_example_and_epoch"]
+    height, width, _ = images["shape"]
+    lines = [
+        f"{plan['topology']['description']}, {size(plan['topology']['memory'])} each;"
+        f" {images['examples']:,} images of {height} x {width} px in {images['classes']:,} classes",
+        f"{network['name']} in {network['dtype']}, {number(network['parameters'])} parameters;"
+        f" {recording['epochs']} epochs recorded by {recording['capture']}: {', '.join(widths)}"
+        f" ({sum(widths.values())} bytes an image and epoch)",
+    ]
+    if plan["why_not_compiled"]:
+        lines.append(f"All is arithmetic, nothing compiled: {plan['why_not_compiled']}")
+    return lines
+
+
+def memory_table(plan: Mapping[str, Any]) -> list[list[str]]:
+    """Returns header and rows: what each program takes of a device's memory, and what becomes of its arrays."""
+    rows = [["memory of a device", "arguments", "temporaries", "peak", "beside", "of it", "in place", "copies", "how"]]
+    for program in plan["programs"]:
+        memory = program["memory"]
+        copies = program["copies"]
+        row = [f"{program['name']}, {program['rows']:,} rows"]
+        if memory["refused"]:
+            row += [size(memory["arguments"]), "", "", size(memory["beside"]), "too much", "", "", "compiled"]
+        else:
+            row += [size(memory[key]) for key in ("arguments", "temporaries", "peak", "beside")]
+            row += [_percent(memory["needed"] / memory["limit"]), _yes_or_no(program["in_place"])]
+            row += [_copied(copies), program["source"]]
+        rows.append(row)
+    return rows
+
+
+def time_table(plan: Mapping[str, Any]) -> list[list[str]]:
+    """Returns header and rows: how long a call of each program takes."""
+    header = ["a call", "operations", "exchanged", "compute", "memory", "network", "at least", "cycles", "measured"]
+    rows = [header]
+    for program in plan["programs"]:
+        seconds = program["seconds"]
+        row = [program["name"], number(program["flops"]), _exchanged(program["collectives"])]
+        row += [
+            milliseconds(seconds[key]) for key in ("compute", "memory", "network", "at_least", "expected", "measured")
+        ]
+        rows.append(row)
+    return rows
+
+
+def phase_table(plan: Mapping[str, Any]) -> list[list[str]]:
+    """Returns header and rows: the hours of each phase, and what they are by."""
+    rows = [["phase", "at least", "by", "expected", "share"]]
+    if plan["rate"]:
+        rows[0].append(f"at {plan['rate']:,g} images/s a device")
+    for phase in plan["phases"]:
+        row = [phase["name"], duration(phase["at_least"]), phase["by"] or "", duration(phase["expected"])]
+        row.append("" if phase["share"] is None else _percent(phase["share"]))
+        if plan["rate"]:
+            row.append(duration(phase["at_rate"]))
+        rows.append(row)
+    return rows
+
+
+def needs_table(plan: Mapping[str, Any]) -> list[list[str]]:
+    """Returns header and rows: what has to come in, and what is kept, all by arithmetic."""
+    entry = plan["input"]
+    storage = plan["storage"]
+    rows = [["input and storage", "", "how"]]
+    for name, rate in entry["images_a_second"].items():
+        rows.append([f"images a second, {name}", f"{rate:,.0f}", entry["source"]])
+    if entry["streamed"] and entry["images_a_second"]:
+        rows.append(["pixels a second", size(entry["bytes_a_second"]), entry["source"]])
+        for how, cores in entry["cores"].items():
+            rows.append([f"cores that decode {how}", f"{cores:,}", entry["source"]])
+    rows.append(["pixels an epoch", size(entry["bytes_an_epoch"]), "arithmetic"])
+    for name, count in storage.items():
+        rows.append([name.replace("_", " "), size(count), "arithmetic"])
+    return rows
+
+
+def _verdict(plan: Mapping[str, Any]) -> list[str]:
+    if plan["fits"]:
+        return ["It fits."]
+    return ["It does not fit:", *(f"  {text}" for text in plan["advice"])]
+
+
+def _yes_or_no(value: bool | None) -> str:
+    if value is None:
+        return ""
+    return "yes" if value else "NO"
+
+
+def _copied(copies: Mapping[str, int] | None) -> str:
+    if copies is None:
+        return ""
+    if not copies["count"]:
+        return "none"
+    return f"{copies['count']}: {size(copies['bytes'])}"
+
+
+def _exchanged(collectives: Mapping[str, Mapping[str, Any]]) -> str:
+    return size(sum(of_kind["bytes"] for of_kind in collectives.values()))
+
+
+def _percent(share: float) -> str:
+    if share > 0.1:
+        return f"{100 * share:.0f} %"
+    return f"{100 * share:.2g} %"
+
+
+def size(count: float) -> str:
+    """Returns a number of bytes, in thousands of thousands."""
+    power = 0
+    while count >= 999.5 and power < len(_UNITS) - 1:
+        count /= 1000
+        power += 1
+    return f"{count:.3g} {_UNITS[power]}"
+
+
+def number(count: float) -> str:
+    """Returns a large number, in thousands of thousands."""
+    return size(count)[:-1].strip() if count else "0"
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Returns a time in milliseconds; "" if there is none."""
+    return "" if seconds is None else f"{1000 * seconds:.3g} ms"
+
+
+def duration(hours: float | None) -> str:
+    """Returns hours as days, hours, minutes or seconds, whichever suits; "" if there are none."""
+    if hours is None:
+        return ""
+    if hours >= 48:
+        return f"{hours / 24:,.3g} days"
+    if hours >= 1:
+        return f"{hours:.2g} h" if hours < 10 else f"{hours:.0f} h"
+    if hours >= 1 / 60:
+        return f"{60 * hours:.2g} min"
+    return f"{3600 * hours:.2g} s"

@@ -163,6 +163,20 @@ class Topology:
         hosts = "1 host" if self.hosts == 1 else f"{self.hosts} hosts"
         return f"{self.size} x {what} in {hosts}"
 
+    def facts(self) -> dict[str, Any]:
+        """Returns what a plan says of it, JSON-able."""
+        facts: dict[str, Any] = {
+            "name": self.name,
+            "description": self.describe(),
+            "devices": self.size,
+            "hosts": self.hosts,
+            "memory": self.memory,
+        }
+        if self.chip:
+            facts |= {key: getattr(self.chip, key) for key in ("bandwidth", "links", "network", "source")}
+            facts["flops"] = dict(self.chip.flops)
+        return facts
+
     def reduction_seconds(self, size: int) -> float:
         """Computes how long it takes at the least to add up an array over all chips, and give each the sum.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from badloss_jax.report.tables import as_text
 
+MEASURED = "measured here"
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -58,15 +59,18 @@ def memory_table(plan: Mapping[str, Any]) -> list[list[str]]:
 
 
 def time_table(plan: Mapping[str, Any]) -> list[list[str]]:
-    """Returns header and rows: how long a call of each program takes."""
-    header = ["a call", "operations", "exchanged", "compute", "memory", "network", "at least", "cycles", "measured"]
-    rows = [header]
+    """Returns header and rows: how long a call of each program takes; operations are always arithmetic."""
+    timed = any(program["seconds"]["measured"] for program in plan["programs"])
+    rows = [["a call", "operations", "exchanged", "compute", "memory", "network", "at least", "expected", "how"]]
+    if timed:
+        rows[0].append(MEASURED)
     for program in plan["programs"]:
         seconds = program["seconds"]
         row = [program["name"], number(program["flops"]), _exchanged(program["collectives"])]
-        row += [
-            milliseconds(seconds[key]) for key in ("compute", "memory", "network", "at_least", "expected", "measured")
-        ]
+        row += [time(seconds[key]) for key in ("compute", "memory", "network", "at_least", "expected")]
+        row.append(program["source"])
+        if timed:
+            row.append(time(seconds["measured"]))
         rows.append(row)
     return rows
 
@@ -123,7 +127,10 @@ def _copied(copies: Mapping[str, int] | None) -> str:
 
 
 def _exchanged(collectives: Mapping[str, Mapping[str, Any]]) -> str:
-    return size(sum(of_kind["bytes"] for of_kind in collectives.values()))
+    if not collectives:
+        return "nothing"
+    count = sum(of_kind["count"] for of_kind in collectives.values())
+    return f"{count}: {size(sum(of_kind['bytes'] for of_kind in collectives.values()))}"
 
 
 def _percent(share: float) -> str:
@@ -146,9 +153,14 @@ def number(count: float) -> str:
     return size(count)[:-1].strip() if count else "0"
 
 
-def milliseconds(seconds: float | None) -> str:
-    """Returns a time in milliseconds; "" if there is none."""
-    return "" if seconds is None else f"{1000 * seconds:.3g} ms"
+def time(seconds: float | None) -> str:
+    """Returns a short time; "" if there is none."""
+    if seconds is None:
+        return ""
+    for unit, name in ((1, "s"), (1e-3, "ms")):
+        if seconds >= unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds / 1e-6:.2g} µs"
 
 
 def duration(hours: float | None) -> str:

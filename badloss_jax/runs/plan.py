@@ -21,7 +21,7 @@ from badloss_jax.config import config_hash
 from badloss_jax.core.memory import gib
 from badloss_jax.core.mesh import check_batch_size
 from badloss_jax.core.progress import Progress
-from badloss_jax.core.topology import Topology
+from badloss_jax.report.plan import MEASURED
 from badloss_jax.runs.compiling import Taken, seconds_of_call, take
 from badloss_jax.runs.images import Images
 from badloss_jax.runs.phases import planned_trainings
@@ -31,7 +31,6 @@ from badloss_jax.trajectories.buffer import shapes_of_column
 SCHEMA_VERSION = 1
 COMPILED = "compiled"
 ARITHMETIC = "arithmetic"
-MEASURED = "measured here"
 ASSUMED = "assumed"
 
 # Images a second that a core decodes and resizes to 224 px (configs/results/README.md).
@@ -88,7 +87,7 @@ def make_plan(
         "schema_version": SCHEMA_VERSION,
         "config_hash": config_hash(config),
         "versions": {"jax": jax.__version__},
-        "topology": _topology_entry(machine.topology),
+        "topology": machine.topology.facts(),
         "source": ARITHMETIC if machine.why_not else COMPILED,
         "why_not_compiled": machine.why_not,
         "images": {"examples": images.examples, "classes": images.classes, "shape": list(images.shape)},
@@ -106,27 +105,6 @@ def make_plan(
 
 
 # --- what is planned
-
-
-def _topology_entry(topology: Topology) -> dict[str, Any]:
-    chip = topology.chip
-    entry: dict[str, Any] = {
-        "name": topology.name,
-        "description": topology.describe(),
-        "devices": topology.size,
-        "hosts": topology.hosts,
-        "memory": topology.memory,
-    }
-    if chip:
-        entry |= {
-            "chip": chip.name,
-            "flops": dict(chip.flops),
-            "bandwidth": chip.bandwidth,
-            "links": chip.links,
-            "network": chip.network,
-            "published": chip.source,
-        }
-    return entry
 
 
 def _network_entry(programs: Programs) -> dict[str, Any]:
@@ -251,7 +229,7 @@ def _phases(
     phases: list[dict[str, Any]] = []
     for name, members in _members(entries).items():
         at_rate = None
-        if a_pass is not None and name != "scoring":
+        if a_pass is not None and members[0]["phase"] != "scoring":
             at_rate = a_pass * sum(passes.get(entry["name"], 0) for entry in members)
         slowest = max(members, key=lambda entry: (entry["seconds"]["at_least"] or 0) * entry["calls"])
         phases.append(
@@ -285,6 +263,8 @@ def _members(entries: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str
         name = entry["phase"]
         if name == "recording":
             name = "recording: sweeps" if "sweep" in entry["name"] else "recording: training"
+        if name == "scoring":
+            name = "scoring, once it is read"
         groups.setdefault(name, []).append(entry)
     return groups
 

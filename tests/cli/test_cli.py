@@ -15,7 +15,7 @@ from tests.conftest import ENVIRONMENT, overrides
 
 @pytest.mark.parametrize(
     "command",
-    ["", "run", "score", "summary", "report", "attacks", "prepare", "bench", "bench train", "bench buffer"],
+    ["", "run", "score", "summary", "report", "attacks", "plan", "prepare", "bench", "bench train", "bench buffer"],
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:

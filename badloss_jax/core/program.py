@@ -20,9 +20,10 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 _CHOICE = "cond"  # also of what `jax.lax.platform_dependent` chooses from
 _ROUNDS = 25  # of a loop whose number of rounds depends on the data, as the scorer's bisection has of losses
 
-# A line of HLO is searched for the name of its operation, which stands between a space and a parenthesis.
-_OPERATION = re.compile(rf" ({'|'.join(COLLECTIVES)}|copy|while)(-start|-done)?\(")
-_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+# A line of HLO: the name of a result, its type, and its operation, between a space and a parenthesis.
+_OPERATION = re.compile(r"\s*(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z-]*)\((?:%([\w.-]+))?")
+_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](?:\{([^}]*)\})?")
+_ELSEWHERE = "S("  # in a layout: not in the device's main memory
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _LOOP = re.compile(r"condition=%([\w.-]+), body=%([\w.-]+)")
 _COMPUTATION = re.compile(r"(ENTRY )?%([\w.-]+) \(")
@@ -157,6 +158,7 @@ class Compiled:
       accessed: bytes read and written, likewise.
       cycles: what the compiler of TPUs expects, not calibrated, waiting for others left out; None elsewhere.
       copies: how many copies there are of arrays as large as one of those that were to be looked for, and their bytes.
+      moves: likewise, from the main memory to a faster one, or back.
       collectives: kind -> how many there are, and their bytes.
     """
 
@@ -170,6 +172,7 @@ class Compiled:
     accessed: float | None = None
     cycles: int | None = None
     copies: tuple[int, int] = (0, 0)
+    moves: tuple[int, int] = (0, 0)
     collectives: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -204,6 +207,7 @@ def read_compiled(compiled: Any, watched: Sequence[tuple[tuple[int, ...], Any]],
         accessed=costs.get("bytes accessed"),
         cycles=listing.cycles,
         copies=listing.copies,
+        moves=listing.moves,
         collectives=listing.collectives,
     )
 
@@ -215,13 +219,16 @@ class Listing:
     updated: int
     cycles: int | None
     copies: tuple[int, int]
+    moves: tuple[int, int]
     collectives: dict[str, tuple[int, int]]
 
 
 def read_listing(text: str, watched: Sequence[tuple[tuple[int, ...], Any]], rounds: Sequence[int]) -> Listing:
     """Reads the optimised HLO of a program; arguments as of `read_compiled`."""
     sizes = {math.prod(shape) for shape, _ in watched}
+    elsewhere: set[str] = set()  # names of what is not in the main memory
     copies: list[int] = []
+    moves: list[int] = []
     sent: dict[str, list[int]] = {}
     cycles: dict[str, int] = {}  # of each computation
     loops: list[tuple[str, str]] = []  # of the whole program's own computation
@@ -240,18 +247,25 @@ def read_listing(text: str, watched: Sequence[tuple[tuple[int, ...], Any]], roun
         if expected:
             cycles[computation] = cycles.get(computation, 0) + int(expected[1])
 
-        operation = _OPERATION.search(line)
-        # What begins has its operands among its results; what is done has the results alone.
-        if operation is None or operation[2] == "-start":
+        operation = _OPERATION.match(line)
+        if operation is None:
             continue
-        arrays = _ARRAY.findall(line[line.index("=") : operation.start()])
-        if operation[1] == "while":
-            if computation == entry:
-                loops += _LOOP.findall(line)
-        elif operation[1] != "copy":
-            sent.setdefault(operation[1], []).append(sum(_size(*array) for array in arrays))
-        elif "fused" not in computation:
-            copies += [_size(*array) for array in arrays if _count(array[1]) in sizes]
+        name, result, kind, operand = operation.groups()
+        if _ELSEWHERE in result:
+            elsewhere.add(name)
+
+        if kind == "while" and computation == entry:
+            loops += _LOOP.findall(line)
+        elif kind.removesuffix("-done") in COLLECTIVES:
+            # What begins has its operands among its results; what is done has the results alone.
+            size = sum(_size(*array[:2]) for array in _ARRAY.findall(result))
+            sent.setdefault(kind.removesuffix("-done"), []).append(size)
+        elif kind in ("copy", "copy-start") and "fused" not in computation:
+            dtype, shape, layout = _ARRAY.findall(result)[0]
+            if _count(shape) in sizes:
+                source_is_elsewhere = operand in elsewhere
+                where = moves if source_is_elsewhere != (_ELSEWHERE in layout) else copies
+                where.append(_size(dtype, shape))
 
     header, _, _ = text.partition("\n")
     aliases = header.partition("input_output_alias={")[2].partition("entry_computation_layout")[0]
@@ -259,6 +273,7 @@ def read_listing(text: str, watched: Sequence[tuple[tuple[int, ...], Any]], roun
         updated=len(_ALIAS.findall(aliases)),
         cycles=_all_cycles(cycles, entry, loops, rounds),
         copies=(len(copies), sum(copies)),
+        moves=(len(moves), sum(moves)),
         collectives={kind: (len(sizes_of), sum(sizes_of)) for kind, sizes_of in sorted(sent.items())},
     )
 

@@ -3,7 +3,7 @@
 A plan is tables of cells that are texts, and lines between them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from badloss_jax.report.tables import as_text
@@ -43,17 +43,29 @@ def _introduction(plan: Mapping[str, Any]) -> list[str]:
 
 def memory_table(plan: Mapping[str, Any]) -> list[list[str]]:
     """Returns header and rows: what each program takes of a device's memory, and what becomes of its arrays."""
-    rows = [["memory of a device", "arguments", "temporaries", "peak", "beside", "of it", "in place", "copies", "how"]]
+    rows = [
+        [
+            "memory of a device",
+            "arguments",
+            "temporaries",
+            "peak",
+            "beside",
+            "of it",
+            "in place",
+            "copies",
+            "moves",
+            "how",
+        ]
+    ]
     for program in plan["programs"]:
         memory = program["memory"]
-        copies = program["copies"]
         row = [f"{program['name']}, {program['rows']:,} rows"]
         if memory["refused"]:
-            row += [size(memory["arguments"]), "", "", size(memory["beside"]), "too much", "", "", "compiled"]
+            row += [size(memory["arguments"]), "", "", size(memory["beside"]), "too much", "", "", "", "compiled"]
         else:
             row += [size(memory[key]) for key in ("arguments", "temporaries", "peak", "beside")]
             row += [_percent(memory["needed"] / memory["limit"]), _yes_or_no(program["in_place"])]
-            row += [_copied(copies), program["source"]]
+            row += [_copied(program["copies"]), _copied(program["moves"]), program["source"]]
         rows.append(row)
     return rows
 
@@ -104,6 +116,68 @@ def needs_table(plan: Mapping[str, Any]) -> list[list[str]]:
     for name, count in storage.items():
         rows.append([name.replace("_", " "), size(count), "arithmetic"])
     return rows
+
+
+def comparison_table(plans: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Returns header and rows: what a run takes of several machines.
+
+    Args:
+      plans: title -> plan, each with the same `rate`, whose recording sweeps.
+    """
+    rate = next(iter(plans.values()))["rate"]
+    rows = [["", *plans]]
+
+    def add(title: str, cell: Callable[[Mapping[str, Any]], str]) -> None:
+        rows.append([title, *(cell(plan) for plan in plans.values())])
+
+    def memory(name: str, key: str) -> Callable[[Mapping[str, Any]], str]:
+        return lambda plan: size(_program(plan, name)["memory"][key])
+
+    def phase(number: int, key: str) -> Callable[[Mapping[str, Any]], str]:
+        return lambda plan: duration(plan["phases"][number][key]) or "-"
+
+    def cores(how: str) -> Callable[[Mapping[str, Any]], str]:
+        return lambda plan: f"{plan['input']['cores'][how]:,}"
+
+    add("images", lambda plan: f"{plan['images']['examples']:,}")
+    add("images in a batch", lambda plan: f"{_program(plan, 'training step')['rows']:,}")
+    add("trajectories, in all", lambda plan: size(plan["storage"]["trajectories"]))
+    add("of an epoch, on each device", lambda plan: size(_column_of(plan)))
+    add("a checkpoint", lambda plan: size(plan["storage"]["checkpoint"]))
+    add("exchanged a training step", lambda plan: _exchanged(_program(plan, "training step")["collectives"]))
+    add("exchanged a write", lambda plan: _exchanged(_program(plan, "write of a sweep")["collectives"]))
+    add("memory of a device", lambda plan: size(plan["topology"]["memory"]))
+    add("arguments of the training step", memory("training step", "arguments"))
+    add("its temporaries", memory("training step", "temporaries"))
+    add("arguments of the write", memory("write of a sweep", "arguments"))
+    add("its temporaries", memory("write of a sweep", "temporaries"))
+    add("recording and sweeps, at least", lambda plan: duration(_recording_hours(plan, "at_least")))
+    add("the same, expected", lambda plan: duration(_recording_hours(plan, "expected")) or "-")
+    add("retraining, at least", phase(-2, "at_least"))
+    add("the same, expected", phase(-2, "expected"))
+    add("pixels an epoch", lambda plan: size(plan["input"]["bytes_an_epoch"]))
+    assumed = f"at {rate:,g} images/s a device"
+    add(f"recording and sweeps, {assumed}", lambda plan: duration(_recording_hours(plan, "at_rate")))
+    add(f"retraining, {assumed}", phase(-2, "at_rate"))
+    add(f"pixels a second, {assumed}", lambda plan: size(plan["input"]["bytes_a_second"]))
+    for how in next(iter(plans.values()))["input"]["cores"]:
+        add(f"cores that decode {how}, {assumed}", cores(how))
+    return rows
+
+
+def _program(plan: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return next(program for program in plan["programs"] if program["name"] == name)
+
+
+def _column_of(plan: Mapping[str, Any]) -> int:
+    """Returns what a device has of an epoch, up to the padding of its rows."""
+    width = sum(plan["recording"]["bytes_an_example_and_epoch"].values())
+    return -(-plan["images"]["examples"] // plan["topology"]["devices"]) * width
+
+
+def _recording_hours(plan: Mapping[str, Any], key: str) -> float | None:
+    hours = [phase[key] for phase in plan["phases"] if phase["name"].startswith("recording")]
+    return None if None in hours else sum(hours)
 
 
 def _verdict(plan: Mapping[str, Any]) -> list[str]:

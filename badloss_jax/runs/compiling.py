@@ -52,13 +52,6 @@ class Taken:
     refused: str = ""
 
     @property
-    def needed(self) -> int:
-        """Bytes on each device at the most crowded time, with what lies beside."""
-        if self.compiled:
-            return self.program.beside + self.compiled.peak
-        return self.program.beside + self.arguments + self.temporaries
-
-    @property
     def in_place(self) -> bool | None:
         """Whether all that is to be updated in place is; None where nothing is to be, or nobody knows."""
         if self.compiled is None or self.program.updated is None:

@@ -2,10 +2,10 @@
 
 Each figure is "compiled" (by the machine's own compiler), "arithmetic" (shapes, operations and the chips' published
 peaks) or "measured here". A time "at least" is the largest of three: operations at the peak of the matrix units; bytes
-at the memory's bandwidth, those that the compiler counts, or else arguments, with what layers leave written and read
-once; and what devices exchange at the bandwidth of all links. "Expected" are the cycles of the TPUs' compiler, which
-nobody has calibrated, and the exchange after them. Evaluations, the attacks' own networks, defences' special steps,
-compiling, waiting for images and writing are left out. Begin with `make_plan`.
+at the memory's bandwidth, arguments read once, temporaries written and read once; and what devices exchange, at the
+bandwidth of all links. "Expected" are the cycles of the TPUs' compiler, which nobody has calibrated, and the exchange
+after them. Evaluations, the attacks' own networks, defences' special steps, compiling, waiting for images, reading and
+writing are left out. Begin with `make_plan`.
 """
 
 import math
@@ -137,6 +137,9 @@ def _program_entry(taken: Taken, programs: Programs) -> dict[str, Any]:
         "peak": compiled.peak if compiled else taken.arguments + taken.temporaries,
         "beside": program.beside + _waiting_bytes(program, programs),
     }
+    if compiled:
+        # A program is not given what it does not look at, as a sweep the optimiser's state: it is there all the same.
+        memory["beside"] += max(0, taken.arguments - compiled.arguments)
     memory["needed"] = memory["peak"] + memory["beside"]
     memory["limit"] = topology.memory
     memory["refused"] = taken.refused
@@ -161,9 +164,11 @@ def _program_entry(taken: Taken, programs: Programs) -> dict[str, Any]:
         "memory": memory,
         "in_place": taken.in_place,
         "copies": {"count": compiled.copies[0], "bytes": compiled.copies[1]} if compiled else None,
+        "moves": {"count": compiled.moves[0], "bytes": compiled.moves[1]} if compiled else None,
         "collectives": collectives,
         "flops": taken.flops,
         "compiled_flops": compiled.flops if compiled else None,
+        "compiled_bytes": compiled.accessed if compiled else None,
     }
     entry["seconds"] = _seconds(entry, taken, programs)
     return entry
@@ -196,13 +201,13 @@ def _seconds(entry: Mapping[str, Any], taken: Taken, programs: Programs) -> dict
     if taken.flops:
         seconds["compute"] = taken.flops / chip.flops[programs.recording.spec.dtype]
 
-    compiled = taken.compiled
-    moved = taken.arguments + 2 * taken.temporaries
+    # Not what the compiler counts, in which is what lies in faster memory, and all of what is written to in places.
+    moved = entry["memory"]["arguments"] + 2 * entry["memory"]["temporaries"]
     if program.gathers:
         moved = 2 * program.gathers  # of the column no more than the rows that are written
-    elif compiled and compiled.accessed:
-        moved = int(compiled.accessed)
     seconds["memory"] = moved / chip.bandwidth
+
+    compiled = taken.compiled
 
     if compiled and compiled.cycles and chip.clock:
         seconds["expected"] = compiled.cycles / chip.clock + seconds["network"]

@@ -85,6 +85,10 @@ ENTRY %main.4 (param.1: f32[100,8], param.2: bf16[64]) -> f32[100,8] {
   %copy.3 = f32[3]{0} copy(%param.2)
   %copy-start.4 = (f32[100,8]{1,0}, f32[100,8]{0,1}, u32[]) copy-start(%copy.2)
   %copy-done.4 = f32[100,8]{1,0} copy-done(%copy-start.4)
+  %copy-start.5 = (f32[100,8]{1,0:T(8,128)S(1)}, f32[100,8]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%copy-done.4)
+  %copy-done.5 = f32[100,8]{1,0:T(8,128)S(1)} copy-done(%copy-start.5)
+  %copy.6 = f32[100,8]{0,1:T(8,128)S(1)} copy(%copy-done.5)
+  %copy.7 = f32[100,8]{1,0:T(8,128)} copy(%copy.6)
   %all-reduce.5 = (f32[64]{0}, bf16[10,2]{1,0}) all-reduce(%a, %b), channel_id=1, to_apply=%add
   %all-gather-start.6 = (s32[8]{0}, s32[64]{0}) all-gather-start(%c), channel_id=2
   %all-gather-done.6 = s32[64]{0} all-gather-done(%all-gather-start.6)
@@ -97,7 +101,8 @@ ENTRY %main.4 (param.1: f32[100,8], param.2: bf16[64]) -> f32[100,8] {
 def test_a_listing_says_what_is_aliased_copied_exchanged_and_expected():
     listing = read_listing(LISTING, [((100, 8), np.float32)], rounds=[25])
     assert listing.updated == 2
-    assert listing.copies == (2, 2 * 3200)  # not those within a fusion, nor small ones, nor a beginning
+    assert listing.copies == (3, 3 * 3200)  # not those within a fusion, nor small ones
+    assert listing.moves == (2, 2 * 3200)
     assert listing.collectives == {"all-reduce": (1, 64 * 4 + 20 * 2), "all-gather": (1, 64 * 4)}
     assert listing.cycles == 1100 + 25 * 11
     assert read_listing(LISTING.replace("estimated_cycles", ""), [], []).cycles is None

@@ -1,8 +1,10 @@
 """The README's commands are the ones that CI runs, and its figures the ones that were measured."""
 
 import json
+import os
 import pkgutil
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from badloss_jax.benchmarks.scan import table as scan_table
 from badloss_jax.cli import main
 from badloss_jax.config import default_config, differences, load_config
+from badloss_jax.report.plan import as_lines, comparison_table
 from badloss_jax.report.sweep import read_runs, tables
 from badloss_jax.report.tables import as_markdown, summary
 from badloss_jax.sweep import load_sweep
@@ -267,3 +270,57 @@ def test_the_map_names_what_there_is():
         assert pkgutil.resolve_name(f"badloss_jax.{name}"), name
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert (Path("badloss_jax") / link).exists(), link
+
+
+PLANS = {
+    "ImageNet-1k, v5e:2x4": "v5e-2x4",
+    "ImageNet-1k, v5e:16x16": "v5e-16x16",
+    "ImageNet-1k, h100:1x8": "h100-1x8",
+    "a billion images, v5p:4x4x4": "v5p-4x4x4",
+}
+LAUNCH = Path("launch/README.md")
+
+
+def plan_of(name):
+    return json.loads((RESULTS / "benchmarks" / f"plan-{name}.json").read_text("utf-8"))
+
+
+def arithmetic_of(plan):
+    """What of a plan no compiler says."""
+    programs = {
+        program["name"]: {key: program[key] for key in ("phase", "rows", "calls", "flops")}
+        for program in plan["programs"]
+    }
+    hours = {phase["name"]: phase["at_rate"] for phase in plan["phases"]}
+    kept = (
+        "config_hash",
+        "topology",
+        "images",
+        "network",
+        "recording",
+        "trainings",
+        "rate",
+        "input",
+        "storage",
+        "fits",
+    )
+    return {key: plan[key] for key in kept} | {"programs": programs, "hours": hours}
+
+
+def test_the_tables_of_plans_are_what_was_planned():
+    text = LAUNCH.read_text("utf-8")
+    plans = {title: plan_of(name) for title, name in PLANS.items()}
+    assert as_markdown(comparison_table(plans)) in text
+    for plan in plans.values():
+        assert plan["source"] == "compiled"
+        assert shlex.join(plan["command"]) in text
+    assert "\n".join(line.rstrip() for line in as_lines(plans["ImageNet-1k, v5e:2x4"])) in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANS.values())
+def test_the_arithmetic_of_plans_is_that_of_today(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    written = plan_of(name)
+    assert main([*written["command"][1:], "--quick", "--out", str(tmp_path / "plan.json")]) == 0
+    assert arithmetic_of(json.loads((tmp_path / "plan.json").read_text("utf-8"))) == arithmetic_of(written)

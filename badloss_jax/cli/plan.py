@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from badloss_jax.cli.start import settings_and
+from badloss_jax.cli.start import settings_and, without_paths
 from badloss_jax.core import topology as topologies
 from badloss_jax.core.errors import UsageError
 
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     machine = Machine.of(topology, quick=arguments.quick)
     kept = Path("~/.cache/badloss_jax/plans").expanduser()
     plan = make_plan(config, images, machine, Progress(), steps=arguments.steps, rate=arguments.rate, kept=kept)
-    plan = {"command": ["badloss", *arguments.argv]} | plan
+    plan = {"command": ["badloss", *without_paths(arguments.argv)]} | plan
 
     if arguments.out:
         write_text(arguments.out, json.dumps(plan, indent=2, allow_nan=False) + "\n")

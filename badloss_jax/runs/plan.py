@@ -24,7 +24,7 @@ from badloss_jax.core.progress import Progress
 from badloss_jax.report.plan import MEASURED
 from badloss_jax.runs.compiling import Taken, seconds_of_call, take
 from badloss_jax.runs.images import Images
-from badloss_jax.runs.phases import planned_trainings
+from badloss_jax.runs.phases import planned_trainings, records
 from badloss_jax.runs.programs import Machine, Program, Programs
 from badloss_jax.trajectories.buffer import shapes_of_column
 
@@ -71,7 +71,7 @@ def make_plan(
     check_batch_size("retraining.batch_size", config.retraining.batch_size, machine.mesh)
 
     programs = Programs(config, images, machine)
-    retrainings = planned_trainings(config) - bool(config.scoring.kinds)
+    retrainings = planned_trainings(config) - records(config)
     taken = [take(program, machine, progress, kept) for program in programs.all(retrainings)]
 
     entries = []
@@ -93,7 +93,7 @@ def make_plan(
         "images": {"examples": images.examples, "classes": images.classes, "shape": list(images.shape)},
         "network": _network_entry(programs),
         "recording": _recording_entry(programs),
-        "trainings": {"recording": int(bool(config.scoring.kinds)), "others": retrainings},
+        "trainings": {"recording": int(records(config)), "others": retrainings},
         "programs": entries,
         "phases": _phases(entries, programs, retrainings, rate),
         "rate": rate,
@@ -109,7 +109,7 @@ def make_plan(
 
 def _network_entry(programs: Programs) -> dict[str, Any]:
     spec = programs.recording.spec
-    numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(programs.state().params))
+    numbers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(programs.state.params))
     return {"name": spec.name, "dtype": spec.dtype, "parameters": numbers}
 
 
@@ -324,7 +324,7 @@ def _input_entry(entries: Sequence[Mapping[str, Any]], programs: Programs, rate:
 def _storage_entry(programs: Programs, retrainings: int) -> dict[str, Any]:
     """Returns the bytes that a run leaves on a disk, or reads from it."""
     recording = programs.recording
-    state = programs.state()
+    state = programs.state
     widths = _recording_entry(programs)["bytes_an_example_and_epoch"]
     trajectories = programs.images.examples * recording.recipe.epochs * sum(widths.values())
     written = recording.kinds.layout()
@@ -339,7 +339,7 @@ def _storage_entry(programs: Programs, retrainings: int) -> dict[str, Any]:
         "trajectories": trajectories,
         "read_by_a_host_to_score": trajectories // programs.machine.topology.hosts,
         "checkpoint": _bytes(state) + _bytes(by_steps),
-        "networks": (retrainings + bool(programs.config.scoring.kinds)) * network,
+        "networks": (retrainings + records(programs.config)) * network,
     }
 
 
@@ -360,7 +360,7 @@ def _advice(taken: Taken, programs: Programs) -> list[str]:
     size = programs.machine.topology.size
     limit = programs.machine.topology.memory
     # What every device has, and what they share.
-    fixed = _bytes(programs.state()) if program.phase != "scoring" else 0
+    fixed = _bytes(programs.state) if program.phase != "scoring" else 0
     if not programs.images.is_streamed(programs.config):
         fixed += programs.images.examples * programs.images.size
     shared = max(0, entry["needed"] - fixed) * size

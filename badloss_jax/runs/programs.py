@@ -4,7 +4,9 @@ They are the very functions that a run calls. Begin with `Programs.all`; `compil
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -18,10 +20,11 @@ from badloss_jax.core.mesh import AnyMesh, abstract_mesh, by_rows, make_mesh, pa
 from badloss_jax.core.program import bytes_on_device
 from badloss_jax.core.topology import Topology, compiler_devices, local_topology, why_not_compiled
 from badloss_jax.runs.images import Images
+from badloss_jax.runs.phases import records
 from badloss_jax.runs.trainer import Recording, recipe_of, spec_of
 from badloss_jax.scoring import parts_of
-from badloss_jax.scoring.distances import rows_of_chunk
 from badloss_jax.scoring.kernels import on_devices
+from badloss_jax.scoring.rows import rows_of_chunk
 from badloss_jax.training.footprint import constants_of, shapes_of_batch
 from badloss_jax.training.loop import Recipe
 from badloss_jax.training.recorder import step_kinds, sweep_kinds, written_by_steps
@@ -123,7 +126,7 @@ class Programs:
     images: Images
     machine: Machine
 
-    @property
+    @cached_property
     def recording(self) -> Recording:
         """The training that trajectories are recorded of."""
         spec = spec_of(self.config, self.images.shape, self.images.classes, self.config.model.name)
@@ -135,11 +138,13 @@ class Programs:
         settings = self.config.retraining
         return recipe_of(self.config, settings.epochs, settings.epochs, settings.batch_size, settings.augment)
 
+    @cached_property
     def state(self) -> TrainState:
-        """Returns the shapes of a training's state."""
+        """The shapes of a training's state, which each device holds whole."""
         recipe = self.retraining
         state = shapes_of_state(self.recording.spec, recipe.optimizer, self.machine.code_mesh, recipe.objective)
-        return self._placed(state)
+        sharding = replicated(self.machine.mesh)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
 
     def all(self, retrainings: int) -> list[Program]:
         """Lists the programs.
@@ -148,31 +153,28 @@ class Programs:
           retrainings: how many networks are trained beside that which trajectories are recorded of.
         """
         programs = []
-        if self.config.scoring.kinds:
+        if records(self.config):
             programs += self._of_recording()
-            programs += self._of_scoring()
+        programs += self._of_scoring()
         if retrainings:
             epochs = retrainings * self.retraining.epochs
             programs.append(self._training("retraining step", "retraining", self.retraining, None, epochs))
         return programs
 
-    def _placed(self, tree: PyTree) -> PyTree:
-        """Returns shapes as they are replicated over the machine."""
-        sharding = replicated(self.machine.mesh)
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
-
     def _of_recording(self) -> list[Program]:
+        """Lists what trains, sweeps and writes."""
         recording = self.recording
-        kinds, capture, mesh = recording.kinds, recording.capture, self.machine.mesh
-        examples = self.images.examples
+        recipe = recording.recipe
+        kinds = recording.kinds
+        mesh = self.machine.mesh
 
-        observed = step_kinds(kinds, capture)
-        programs = [self._training("training step", "recording", recording.recipe, observed, recording.recipe.epochs)]
-        if written_by_steps(kinds, capture):
-            batch_size = recording.recipe.batch_size
-            programs.append(self._write("write of a step", written_by_steps(kinds, capture), batch_size))
+        observed = step_kinds(kinds, recording.capture)
+        programs = [self._training("training step", "recording", recipe, observed, recipe.epochs)]
+        written = written_by_steps(kinds, recording.capture)
+        if written:
+            programs.append(self._write("write of a step", written, written, recipe.batch_size))
 
-        if capture == "sweep":
+        if recording.capture == "sweep":
             batch_size = pass_batch_size(self.config.evaluation.batch_size, mesh)
             swept = sweep_kinds(kinds)
             programs.append(
@@ -180,19 +182,21 @@ class Programs:
                     name="sweep step",
                     phase="recording",
                     function=make_sweep_step(recording.spec, swept, self.machine.code_mesh),
-                    arguments=(self.state(), shapes_of_batch(recording.spec, batch_size, mesh)),
-                    calls=recording.recipe.epochs * -(-examples // batch_size),
+                    arguments=(self.state, shapes_of_batch(recording.spec, batch_size, mesh)),
+                    calls=recipe.epochs * -(-self.images.examples // batch_size),
                     rows=batch_size,
-                    beside=column_bytes(kinds, examples, mesh),
+                    beside=column_bytes(kinds, self.images.examples, mesh),
                     keeps=True,
                 )
             )
-            programs.append(self._write("write of a sweep", tuple(swept.observed), batch_size))
+            programs.append(self._write("write of a sweep", tuple(kinds.layout()), swept.observed, batch_size))
         return programs
 
     def _training(self, name: str, phase: str, recipe: Recipe, kinds: Kinds | None, epochs: int) -> Program:
-        recording, mesh = self.recording, self.machine.mesh
-        state = self.state()
+        """Returns the step that trains, for so many epochs of all trainings of a phase."""
+        recording = self.recording
+        mesh = self.machine.mesh
+        state = self.state
         function = make_train_step(
             recording.spec, recipe.optimizer, recipe.objective, recipe.augment, kinds, self.machine.code_mesh
         )
@@ -216,17 +220,21 @@ class Programs:
             keeps=True,
         )
 
-    def _write(self, name: str, names: tuple[str, ...], batch_size: int) -> Program:
-        recording, mesh = self.recording, self.machine.mesh
-        column = shapes_of_column(recording.kinds, names, self.images.examples, mesh)
+    def _write(self, name: str, held: Sequence[str], written: Sequence[str], batch_size: int) -> Program:
+        """Returns the write of some kinds of a batch into a column that holds these and perhaps others."""
+        recording = self.recording
+        mesh = self.machine.mesh
+        column = shapes_of_column(recording.kinds, held, self.images.examples, mesh)
         sharding = by_rows(mesh)
         ids = jax.ShapeDtypeStruct((batch_size,), np.int32, sharding=sharding)
-        values = {
-            kind: jax.ShapeDtypeStruct((batch_size, *shape.shape[1:]), np.float32, sharding=sharding)
-            for kind, shape in column.items()
-        }
-        width = sum(math.prod(shape.shape[1:]) * shape.dtype.itemsize for shape in column.values())
-        gathered = batch_size * (4 + width)
+
+        # An id of four bytes, and each value in the column's dtype.
+        gathered = 4 * batch_size
+        values = {}
+        for kind in written:
+            width = column[kind].shape[1:]
+            values[kind] = jax.ShapeDtypeStruct((batch_size, *width), np.float32, sharding=sharding)
+            gathered += batch_size * math.prod(width) * column[kind].dtype.itemsize
         return Program(
             name=name,
             phase="recording",
@@ -235,7 +243,7 @@ class Programs:
             calls=recording.recipe.epochs * -(-self.images.examples // batch_size),
             rows=batch_size,
             updated=column,
-            beside=bytes_on_device(self.state(), mesh.size),
+            beside=bytes_on_device(self.state, mesh.size),
             gathers=gathered,
             temporaries=gathered,
         )
@@ -244,7 +252,8 @@ class Programs:
         """Lists the scorer's kernels, of each kind its own; on CPUs another kernel does their work."""
         if self.machine.platform == "cpu":
             return []
-        recording, mesh = self.recording, self.machine.mesh
+        recording = self.recording
+        mesh = self.machine.mesh
         epochs = self.config.scoring.epochs or recording.recipe.epochs
         num_probes = self.config.probes.count
         layout = recording.kinds.layout()

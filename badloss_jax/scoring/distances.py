@@ -33,11 +33,9 @@ from badloss_jax.core.mesh import (
     to_host,
 )
 from badloss_jax.scoring.kernels import on_cpu, on_devices
-from badloss_jax.scoring.rows import CHUNK_VALUES, Rows, chunk_size, chunk_size_of, parts_of_range
+from badloss_jax.scoring.rows import CHUNK_VALUES, Rows, chunk_size, parts_of_range, rows_of_chunk
 
 KERNELS = ("auto", "numba", "xla")
-_CPU_DISTANCES = 2**19  # from rows to probes that XLA holds at a time on each CPU device,
-_ACCELERATOR_DISTANCES = 2**27  # and on each accelerator; TPUs hold them twice
 _NAMED = 10  # ids in a message
 
 
@@ -355,20 +353,6 @@ def _rows_at_a_time(comparison: _Comparison, count: int, mesh: Mesh) -> int:
 
     # Of few rows, no more than there are.
     return min(mesh.size * share, round_up(max(1, count), mesh))
-
-
-def rows_of_chunk(values: int, num_probes: int, platform: str) -> int:
-    """Returns how many rows a device is given at a time, at the most.
-
-    Args:
-      values: of a row.
-      num_probes: P.
-      platform: of the device.
-    """
-    most = _ACCELERATOR_DISTANCES
-    if platform == "cpu":
-        most = _CPU_DISTANCES
-    return min(chunk_size_of(values), max(1, most // num_probes))
 
 
 def _repair(distances: np.ndarray, comparison: _Comparison, begin: int) -> None:

@@ -234,7 +234,7 @@ def time(seconds: float | None) -> str:
     for unit, name in ((1, "s"), (1e-3, "ms")):
         if seconds >= unit:
             return f"{seconds / unit:.3g} {name}"
-    return f"{seconds / 1e-6:.2g} µs"
+    return f"{seconds / 1e-6:.3g} µs"
 
 
 def duration(hours: float | None) -> str:

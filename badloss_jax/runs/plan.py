@@ -373,9 +373,11 @@ def _advice(taken: Taken, programs: Programs) -> list[str]:
         advice.append(f"{math.ceil(shared / (limit - fixed)):,} devices or more would have room, in place of {size:,}")
 
     spec = programs.recording.spec
-    if program.keeps and spec.dtype == "float32":
+    # Where it is the column that is too large, neither would help.
+    layers = program.keeps and entry["temporaries"] > entry["needed"] / 10
+    if layers and spec.dtype == "float32":
         advice.append("--config.model.dtype=bfloat16 halves what the network's layers leave")
-    if program.keeps:
+    if layers:
         key = "retraining" if program.phase == "retraining" else "recording"
         key = "evaluation" if program.name == "sweep step" else key
         advice.append(f"a smaller --config.{key}.batch_size than {program.rows:,}")

@@ -13,7 +13,7 @@ import pytest
 from badloss_jax.benchmarks.scan import table as scan_table
 from badloss_jax.cli import main
 from badloss_jax.config import default_config, differences, load_config
-from badloss_jax.report.plan import as_lines, comparison_table
+from badloss_jax.report.plan import as_lines, comparison_table, scoring_table
 from badloss_jax.report.sweep import read_runs, tables
 from badloss_jax.report.tables import as_markdown, summary
 from badloss_jax.sweep import load_sweep
@@ -276,6 +276,7 @@ PLANS = {
     "ImageNet-1k, v5e:2x4": "v5e-2x4",
     "ImageNet-1k, v5e:16x16": "v5e-16x16",
     "ImageNet-1k, h100:1x8": "h100-1x8",
+    "ImageNet-1k, h100:8x8": "h100-8x8",
     "a billion images, v5p:4x4x4": "v5p-4x4x4",
 }
 LAUNCH = Path("launch/README.md")
@@ -315,6 +316,9 @@ def test_the_tables_of_plans_are_what_was_planned():
         assert plan["source"] == "compiled"
         assert shlex.join(plan["command"]) in text
     assert "\n".join(line.rstrip() for line in as_lines(plans["ImageNet-1k, v5e:2x4"])) in text
+
+    scoring = Path("badloss_jax/scoring/README.md").read_text("utf-8")
+    assert as_markdown(scoring_table(plans["a billion images, v5p:4x4x4"])) in scoring
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from badloss_jax.cli.start import settings_and, without_paths
+from badloss_jax.cli.start import set_up_jax, settings_and, without_paths
 from badloss_jax.core import topology as topologies
 from badloss_jax.core.errors import UsageError
 
@@ -74,6 +74,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from badloss_jax.runs.programs import Machine
 
     config = load_config(arguments.config, overrides)
+    if topology is None:
+        set_up_jax()
     name = Path(arguments.config.partition(":")[0]).stem
     images = images_of(config, name, Sizes(arguments.examples, arguments.classes, arguments.image_size))
     machine = Machine.of(topology, quick=arguments.quick)

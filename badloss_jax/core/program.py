@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend import core
 from jax.sharding import PartitionSpec
 
-READING = 1  # of what is compiled; another number where something else is read, or read in another way
+READING = 1  # another number where something else is read of what is compiled, or a chip is described in another way
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _CHOICE = "cond"  # also of what `jax.lax.platform_dependent` chooses from
 _ROUNDS = 25  # of a loop whose number of rounds depends on the data, as the scorer's bisection has of losses

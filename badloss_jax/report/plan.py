@@ -165,6 +165,28 @@ def comparison_table(plans: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def scoring_table(plan: Mapping[str, Any]) -> list[list[str]]:
+    """Returns header and rows: what scoring takes of a host and of a device, for each kind of trajectory."""
+    widths = plan["recording"]["bytes_an_example_and_epoch"]
+    scorers = [program for program in plan["programs"] if program["phase"] == "scoring"]
+    kinds = [scorer["name"].removeprefix("scorer of ") for scorer in scorers]
+    devices = plan["topology"]["devices"]
+
+    examples = plan["images"]["examples"] // plan["topology"]["hosts"]
+    read = [examples * plan["recording"]["epochs"] * widths[kind] for kind in kinds]
+    expected = [scorer["seconds"]["expected"] for scorer in scorers]
+    return [
+        ["", *kinds],
+        ["read by a host", *map(size, read)],
+        ["from storage that gives it 1 GB/s", *(duration(count / 1e9 / 3600) for count in read)],
+        ["rows of a chunk", *(f"{scorer['rows'] // devices:,}" for scorer in scorers)],
+        ["chunks of a device", *(f"{scorer['calls']:,}" for scorer in scorers)],
+        ["memory for a chunk and the next", *(size(scorer["memory"]["needed"]) for scorer in scorers)],
+        ["a chunk, expected", *map(time, expected)],
+        ["all of them", *(time(s["calls"] * each) for s, each in zip(scorers, expected, strict=True))],
+    ]
+
+
 def _program(plan: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return next(program for program in plan["programs"] if program["name"] == name)
 

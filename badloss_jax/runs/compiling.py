@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from badloss_jax.core.progress import Progress
 from badloss_jax.runs.programs import Machine, Program
 from badloss_jax.training.footprint import kept_bytes
 
+_LONGEST = 300  # characters of what a compiler says
 _FEWEST_BYTES = 2**16  # of an array whose copies count
 _USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG])")
 
@@ -90,9 +92,19 @@ def take(program: Program, machine: Machine, progress: Progress, kept: Path | No
     if machine.why_not:
         return taken
 
+    try:
+        return replace(taken, compiled=_compiled(program, traced, machine, progress, kept))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return replace(taken, refused=_room(str(error)))
+
+
+def _compiled(program: Program, traced: Any, machine: Machine, progress: Progress, kept: Path | None) -> Compiled:
+    """Compiles a traced program, or takes what was read of it before; arguments as of `take`."""
     watched = []
     if program.updated is not None:
-        arrays = arrays_on_device(program.updated, size)
+        arrays = arrays_on_device(program.updated, machine.topology.size)
         watched = [(shape, dtype) for shape, dtype in arrays if math.prod(shape) * dtype.itemsize >= _FEWEST_BYTES]
     rounds = loop_rounds(traced.jaxpr.jaxpr)
     lowered = traced.lower()
@@ -103,20 +115,15 @@ def take(program: Program, machine: Machine, progress: Progress, kept: Path | No
         name = digest(lowered.as_text(), machine.topology.name, _compilers(), str(watched), rounds)
         file = kept / f"{name}.json"
         if file.is_file():
-            return replace(taken, compiled=Compiled(**read_json(file)))
+            return Compiled(**read_json(file))
 
     with progress.waiting(f"compiling the {program.name}"):
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return replace(taken, refused=_room(str(error)))
+        compiled = lowered.compile()
     figures = read_compiled(compiled, watched, rounds)
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(asdict(figures)))
-    return replace(taken, compiled=figures)
+    return figures
 
 
 def _compilers() -> list[str]:
@@ -133,7 +140,7 @@ def _room(message: str) -> str:
     numbers = _USED.search(message)
     if numbers:
         return f"{numbers[1]} {numbers[2]}iB of {numbers[3]} {numbers[4]}iB"
-    return " ".join(message.split())[:200]
+    return " ".join(message.split())[:_LONGEST]
 
 
 def seconds_of_call(program: Program, steps: int) -> float:

@@ -9,6 +9,10 @@ from typing import Any
 from badloss_jax.report.tables import as_text
 
 MEASURED = "measured here"
+_LEGEND = (
+    "Operations and compute are arithmetic; memory and network are by what the last column says, and published peaks;",
+    "expected are the cycles of the TPUs' compiler, which nobody has calibrated, and the network after them.",
+)
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -16,7 +20,7 @@ def as_lines(plan: Mapping[str, Any]) -> list[str]:
     """Returns the lines to print of a plan."""
     lines = [*_introduction(plan), ""]
     lines += [as_text(memory_table(plan)), ""]
-    lines += [as_text(time_table(plan)), ""]
+    lines += [as_text(time_table(plan)), *_LEGEND, ""]
     lines += [as_text(phase_table(plan)), ""]
     lines += [as_text(needs_table(plan))]
     lines += ["", *_verdict(plan)]
@@ -142,10 +146,16 @@ def comparison_table(plans: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     add("images", lambda plan: f"{plan['images']['examples']:,}")
     add("images in a batch", lambda plan: f"{_program(plan, 'training step')['rows']:,}")
     add("trajectories, in all", lambda plan: size(plan["storage"]["trajectories"]))
-    add("of an epoch, on each device", lambda plan: size(_column_of(plan)))
+    add("the column of an epoch, on each device", lambda plan: size(_column_of(plan)))
     add("a checkpoint", lambda plan: size(plan["storage"]["checkpoint"]))
-    add("exchanged a training step", lambda plan: _exchanged(_program(plan, "training step")["collectives"]))
-    add("exchanged a write", lambda plan: _exchanged(_program(plan, "write of a sweep")["collectives"]))
+    add(
+        "exchanges of a training step, and their bytes",
+        lambda plan: _exchanged(_program(plan, "training step")["collectives"]),
+    )
+    add(
+        "exchanges of a write, and their bytes",
+        lambda plan: _exchanged(_program(plan, "write of a sweep")["collectives"]),
+    )
     add("memory of a device", lambda plan: size(plan["topology"]["memory"]))
     add("arguments of the training step", memory("training step", "arguments"))
     add("its temporaries", memory("training step", "temporaries"))

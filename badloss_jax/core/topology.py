@@ -144,6 +144,7 @@ class Topology:
       size: how many chips there are.
       hosts: that they are spread over.
       memory: bytes of each.
+      kind: what JAX calls a device that is here.
     """
 
     name: str
@@ -151,6 +152,7 @@ class Topology:
     size: int
     hosts: int
     memory: int
+    kind: str = ""
 
     @property
     def is_local(self) -> bool:
@@ -159,7 +161,7 @@ class Topology:
 
     def describe(self) -> str:
         """Says in a few words what it is."""
-        what = self.chip.name if self.chip else "device"
+        what = self.chip.name if self.chip else self.kind
         hosts = "1 host" if self.hosts == 1 else f"{self.hosts} hosts"
         return f"{self.size} x {what} in {hosts}"
 
@@ -254,7 +256,7 @@ def local_topology(devices: Sequence["jax.Device"], memory: int) -> Topology:
     kind = devices[0].device_kind
     chip = next((CHIPS[name] for beginning, name in _KINDS if kind.startswith(beginning)), None)
     hosts = len({device.process_index for device in devices})
-    return Topology(LOCAL, chip, len(devices), hosts, memory or (chip.memory if chip else 0))
+    return Topology(LOCAL, chip, len(devices), hosts, memory or (chip.memory if chip else 0), kind)
 
 
 def prepare(topology: Topology | None) -> None:

@@ -176,12 +176,12 @@ def _program_entry(taken: Taken, programs: Programs) -> dict[str, Any]:
 
 def _waiting_bytes(program: Program, programs: Programs) -> int:
     """Counts what lies on each device of images that no step has been given yet, or of the whole resident set."""
+    images = programs.images
+    if not images.is_streamed(programs.config):
+        return images.examples * images.size
     if program.phase == "scoring":
         return 0
-    images = programs.images
-    if images.is_streamed(programs.config):
-        return _AHEAD * program.rows * images.size // programs.machine.topology.size
-    return images.examples * images.size
+    return _AHEAD * program.rows * images.size // programs.machine.topology.size
 
 
 def _seconds(entry: Mapping[str, Any], taken: Taken, programs: Programs) -> dict[str, Any]:
@@ -197,9 +197,10 @@ def _seconds(entry: Mapping[str, Any], taken: Taken, programs: Programs) -> dict
         seconds_of = topology.reduction_seconds if kind == "all-reduce" else topology.gathering_seconds
         seconds["network"] += seconds_of(of_kind["bytes"])
 
-    # The scorer's operations are none of the matrix units'.
-    if taken.flops:
-        seconds["compute"] = taken.flops / chip.flops[programs.recording.spec.dtype]
+    # The scorer's operations are none of the matrix units', which on TPUs know no float64.
+    peak = chip.flops.get(programs.recording.spec.dtype)
+    if taken.flops and peak:
+        seconds["compute"] = taken.flops / peak
 
     # Not what the compiler counts, in which is what lies in faster memory, and all of what is written to in places.
     moved = entry["memory"]["arguments"] + 2 * entry["memory"]["temporaries"]
@@ -208,7 +209,6 @@ def _seconds(entry: Mapping[str, Any], taken: Taken, programs: Programs) -> dict
     seconds["memory"] = moved / chip.bandwidth
 
     compiled = taken.compiled
-
     if compiled and compiled.cycles and chip.clock:
         seconds["expected"] = compiled.cycles / chip.clock + seconds["network"]
     bounds = {name: seconds[name] for name in ("compute", "memory", "network") if seconds[name]}

@@ -69,6 +69,7 @@ def test_devices_that_are_here_are_known_by_their_kind(kind, chip):
     assert (here.size, here.hosts, here.is_local) == (8, 2, True)
     assert here.memory == (CHIPS[chip].memory if chip else 0)
     assert local_topology(devices, 5).memory == 5
+    assert here.describe() == f"8 x {CHIPS[chip].name if chip else kind} in 2 hosts"
 
 
 def test_the_environment_is_left_alone_for_the_machine_that_is_here(monkeypatch):

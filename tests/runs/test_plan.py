@@ -130,6 +130,13 @@ def test_what_does_not_fit_says_what_would():
     assert 2_000_000_000 / number * width < 16e9
 
 
+def test_a_precision_that_the_units_do_not_know_has_no_bound():
+    with jax.enable_x64(True):
+        plan = planned(overrides=["--config.model.dtype=float64"])
+    assert plan["programs"][0]["seconds"]["compute"] is None
+    assert plan["programs"][0]["seconds"]["at_least"] > 0
+
+
 def test_devices_have_to_share_a_batch():
     with pytest.raises(UsageError, match=r"recording.batch_size = 30 is not divisible by the 8 devices"):
         planned(overrides=["--config.recording.batch_size=30"])

@@ -1,8 +1,10 @@
 """The README's commands are the ones that CI runs, and its figures the ones that were measured."""
 
 import json
+import os
 import pkgutil
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from badloss_jax.benchmarks.scan import table as scan_table
 from badloss_jax.cli import main
 from badloss_jax.config import default_config, differences, load_config
+from badloss_jax.report.plan import as_lines, comparison_table, scoring_table
 from badloss_jax.report.sweep import read_runs, tables
 from badloss_jax.report.tables import as_markdown, summary
 from badloss_jax.sweep import load_sweep
@@ -21,6 +24,14 @@ ROOMS = {path.stem for path in Path("badloss_jax").iterdir()} - {"__init__"}
 OTHERS = ("benchmarks", "retrained", "sweeps")
 MEASURED = sorted(path for path in RESULTS.iterdir() if path.is_dir() and path.name not in OTHERS)
 SWEPT = sorted((RESULTS / "sweeps").iterdir())
+PLANS = {
+    "ImageNet-1k, v5e:2x4": "v5e-2x4",
+    "ImageNet-1k, v5e:16x16": "v5e-16x16",
+    "ImageNet-1k, h100:1x8": "h100-1x8",
+    "ImageNet-1k, h100:8x8": "h100-8x8",
+    "a billion images, v5p:4x4x4": "v5p-4x4x4",
+}
+LAUNCH = Path("launch/README.md")
 
 
 def runs(folder):
@@ -237,25 +248,38 @@ def test_every_command_of_the_readme_parses(capsys):
 
 
 def test_the_arithmetic_of_imagenet():
-    config, guide = load_config("configs/imagenet.py"), Path("launch/README.md").read_text("utf-8")
-    assert config.recording.kinds == ("ranked", "features")
-    images, recording, retraining = 1_281_167, config.recording, config.retraining
+    """By formulas of its own, beside those of the plans."""
+    config = load_config("configs/imagenet.py")
+    recording, retraining = config.recording, config.retraining
+    assert recording.kinds == ("ranked", "features")
     example = 4 + 2 * (1 + recording.ranked_others) + 2 * recording.feature_dim
-    assert f"N T {example} bytes" in guide
-    trajectories = images * recording.epochs * example
     networks = 1 + len(retraining.variants) + len(config.controls)
-    row = {name: cells for name, *cells in (line.strip("| ").split(" | ") for line in guide.splitlines())}
-    assert row[f"trajectories N T {example} bytes, in all"][0] == f"{trajectories / 1e9:.2f} GB"
-    assert row["on each GPU"][:2] == [f"{trajectories / 8 / 1e6:.0f} MB", f"{trajectories / 64 / 1e6:.0f} MB"]
-    assert row["the same with 1,000 logits (float16)"][0].startswith(f"{images * recording.epochs * 2e-6:.0f} GB")
-    hours = (4 / 3) * images * recording.epochs / 1000 / 3600  # of one GPU
-    assert row["recording: 30 epochs, 30 sweeps"] == [
-        f"{hours / 8:.1f} h", f"{hours / 64 * 60:.0f} min", f"{hours / images * 1e9 / 64 / 24:.1f} days"
-    ]  # fmt: skip
-    hours = images * networks * retraining.epochs / 1000 / 3600
-    assert row[f"retraining: {networks} x {retraining.epochs} epochs"] == [
-        f"{hours / 8:.0f} h", f"{hours / 64:.1f} h", f"{hours / images * 1e9 / 64 / 24:.0f} days"
-    ]  # fmt: skip
+
+    lines = LAUNCH.read_text("utf-8").splitlines()
+    row = {name: cells for name, *cells in (line.strip("| ").split(" | ") for line in lines)}
+    images, devices = (1_281_167, 1_281_167, 1_281_167, 1_281_167, 10**9), (8, 256, 8, 64, 64)
+    for number, (count, size) in enumerate(zip(images, devices, strict=True)):
+        assert row["images"][number] == f"{count:,}"
+        trajectories = row["trajectories, in all"][number]
+        assert in_bytes(trajectories) == pytest.approx(count * recording.epochs * example, rel=0.005)
+        share = row["the column of an epoch, on each device"][number]
+        assert in_bytes(share) == pytest.approx(count / size * example, rel=0.005)
+
+        epoch = count / size / 1000 / 3600  # hours
+        recorded = row["recording and sweeps, at 1,000 images/s a device"][number]
+        assert in_hours(recorded) == pytest.approx(4 / 3 * recording.epochs * epoch, rel=0.05)
+        retrained = row["retraining, at 1,000 images/s a device"][number]
+        assert in_hours(retrained) == pytest.approx(networks * retraining.epochs * epoch, rel=0.05)
+
+
+def in_bytes(text):
+    number, unit = text.split()
+    return float(number) * {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
+
+
+def in_hours(text):
+    number, unit = text.split()
+    return float(number) * {"s": 1 / 3600, "min": 1 / 60, "h": 1, "days": 24}[unit]
 
 
 def test_the_map_names_what_there_is():
@@ -267,3 +291,51 @@ def test_the_map_names_what_there_is():
         assert pkgutil.resolve_name(f"badloss_jax.{name}"), name
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert (Path("badloss_jax") / link).exists(), link
+
+
+def plan_of(name):
+    return json.loads((RESULTS / "benchmarks" / f"plan-{name}.json").read_text("utf-8"))
+
+
+def arithmetic_of(plan):
+    """What of a plan no compiler says."""
+    programs = {
+        program["name"]: {key: program[key] for key in ("phase", "rows", "calls", "flops")}
+        for program in plan["programs"]
+    }
+    hours = {phase["name"]: phase["at_rate"] for phase in plan["phases"]}
+    kept = (
+        "config_hash",
+        "topology",
+        "images",
+        "network",
+        "recording",
+        "trainings",
+        "rate",
+        "input",
+        "storage",
+        "fits",
+    )
+    return {key: plan[key] for key in kept} | {"programs": programs, "hours": hours}
+
+
+def test_the_tables_of_plans_are_what_was_planned():
+    text = LAUNCH.read_text("utf-8")
+    plans = {title: plan_of(name) for title, name in PLANS.items()}
+    assert as_markdown(comparison_table(plans)) in text
+    for plan in plans.values():
+        assert plan["source"] == "compiled"
+        assert shlex.join(plan["command"]) in text
+    assert "\n".join(line.rstrip() for line in as_lines(plans["ImageNet-1k, v5e:2x4"])) in text
+
+    scoring = Path("badloss_jax/scoring/README.md").read_text("utf-8")
+    assert as_markdown(scoring_table(plans["a billion images, v5p:4x4x4"])) in scoring
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANS.values())
+def test_the_arithmetic_of_plans_is_that_of_today(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    written = plan_of(name)
+    assert main([*written["command"][1:], "--quick", "--out", str(tmp_path / "plan.json")]) == 0
+    assert arithmetic_of(json.loads((tmp_path / "plan.json").read_text("utf-8"))) == arithmetic_of(written)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-from badloss_jax.cli import attacks, bench, prepare, report, run, scan, score, summary, sweep
+from badloss_jax.cli import attacks, bench, plan, prepare, report, run, scan, score, summary, sweep
 from badloss_jax.cli.start import explain, out_of_memory
 from badloss_jax.core import __version__
 from badloss_jax.core.errors import BadlossError
@@ -24,6 +24,7 @@ COMMANDS: dict[str, ModuleType] = {
     "sweep": sweep,
     "attacks": attacks,
     "summary": summary,
+    "plan": plan,
     "prepare": prepare,
     "bench": bench,
 }
@@ -38,6 +39,7 @@ Finds poisoned training examples by how a network learns them (BaDLoss, ICLR 202
   badloss sweep --config configs/sweeps/k.py --workdir D  compare defences, or settings, over attacks and seeds
   badloss report --workdir OUT                            render the report again, from the files of the run
   badloss attacks --config configs/digits.py --out A.png  show every attack's trigger as a picture
+  badloss plan --config configs/imagenet.py --topology v5e:16x16   say what a run takes of a machine that is not there
   badloss prepare imagenet2012 --from TARS --to DIR       write a large data set once, for data.source=tfds
   badloss bench train                                     measure speed, and what recording costs, on this machine
 """

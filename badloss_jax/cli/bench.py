@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from badloss_jax.benchmarks import BENCHMARKS, Benchmark, Pictured, Resumable, SetsUpDevices, find_benchmark
-from badloss_jax.cli.start import set_up_jax
+from badloss_jax.cli.start import set_up_jax, without_paths
 from badloss_jax.core.errors import UsageError
 
 SUMMARY = "measure speed and memory on this machine"
@@ -26,9 +26,6 @@ _POSITIVE = (
     "seconds",
     "repeats",
 )
-
-# What stands for the path that an option names; None leaves the option out.
-_PATH_NAMES = {"--out": None, "--workdir": "OUT", "--from": "DIR", "--config.data.dir": "DIR"}
 
 # What two files of the same benchmark have in common.
 _SAME = ("benchmark", "command", "environment")
@@ -74,7 +71,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from badloss_jax.benchmarks.timing import header
     from badloss_jax.report.tables import as_text
 
-    heading = header(arguments.benchmark, _without_paths(arguments.argv))
+    heading = header(arguments.benchmark, without_paths(arguments.argv))
     figures = []
     for figure in _measure(benchmark, arguments, overrides, heading):
         figures.append(figure)
@@ -145,26 +142,3 @@ def _machine(heading: Mapping[str, Any]) -> str:
     cores = environment["cpu_count"]
     load = heading["load_average"][0]
     return f"{len(devices)} x {devices[0]}, {cores} CPU cores, load average before {load:.1f}"
-
-
-def _without_paths(command: Sequence[str]) -> list[str]:
-    """Leaves out where the file lies, and names other folders by what they are: they mean nothing elsewhere."""
-    recorded = []
-    words = iter(command)
-    for word in words:
-        option, equals, _ = word.partition("=")
-        if option not in _PATH_NAMES:
-            recorded.append(word)
-            continue
-
-        if not equals:
-            # The path is the next word.
-            next(words, None)
-        name = _PATH_NAMES[option]
-        if name is None:
-            continue
-        if equals:
-            recorded.append(f"{option}={name}")
-        else:
-            recorded += [option, name]
-    return recorded

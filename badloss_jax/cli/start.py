@@ -18,6 +18,9 @@ examples:
 exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by SIGTERM with all saved (run it again), 130 interrupted
 """
 
+# What stands for the path that an option names; None leaves the option out.
+_PATH_NAMES = {"--out": None, "--workdir": "OUT", "--from": "DIR", "--config.data.dir": "DIR"}
+
 
 def settings_and(examples: Sequence[str]) -> str:
     """Returns the end of a help text: how settings are changed, examples, exit codes."""
@@ -73,3 +76,26 @@ def out_of_memory(error: Exception) -> BadlossError | None:
     from badloss_jax.core.memory import explained  # here, as it imports JAX
 
     return explained(error)
+
+
+def without_paths(command: Sequence[str]) -> list[str]:
+    """Leaves out where the file lies, and names other folders by what they are: they mean nothing elsewhere."""
+    recorded = []
+    words = iter(command)
+    for word in words:
+        option, equals, _ = word.partition("=")
+        if option not in _PATH_NAMES:
+            recorded.append(word)
+            continue
+
+        if not equals:
+            # The path is the next word.
+            next(words, None)
+        name = _PATH_NAMES[option]
+        if name is None:
+            continue
+        if equals:
+            recorded.append(f"{option}={name}")
+        else:
+            recorded += [option, name]
+    return recorded

@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from badloss_jax.core.compiler import check_sums
 from badloss_jax.core.errors import UsageError
 
 AXIS = "data"
+AnyMesh = Mesh | AbstractMesh  # of devices, or of no more than their number
 _FEWEST_OF_A_PASS = 64  # images on each device
 
 
@@ -33,12 +34,17 @@ def local_mesh(mesh: Mesh) -> Mesh:
     return Mesh(np.array(mesh.local_devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def abstract_mesh(size: int) -> AbstractMesh:
+    """Returns a mesh of so many devices that need not be there, for shapes alone."""
+    return AbstractMesh((size,), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """The sharding of parameters and of the resident data set: everything on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def by_rows(mesh: Mesh) -> NamedSharding:
+def by_rows(mesh: AnyMesh) -> NamedSharding:
     """The sharding of batches, buffers and scores: the first axis is split over the devices."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
@@ -168,7 +174,7 @@ def process_blocks(count: int, mesh: Mesh) -> list[tuple[int, int, int]]:
     return blocks
 
 
-def round_up(count: int, mesh: Mesh) -> int:
+def round_up(count: int, mesh: AnyMesh) -> int:
     """Rounds up to a multiple of the number of devices.
 
     Args:
@@ -181,7 +187,7 @@ def round_up(count: int, mesh: Mesh) -> int:
     return -(-count // mesh.size) * mesh.size
 
 
-def pass_batch_size(batch_size: int, mesh: Mesh) -> int:
+def pass_batch_size(batch_size: int, mesh: AnyMesh) -> int:
     """Returns the batch of a pass that does not train, of all devices together, which grows with their number.
 
     Shared by hundreds of devices, what suits one would leave each with an image or two at a time.
@@ -196,7 +202,7 @@ def pass_batch_size(batch_size: int, mesh: Mesh) -> int:
     return round_up(max(batch_size, min(batch_size, _FEWEST_OF_A_PASS) * mesh.size), mesh)
 
 
-def check_batch_size(key: str, batch_size: int, mesh: Mesh) -> None:
+def check_batch_size(key: str, batch_size: int, mesh: AnyMesh) -> None:
     """Checks that the devices can share a batch evenly.
 
     Args:

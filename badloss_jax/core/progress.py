@@ -1,7 +1,10 @@
 """Progress of long work: a bar with rate and ETA in a terminal, plain lines elsewhere."""
 
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from tqdm import tqdm
@@ -38,6 +41,29 @@ class Progress:
         """Prints a line of its own."""
         if self._stream:
             print(text, file=self._stream, flush=True)
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Tells how long a step takes of which nothing else can be told: now and then, and at its end.
+
+        Args:
+          text: what is done, such as "compiling the training step".
+        """
+        started = time.monotonic()
+        over = threading.Event()
+
+        def tell() -> None:
+            while not over.wait(3 * self._between):
+                self.note(f"{text} ... {_clock(time.monotonic() - started)}")
+
+        telling = threading.Thread(target=tell, daemon=True)
+        telling.start()
+        try:
+            yield
+        finally:
+            over.set()
+            telling.join()
+        self.note(f"{text}  {_clock(time.monotonic() - started)}")
 
     def begin(self, total: int, done: int = 0) -> None:
         """Starts counting.
@@ -101,3 +127,7 @@ class Progress:
         seconds = time.monotonic() - self._started
         done = self._done - self._before
         self.note(f"{self._title}  {done:,} examples in {seconds:.1f} s ({done / seconds:,.0f}/s)")
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"

@@ -85,9 +85,14 @@ def is_streamed(split: Split, choice: str) -> bool:
     Returns:
       True if they do, False if they stay on the devices.
     """
+    return is_streamed_size(math.prod(split.images.shape), choice)
+
+
+def is_streamed_size(size: int, choice: str) -> bool:
+    """Tells of so many bytes of images what `is_streamed` tells of a split."""
     if choice == "auto":
-        return math.prod(split.images.shape) > _RESIDENT
+        return size > _RESIDENT
     return choice == "streamed"
 
 
-__all__ = ["AUGMENTATIONS", "SOURCES", "Dataset", "Split", "is_streamed", "load_dataset"]
+__all__ = ["AUGMENTATIONS", "SOURCES", "Dataset", "Split", "is_streamed", "is_streamed_size", "load_dataset"]

@@ -178,12 +178,17 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}s"
 
 
+def records(config: ConfigDict) -> bool:
+    """Whether a run records trajectories: for its own kinds, or for a defence that scores them."""
+    return bool(config.scoring.kinds) or any(DEFENSES[name].recorded for name in config.defenses.names)
+
+
 def planned_trainings(config: ConfigDict) -> int:
     """Counts the trainings that a run makes, or finds done: the recording, defences' own, retraining, controls."""
     names = config.defenses.names
     settings = to_dict(config)["defenses"]
     trainings = sum(DEFENSES[name].trainings(settings.get(name, {})) for name in names)
-    if config.scoring.kinds or any(DEFENSES[name].recorded for name in names):
+    if records(config):
         trainings += 1
     if config.retraining.enabled:
         # "none" is the undefended network, which is trained whatever the controls.

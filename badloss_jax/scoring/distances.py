@@ -33,11 +33,9 @@ from badloss_jax.core.mesh import (
     to_host,
 )
 from badloss_jax.scoring.kernels import on_cpu, on_devices
-from badloss_jax.scoring.rows import CHUNK_VALUES, Rows, chunk_size, parts_of_range
+from badloss_jax.scoring.rows import CHUNK_VALUES, Rows, chunk_size, parts_of_range, rows_of_chunk
 
 KERNELS = ("auto", "numba", "xla")
-_CPU_DISTANCES = 2**19  # from rows to probes that XLA holds at a time on each CPU device,
-_ACCELERATOR_DISTANCES = 2**27  # and on each accelerator; TPUs hold them twice
 _NAMED = 10  # ids in a message
 
 
@@ -351,10 +349,7 @@ def _on_devices(comparison: _Comparison, mesh: Mesh, begin: int, end: int) -> np
 
 def _rows_at_a_time(comparison: _Comparison, count: int, mesh: Mesh) -> int:
     """Returns the size of a chunk of `count` rows for all devices of a mesh, a multiple of their number."""
-    most = _ACCELERATOR_DISTANCES
-    if mesh.devices.flat[0].platform == "cpu":
-        most = _CPU_DISTANCES
-    share = min(chunk_size(comparison.rows), max(1, most // len(comparison.probes)))
+    share = rows_of_chunk(math.prod(comparison.rows.shape[1:]), len(comparison.probes), mesh.devices.flat[0].platform)
 
     # Of few rows, no more than there are.
     return min(mesh.size * share, round_up(max(1, count), mesh))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 CHUNK_VALUES = 2**22  # of trajectories held at a time for each device, twice, whatever N is
+CPU_DISTANCES = 2**19  # from rows to probes that XLA holds at a time on each CPU device,
+ACCELERATOR_DISTANCES = 2**27  # and on each accelerator; TPUs hold them twice
 
 
 class Rows(Protocol):
@@ -65,7 +67,26 @@ def row_chunks(rows: Rows, begin: int, end: int) -> Iterator[tuple[int, int]]:
 
 def chunk_size(rows: Rows) -> int:
     """Returns how many rows are held at a time, 1 at least."""
-    return max(1, CHUNK_VALUES // max(1, math.prod(rows.shape[1:])))
+    return chunk_size_of(math.prod(rows.shape[1:]))
+
+
+def chunk_size_of(values: int) -> int:
+    """Returns how many rows of so many values are held at a time, 1 at least."""
+    return max(1, CHUNK_VALUES // max(1, values))
+
+
+def rows_of_chunk(values: int, num_probes: int, platform: str) -> int:
+    """Returns how many rows a device is given at a time, at the most.
+
+    Args:
+      values: of a row.
+      num_probes: P.
+      platform: of the device.
+    """
+    most = ACCELERATOR_DISTANCES
+    if platform == "cpu":
+        most = CPU_DISTANCES
+    return min(chunk_size_of(values), max(1, most // num_probes))
 
 
 def parts_of_range(begin: int, end: int, size: int) -> Iterator[tuple[int, int]]:

@@ -17,7 +17,7 @@ from jax.extend import core
 from jax.sharding import Mesh
 
 from badloss_jax.core.memory import check_device_memory, on_cpus
-from badloss_jax.core.mesh import by_rows, replicated
+from badloss_jax.core.mesh import AnyMesh, by_rows, replicated
 from badloss_jax.models import ModelSpec
 from badloss_jax.training.batch import Batch
 from badloss_jax.training.loop import Recipe
@@ -60,7 +60,7 @@ def check_train_step(
     if state is None:
         state = shapes_of_state(spec, recipe.optimizer, mesh, recipe.objective)
         needed = _size_of(state)
-    batch = _batch_of(spec, recipe.batch_size, mesh)
+    batch = shapes_of_batch(spec, recipe.batch_size, mesh)
 
     # With the shardings that arrays will have: then JAX finds this trace again, and nothing is traced twice.
     step: Any = make_train_step(spec, recipe.optimizer, recipe.objective, recipe.augment, kinds, mesh)
@@ -84,7 +84,7 @@ def check_sweep_step(key: str, spec: ModelSpec, recipe: Recipe, batch_size: int,
       UsageError: it takes more than there is; both numbers are named.
     """
     state = shapes_of_state(spec, recipe.optimizer, mesh, recipe.objective)
-    batch = _batch_of(spec, batch_size, mesh)
+    batch = shapes_of_batch(spec, batch_size, mesh)
     step: Any = make_sweep_step(spec, kinds, mesh)
     traced = step.trace(state, batch)
     needed = _size_of(state) + _share(traced, batch, mesh)
@@ -96,8 +96,17 @@ def _described(key: str, batch_size: int, spec: ModelSpec, step: str) -> str:
     return f"{key} = {batch_size:,} with images of {height:,} x {width:,} pixels: a {step} of {spec.name}"
 
 
-def _batch_of(spec: ModelSpec, batch_size: int, mesh: Mesh) -> Any:
-    """Returns the shapes of a batch."""
+def shapes_of_batch(spec: ModelSpec, batch_size: int, mesh: AnyMesh) -> Any:
+    """Returns the shapes, dtypes and shardings of a batch.
+
+    Args:
+      spec: the network, whose images they are.
+      batch_size: B.
+      mesh: the devices, which share the rows.
+
+    Returns:
+      A `Batch` of `jax.ShapeDtypeStruct`.
+    """
     sharding = by_rows(mesh)
 
     def rows(dtype: Any, *shape: int) -> Any:
@@ -106,7 +115,7 @@ def _batch_of(spec: ModelSpec, batch_size: int, mesh: Mesh) -> Any:
     return Batch(ids=rows(np.int32), images=rows(np.float32, *spec.image_shape), labels=rows(np.int32), real=rows(bool))
 
 
-def constants_of(mesh: Mesh) -> tuple[Any, Any, Any]:
+def constants_of(mesh: AnyMesh) -> tuple[Any, Any, Any]:
     """Returns the shapes of epoch, learning rate and seed, which every training step is given."""
     dtypes = (np.int32, np.float32, np.uint32)
     epoch, learning_rate, seed = (jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh)) for dtype in dtypes)

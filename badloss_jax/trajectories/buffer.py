@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from badloss_jax.core.mesh import by_rows, local_rows, process_blocks, round_up
+from badloss_jax.core.mesh import AnyMesh, by_rows, local_rows, process_blocks, round_up
 from badloss_jax.trajectories.kinds import Kinds
 
 Column = dict[str, jax.Array]
@@ -37,7 +37,7 @@ def padding_id(num_examples: int, mesh: Mesh) -> int:
 # --- one epoch
 
 
-def column_bytes(kinds: Kinds, num_examples: int, mesh: Mesh) -> int:
+def column_bytes(kinds: Kinds, num_examples: int, mesh: AnyMesh) -> int:
     """Counts what the column of an epoch takes on each device.
 
     Args:
@@ -64,9 +64,18 @@ def create_column(kinds: Kinds, names: Sequence[str], num_examples: int, mesh: M
     Returns:
       kind -> [N', ...] of NaN, in the dtype of `Kinds.layout`.
     """
+    shapes = shapes_of_column(kinds, names, num_examples, mesh)
+    return {name: _make_empty(shape.shape, shape.dtype, mesh)() for name, shape in shapes.items()}
+
+
+def shapes_of_column(
+    kinds: Kinds, names: Sequence[str], num_examples: int, mesh: AnyMesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes, dtypes and shardings of a column; arguments as of `create_column`."""
     rows = round_up(num_examples, mesh)
     layout = kinds.layout()
-    return {name: _make_empty((rows, *layout[name][0]), layout[name][1], mesh)() for name in names}
+    sharding = by_rows(mesh)
+    return {name: jax.ShapeDtypeStruct((rows, *layout[name][0]), layout[name][1], sharding=sharding) for name in names}
 
 
 def write(column: Column, ids: Int[Array, "B"], values: dict[str, Array]) -> Column:

@@ -25,7 +25,7 @@ from badloss_jax.benchmarks.buffer_memory import measure_buffer
 from badloss_jax.benchmarks.rounding import RESULTS, relative_error
 from badloss_jax.benchmarks.timing import overhead, summary
 from badloss_jax.cli import main
-from badloss_jax.cli.bench import _without_paths
+from badloss_jax.cli.start import without_paths
 from badloss_jax.core.errors import NonFiniteLossError
 from badloss_jax.core.mesh import make_mesh
 from badloss_jax.report.results import read_results
@@ -350,10 +350,10 @@ def test_a_command_is_written_down_without_the_paths_of_this_machine():
         "/w",
         "--from=/f",
     ]
-    assert _without_paths(command) == [
+    assert without_paths(command) == [
         "badloss", "bench", "scan", "--config.data.dir=DIR", "--workdir", "OUT", "--from=DIR"
     ]  # fmt: skip
-    assert _without_paths(["bench", "--out=/a.json", "--seeds", "1"]) == ["bench", "--seeds", "1"]
+    assert without_paths(["bench", "--out=/a.json", "--seeds", "1"]) == ["bench", "--seeds", "1"]
 
 
 def scans(out, seeds):

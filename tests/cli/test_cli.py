@@ -15,7 +15,7 @@ from tests.conftest import ENVIRONMENT, overrides
 
 @pytest.mark.parametrize(
     "command",
-    ["", "run", "score", "summary", "report", "attacks", "prepare", "bench", "bench train", "bench buffer"],
+    ["", "run", "score", "summary", "report", "attacks", "plan", "prepare", "bench", "bench train", "bench buffer"],
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -160,6 +160,25 @@ def test_progress_shows_a_rate_and_an_eta_in_a_terminal_and_lines_elsewhere():
         progress.end()
         assert expected in stream.getvalue()
         assert "[1/7] recording  40 examples in" in stream.getvalue()
+
+
+def test_progress_says_how_long_a_step_took_of_which_nothing_else_can_be_said():
+    stream = io.StringIO()
+
+    def fail():
+        with Progress(stream, 0.001).waiting("compiling the step"):
+            while "..." not in stream.getvalue():
+                pass
+            raise ValueError("wrong")
+
+    with pytest.raises(ValueError, match="wrong"):
+        fail()
+    assert stream.getvalue().splitlines()[0] == "compiling the step ... 0:00"
+    assert "compiling the step  " not in stream.getvalue()  # it did not end well
+
+    with Progress(stream).waiting("timing the step"):
+        pass
+    assert stream.getvalue().splitlines()[-1] == "timing the step  0:00"
 
 
 def test_summary(tmp_path, capsys):

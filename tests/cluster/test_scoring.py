@@ -8,7 +8,6 @@ import pytest
 
 from badloss_jax import knn_distances
 from badloss_jax.core.mesh import make_mesh
-from badloss_jax.scoring import distances
 from tests.cluster.test_processes import finish, free_address, python
 
 KERNELS = ("numba", "xla")
@@ -37,7 +36,7 @@ from badloss_jax.scoring import distances, rows
 
 folder, address, process = sys.argv[1:4]
 connect(address, 2, int(process))
-distances._CPU_DISTANCES = 50 * 9
+rows.CPU_DISTANCES = 50 * 9
 rows.CHUNK_VALUES = 200 * 8
 
 class Watched:
@@ -112,7 +111,7 @@ def scored(tmp_path_factory):
 def test_two_processes_have_the_distances_of_one(scored, monkeypatch, kernel, name):
     """Bit by bit, and both of all rows."""
     folder, cases, _ = scored
-    monkeypatch.setattr(distances, "_CPU_DISTANCES", 50 * 9)
+    monkeypatch.setattr("badloss_jax.scoring.rows.CPU_DISTANCES", 50 * 9)
     mesh = make_mesh(jax.devices()[:1])
     of_one = knn_distances(k=3, mesh=mesh, kernel=kernel, exclude_non_finite=True, **cases[name])
     for process in range(2):

@@ -23,7 +23,7 @@ def probes(rng):
 @pytest.fixture
 def few_at_a_time(monkeypatch, probes):
     """Lets a device take 50 rows at a time."""
-    monkeypatch.setattr(distances, "_CPU_DISTANCES", 50 * len(probes))
+    monkeypatch.setattr("badloss_jax.scoring.rows.CPU_DISTANCES", 50 * len(probes))
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def test_it_is_less_than_the_compiled_program_takes(monkeypatch, mesh, name, dty
     footprint.check_sweep_step("", spec, recipe, 64, KINDS, mesh)
 
     state = footprint.shapes_of_state(spec, recipe.optimizer, mesh, recipe.objective)
-    batch = footprint._batch_of(spec, 64, mesh)
+    batch = footprint.shapes_of_batch(spec, 64, mesh)
     step = make_train_step(spec, recipe.optimizer, recipe.objective, "none", None, mesh)
     trained = analysed(step.lower(state, batch, np.int32(0), np.float32(0), np.uint32(0), None).compile())
     swept = analysed(make_sweep_step(spec, KINDS, mesh).lower(state, batch).compile())

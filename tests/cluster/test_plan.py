@@ -1,0 +1,116 @@
+"""Plans that are compiled for machines that are not there, where their compilers are installed."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from badloss_jax.core.topology import parse, why_not_compiled
+from tests.conftest import ENVIRONMENT
+
+tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed (the extra 'tpu')")
+gpu = pytest.mark.skipif(
+    bool(why_not_compiled(parse("h100:1x8"))), reason="the CUDA plugin is not installed (the extra 'cuda')"
+)
+
+# What a process runs that plans the programs of some names alone: what is compiled, of the largest ones, takes minutes.
+_SOME = """
+import dataclasses
+import json
+import sys
+from badloss_jax.core import topology
+
+names, config, examples, machine = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+parsed = topology.parse(machine)
+topology.prepare(parsed)
+
+from badloss_jax.config import load_config
+from badloss_jax.core.progress import Progress
+from badloss_jax.runs.compiling import take
+from badloss_jax.runs.images import Sizes, images_of
+from badloss_jax.runs.programs import Machine, Programs
+
+loaded = load_config(config)
+images = images_of(loaded, "imagenet", Sizes(examples))
+on = Machine.of(parsed)
+for program in Programs(loaded, images, on).all(1):
+    if program.name in names:
+        taken = take(program, on, Progress(None))
+        figures = {
+            "needed": taken.arguments,
+            "gathers": program.gathers,
+            "in_place": taken.in_place,
+            "compiled": dataclasses.asdict(taken.compiled),
+        }
+        print(json.dumps(figures))
+"""
+
+
+def compiled(names, config, examples, machine):
+    command = [sys.executable, "-c", _SOME, json.dumps(names), config, str(examples), machine]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def check_write(write, column):
+    """What is written is a batch, in place: nothing is as large as the column, which is `column` bytes on a device."""
+    figures = write["compiled"]
+    assert write["in_place"]
+    assert figures["copies"][0] == 0
+    assert figures["moves"][0] == 0
+    assert column < figures["arguments"] < 1.2 * column  # TPUs pad what they store
+    assert figures["temporaries"] < column / 10
+    assert figures["aliased"] >= column
+    sent = sum(size for _, size in figures["collectives"].values())
+    assert 0 < sent < 2 * write["gathers"]
+
+
+@tpu
+@pytest.mark.slow
+def test_a_billion_images_are_written_in_place_on_64_chips():
+    (write,) = compiled(["write of a sweep"], "configs/imagenet.py:large_batch", 1_000_000_000, "v5p:4x4x4")
+    check_write(write, 1_000_000_000 // 64 * 80)
+    assert write["compiled"]["temporaries"] < 10e6
+
+
+@tpu
+@pytest.mark.slow
+def test_ten_million_images_are_written_in_place_on_eight_chips():
+    """Where the share of a chip is small, the compiler may move the whole of it into faster memory, and back."""
+    (write,) = compiled(["write of a sweep"], "configs/imagenet.py", 10_000_000, "v5e:2x4")
+    check_write(write, 10_000_000 // 8 * 80)
+
+
+@tpu
+@pytest.mark.slow
+def test_a_small_run_is_compiled_for_chips_that_are_not_there(tmp_path):
+    out = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "badloss_jax", "plan", "--config", "configs/digits.py"]
+    environment = ENVIRONMENT | {"HOME": str(tmp_path)}  # where nothing is kept yet
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, "--topology", "v5e:2x4", "--out", str(out)],
+            env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        plan = json.loads(out.read_text())
+        assert plan["source"] == "compiled"
+        for program in plan["programs"]:
+            assert program["source"] == "compiled", program["name"]
+            assert program["seconds"]["expected"] > program["seconds"]["at_least"] > 0, program["name"]
+            assert program["in_place"] in (True, None), program["name"]
+            assert program["copies"]["count"] == 0, program["name"]
+        assert plan["programs"][0]["in_place"]
+
+    # The second time nothing is compiled.
+    assert "compiling" not in done.stderr
+
+
+@gpu
+@pytest.mark.slow
+def test_a_billion_images_are_written_in_place_on_64_gpus():
+    (write,) = compiled(["write of a sweep"], "configs/imagenet.py:large_batch", 1_000_000_000, "h100:8x8")
+    check_write(write, 1_000_000_000 // 64 * 80)

@@ -305,7 +305,6 @@ def arithmetic_of(plan):
     }
     hours = {phase["name"]: phase["at_rate"] for phase in plan["phases"]}
     kept = (
-        "config_hash",
         "topology",
         "images",
         "network",

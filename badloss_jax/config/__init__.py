@@ -84,7 +84,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     try:
         config = _rebuild(config.to_dict())
     except (UsageError, TypeError) as error:
-        raise UsageError(f"config file {path}: {error}") from error
+        raise UsageError(f"config file {path}: {error}. Start from badloss_jax.config.default_config()") from error
     return override(config, overrides)
 
 
@@ -182,7 +182,7 @@ def _rebuild(stored: Any) -> ConfigDict:
         set_value(config, key, value)
 
     if missing:
-        raise UsageError(f"config key {min(missing)!r} is missing: start from badloss_jax.config.default_config()")
+        raise UsageError(f"config key {min(missing)!r} is missing")
     return config
 
 

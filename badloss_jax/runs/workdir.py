@@ -77,13 +77,18 @@ def read_config(folder: Path) -> ConfigDict:
     """Returns the config of the run in the folder.
 
     Raises:
-      UsageError: there is no run, or it was made by a version with other keys.
+      UsageError: there is no run, or it was begun by a version with other settings.
       DataError: the file cannot be read.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise UsageError(f"--workdir {folder} holds no run (no config.json in it)")
-    return from_json(json.dumps(read_json(path)))
+    try:
+        return from_json(json.dumps(read_json(path)))
+    except UsageError as error:
+        raise UsageError(
+            f"--workdir {folder}: {error}. Go on with the version that began it, or choose another folder"
+        ) from error
 
 
 def start_metrics(folder: Path, model: str, epoch: int = 0) -> None:

@@ -442,6 +442,19 @@ def test_another_config_is_refused_and_named(finished, tiny, mesh):
     assert tree(workdir) == before
 
 
+def test_a_run_of_another_version_is_refused_with_what_to_do(finished, tiny, mesh, tmp_path):
+    _, config, _ = finished
+    stored = json.loads((finished[0] / "config.json").read_text())
+    del stored["model"]["ghost_batch"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(
+        UsageError,
+        match=r"not a config of this version.*'model.ghost_batch' is missing\. Go on with the version that",
+    ):
+        run_experiment(config, tmp_path, mesh=mesh)
+    assert [path.name for path in tmp_path.iterdir() if path.name[0] != "."] == ["config.json"]
+
+
 def test_foreign_and_busy_folders_are_refused(finished, tmp_path, tiny, mesh):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(UsageError, match="holds other files and no run"):

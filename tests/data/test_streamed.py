@@ -135,34 +135,34 @@ def test_a_whole_run_in_float64_is_that_of_resident_data(tmp_path):
 
 _WORKERS = """
 if __name__ == "__main__":  # all of it, as the workers import this module, too, and need nothing of it
+    import multiprocessing
     import jax
     import numpy as np
-    from badloss_jax.core.order import TrainingPasses, cut_batches, epoch_batches
     from badloss_jax.core.mesh import make_mesh
     from badloss_jax.training.streamed import StreamedData
-    from tests.data.test_streamed import COUNT, make_poisoning
-    poisoning, mesh = make_poisoning(), make_mesh()
-    order = epoch_batches(np.arange(COUNT), 32, 800, seed=0, phase="p", epoch=0)
+    from tests.data.test_streamed import make_poisoning, passes_of
+    poisoning, mesh, passes = make_poisoning(), make_mesh(), passes_of()
     def batches(workers):
-        for batch in StreamedData(poisoning, mesh, workers).batches(order, 3):
+        for batch in StreamedData(poisoning, mesh, workers).stream(passes, 0, 3):
             yield [np.asarray(part) for part in (batch.images, batch.labels, batch.ids)]
-    count = 0
+    count, started = 0, set()
     for ours, theirs in zip(batches(2), batches(0), strict=True):
         assert all((a == b).all() for a, b in zip(ours, theirs, strict=True))
+        started |= {child.pid for child in multiprocessing.active_children()}
         count += 1
-    print(count)
+    print(count, len(started))
 """
 
 
 @pytest.mark.slow
-def test_worker_processes_decode_the_same(tmp_path):
-    """In a program of its own, as workers import its main module."""
+def test_worker_processes_decode_the_same_and_start_once(tmp_path):
+    """Three epochs with their sweeps, in a program of its own, as workers import its main module."""
     (tmp_path / "program.py").write_text(_WORKERS)
     environment = ENVIRONMENT | {"PYTHONPATH": "."}
     run = subprocess.run([sys.executable, str(tmp_path / "program.py")], env=environment, capture_output=True,
                          text=True, check=False)  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "22"
+    assert run.stdout.split() == [str(3 * (25 + 13) - 3), "2"]
 
 
 def test_room_for_poison_is_enough_takes_few_sizes_and_is_the_same_everywhere(poisoning):

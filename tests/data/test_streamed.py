@@ -231,10 +231,12 @@ def test_a_stream_goes_through_all_passes_from_where_it_is_begun(poisoning, mesh
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_training_without_sweeps_has_no_passes_for_them():
+def test_a_training_without_sweeps_has_no_passes_for_them(poisoning, mesh):
     passes = passes_of(swept=0)
     assert passes.shapes == [(25, 32)] * 3
     np.testing.assert_array_equal(passes.order(2), passes_of().order(4))
+    # Stopped after the very last step.
+    assert not list(StreamedData(poisoning, mesh).stream(passes, 2, 25))
 
 
 def test_few_orders_are_kept_and_workers_get_none(monkeypatch):

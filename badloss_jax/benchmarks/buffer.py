@@ -1,4 +1,4 @@
-"""`badloss bench buffer`: the trajectory buffer at any size."""
+"""`badloss bench buffer`: what is recorded of an epoch, on the devices, at any size."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,7 +7,8 @@ from typing import Any
 from badloss_jax.benchmarks.options import add_integer, names_of
 
 ABOUT = """\
-Allocate the trajectory buffer, fill it, read it back, compare, and score it, by default in the shape of ImageNet-1k.
+Allocate what is recorded of an epoch, fill it, read it back and compare, epoch by epoch, and score all of them; by
+default in the shape of ImageNet-1k.
 Bytes per device stand beside what arithmetic expects. All GPUs or TPU chips share it, or else so many CPU devices.
 """
 

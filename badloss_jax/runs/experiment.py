@@ -29,13 +29,13 @@ from badloss_jax.report.results import (
     write_results,
     write_scores,
 )
+from badloss_jax.runs.agreement import claimed, facts_of
 from badloss_jax.runs.artefacts import Artefacts
 from badloss_jax.runs.defending import defend
 from badloss_jax.runs.ledger import Ledger
 from badloss_jax.runs.phases import Phases
 from badloss_jax.runs.poison import keep_manifest, plan_poison
 from badloss_jax.runs.recording import Recording
-from badloss_jax.runs.together import claimed, facts_of
 from badloss_jax.runs.trainer import Trainer, check_devices, recipe_of, spec_of
 from badloss_jax.runs.workdir import read_resumes
 from badloss_jax.training.footprint import check_train_step

@@ -31,12 +31,12 @@ from badloss_jax.core.preemption import Preemption
 from badloss_jax.core.processes import agree, first, on_first
 from badloss_jax.core.progress import Progress
 from badloss_jax.data.training_set import TrainingSet, trusted_ids
+from badloss_jax.runs.agreement import claimed, facts_of
 from badloss_jax.runs.artefacts import Artefacts
 from badloss_jax.runs.recording import Recording
 from badloss_jax.runs.scan_input import ScanRequest, describe, read_training_set
 from badloss_jax.runs.scan_verdict import write_verdict
 from badloss_jax.runs.sizing import Network, Sizing, choose_network
-from badloss_jax.runs.together import claimed, facts_of
 from badloss_jax.runs.trainer import Trainer, check_devices, place_clean, spec_of
 from badloss_jax.runs.workdir import read_config, read_resumes
 from badloss_jax.scoring import COMBINED

@@ -23,6 +23,7 @@ import sys
 from badloss_jax.core import topology
 
 names, config, examples, machine = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+overrides = sys.argv[5:]
 parsed = topology.parse(machine)
 topology.prepare(parsed)
 
@@ -32,14 +33,14 @@ from badloss_jax.runs.compiling import take
 from badloss_jax.runs.images import Sizes, images_of
 from badloss_jax.runs.programs import Machine, Programs
 
-loaded = load_config(config)
+loaded = load_config(config, overrides)
 images = images_of(loaded, "imagenet", Sizes(examples))
 on = Machine.of(parsed)
 for program in Programs(loaded, images, on).all(1):
     if program.name in names:
         taken = take(program, on, Progress(None))
         figures = {
-            "needed": taken.arguments,
+            "beside": program.beside,
             "gathers": program.gathers,
             "in_place": taken.in_place,
             "compiled": dataclasses.asdict(taken.compiled),
@@ -48,8 +49,8 @@ for program in Programs(loaded, images, on).all(1):
 """
 
 
-def compiled(names, config, examples, machine):
-    command = [sys.executable, "-c", _SOME, json.dumps(names), config, str(examples), machine]
+def compiled(names, config, examples, machine, *overrides):
+    command = [sys.executable, "-c", _SOME, json.dumps(names), config, str(examples), machine, *overrides]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -74,6 +75,21 @@ def test_a_billion_images_are_written_in_place_on_64_chips():
     (write,) = compiled(["write of a sweep"], "configs/imagenet.py:large_batch", 1_000_000_000, "v5p:4x4x4")
     check_write(write, 1_000_000_000 // 64 * 80)
     assert write["compiled"]["temporaries"] < 10e6
+
+
+@tpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("images", "part"), [(64, 1 / 4), (16, 1 / 10)])
+def test_a_sweep_takes_what_the_images_of_a_chip_take_and_nothing_of_a_billion(images, part):
+    """Where memory is short, a smaller batch spares it, and takes a quarter longer by the compiler's cycles."""
+    (sweep,) = compiled(
+        ["sweep step"], "configs/imagenet.py:large_batch", 1_000_000_000, "v5p:4x4x4",
+        f"--config.evaluation.batch_size={images}",
+    )  # fmt: skip
+    figures = sweep["compiled"]
+    assert sweep["beside"] == 1_000_000_000 // 64 * 80  # the column, which the sweep does not see
+    assert figures["temporaries"] < part * (figures["arguments"] + sweep["beside"])
+    assert figures["collectives"] == {}
 
 
 @tpu

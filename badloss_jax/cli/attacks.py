@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from badloss_jax.cli.start import set_up_jax, settings_and
-from badloss_jax.core.errors import UsageError
 
 SUMMARY = "show every attack's trigger"
 ABOUT = """\
@@ -32,13 +31,12 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
       The exit code.
     """
     from badloss_jax.config import load_config
+    from badloss_jax.core.files import check_writable
     from badloss_jax.core.progress import Progress
     from badloss_jax.report.tables import as_text, attack_table
     from badloss_jax.runs.poison import picture_attacks
 
-    # Refused before a surrogate is trained for minutes.
-    if arguments.out.suffix.lower() != ".png":
-        raise UsageError(f"--out {arguments.out}: expected a file name that ends in .png")
+    check_writable(arguments.out, ".png")
     config = load_config(arguments.config, overrides)
     set_up_jax()
     results = picture_attacks(config, arguments.out, Progress())

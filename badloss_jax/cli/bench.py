@@ -98,8 +98,10 @@ def _check(arguments: argparse.Namespace) -> None:
         if value is not None and not value > 0:
             raise UsageError(f"--{name} {value}: expected a positive number")
 
-    if arguments.out and arguments.out.suffix != ".json":
-        raise UsageError(f"--out {arguments.out}: expected a file name that ends in .json")
+    if arguments.out:
+        from badloss_jax.core.files import check_writable
+
+        check_writable(arguments.out, ".json")
 
 
 def _measure(

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from badloss_jax.cli.start import set_up_jax, settings_and, without_paths
+from badloss_jax.cli.start import cache_folder, set_up_jax, settings_and, without_paths
 from badloss_jax.core import topology as topologies
 from badloss_jax.core.errors import UsageError
 
@@ -66,21 +66,30 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     import json
 
     from badloss_jax.config import load_config
-    from badloss_jax.core.files import write_text
+    from badloss_jax.core.files import check_writable, write_text
     from badloss_jax.core.progress import Progress
     from badloss_jax.report.plan import as_lines
     from badloss_jax.runs.images import Sizes, images_of
     from badloss_jax.runs.plan import make_plan
     from badloss_jax.runs.programs import Machine
 
+    if arguments.out:
+        check_writable(arguments.out, ".json")
     config = load_config(arguments.config, overrides)
     if topology is None:
         set_up_jax()
     name = Path(arguments.config.partition(":")[0]).stem
     images = images_of(config, name, Sizes(arguments.examples, arguments.classes, arguments.image_size))
     machine = Machine.of(topology, quick=arguments.quick)
-    kept = Path("~/.cache/badloss_jax/plans").expanduser()
-    plan = make_plan(config, images, machine, Progress(), steps=arguments.steps, rate=arguments.rate, kept=kept)
+    plan = make_plan(
+        config,
+        images,
+        machine,
+        Progress(),
+        steps=arguments.steps,
+        rate=arguments.rate,
+        kept=cache_folder("plans"),
+    )
     plan = {"command": ["badloss", *without_paths(arguments.argv)]} | plan
 
     if arguments.out:
@@ -102,5 +111,3 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--steps {arguments.steps}: expected a number of at least 0")
     if arguments.steps and (arguments.quick or arguments.topology != topologies.LOCAL):
         raise UsageError("--steps times what runs on this machine: it goes with --topology local, without --quick")
-    if arguments.out and arguments.out.suffix != ".json":
-        raise UsageError(f"--out {arguments.out}: expected a file name that ends in .json")

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from badloss_jax.core.errors import BadlossError, PreemptedError
+from badloss_jax.core.errors import BadlossError, PreemptedError, UsageError
 
 _SETTINGS = """\
 settings:
@@ -37,6 +37,14 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
+def cache_folder(name: str) -> Path:
+    """Returns the user's own folder for what can be made again; raises UsageError if the user has no home."""
+    try:
+        return Path("~/.cache/badloss_jax", name).expanduser()
+    except RuntimeError as error:
+        raise UsageError("this user has no home folder: export HOME=FOLDER, one where things can be kept") from error
+
+
 def set_up_jax(trains: bool = False) -> None:
     """Keeps compiled programs in the user's own cache folder, and off the screen what orbax and libtpu log.
 
@@ -57,8 +65,7 @@ def set_up_jax(trains: bool = False) -> None:
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        cache = Path("~/.cache/badloss_jax/xla").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             # JAX's own limit is a second, and a short run has a dozen programs that take less.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

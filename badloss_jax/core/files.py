@@ -65,6 +65,29 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             aside.unlink(missing_ok=True)
 
 
+def check_writable(path: Path, *endings: str, option: str = "--out") -> None:
+    """Checks the name of a file that will be written at the end, before work starts that may take hours.
+
+    Args:
+      path: the file; its folders are made.
+      *endings: that it may have, in lower case.
+      option: that named it.
+
+    Raises:
+      UsageError: it has another one, or cannot be written there.
+    """
+    if path.suffix.lower() not in endings:
+        raise UsageError(f"{option} {path}: expected a file name that ends in {' or '.join(endings)}")
+    try:
+        if path.is_dir():
+            raise UsageError(f"{option} {path}: expected a file, and it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"{option} {path}: nothing can be written there: {error}") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text atomically.
 

@@ -230,7 +230,11 @@ def _recording_hours(plan: Mapping[str, Any], key: str) -> float | None:
 def _verdict(plan: Mapping[str, Any]) -> list[str]:
     if plan["fits"]:
         return ["It fits."]
-    return ["It does not fit:", *(f"  {text}" for text in plan["advice"])]
+    lines = ["It does not fit:"]
+    for advice in plan["advice"]:
+        helps = [f"    {text}" for text in advice["helps"]]
+        lines += [f"  {advice['says']}{'; what helps:' if helps else ''}", *helps]
+    return lines
 
 
 def _yes_or_no(value: bool | None) -> str:

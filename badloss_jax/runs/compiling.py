@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from badloss_jax.core.errors import DataError
 from badloss_jax.core.files import read_json, write_text
 from badloss_jax.core.hashing import digest
 from badloss_jax.core.program import (
@@ -44,6 +45,7 @@ class Taken:
       temporaries: likewise, at the least.
       compiled: what XLA says; None if it was not asked, or refused.
       refused: what it says of memory that does not suffice; "" if it does.
+      wanted: bytes on each device that it would need, as far as it says so; else 0.
     """
 
     program: Program
@@ -52,6 +54,7 @@ class Taken:
     temporaries: int
     compiled: Compiled | None = None
     refused: str = ""
+    wanted: int = 0
 
     @property
     def in_place(self) -> bool | None:
@@ -97,7 +100,8 @@ def take(program: Program, machine: Machine, progress: Progress, kept: Path | No
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return replace(taken, refused=_room(str(error)))
+        refused, wanted = _room(str(error))
+        return replace(taken, refused=refused, wanted=wanted)
 
 
 def _compiled(program: Program, traced: Any, machine: Machine, progress: Progress, kept: Path | None) -> Compiled:
@@ -114,15 +118,17 @@ def _compiled(program: Program, traced: Any, machine: Machine, progress: Progres
     if kept and not machine.topology.is_local:
         name = digest(lowered.as_text(), machine.topology.name, _compilers(), str(watched), rounds)
         file = kept / f"{name}.json"
-        if file.is_file():
+        # One that is damaged is as good as none.
+        with suppress(FileNotFoundError, DataError, TypeError):
             return Compiled(**read_json(file))
 
     with progress.waiting(f"compiling the {program.name}"):
         compiled = lowered.compile()
     figures = read_compiled(compiled, watched, rounds)
     if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(asdict(figures)))
+        # Where nothing can be kept, the plan is still what it is.
+        with suppress(DataError):
+            write_text(file, json.dumps(asdict(figures)))
     return figures
 
 
@@ -135,12 +141,13 @@ def _compilers() -> list[str]:
     return [*versions, f"reading {READING}"]
 
 
-def _room(message: str) -> str:
-    """Returns what a compiler says of the memory that it would need."""
+def _room(message: str) -> tuple[str, int]:
+    """Returns what a compiler says of the memory that it would need, and the bytes; 0 if it does not say how many."""
     numbers = _USED.search(message)
     if numbers:
-        return f"{numbers[1]} {numbers[2]}iB of {numbers[3]} {numbers[4]}iB"
-    return " ".join(message.split())[:_LONGEST]
+        wanted = float(numbers[1]) * 1024 ** (1 + "KMG".index(numbers[2]))
+        return f"{numbers[1]} {numbers[2]}iB of {numbers[3]} {numbers[4]}iB", int(wanted)
+    return " ".join(message.split())[:_LONGEST], 0
 
 
 def seconds_of_call(program: Program, steps: int) -> float:

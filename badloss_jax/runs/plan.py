@@ -18,11 +18,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from badloss_jax.config import config_hash
-from badloss_jax.core.memory import gib
 from badloss_jax.core.mesh import check_batch_size
 from badloss_jax.core.progress import Progress
 from badloss_jax.report.plan import MEASURED
 from badloss_jax.runs.compiling import Taken, seconds_of_call, take
+from badloss_jax.runs.fitting import advice_of
 from badloss_jax.runs.images import Images
 from badloss_jax.runs.phases import planned_trainings, records
 from badloss_jax.runs.programs import Machine, Program, Programs
@@ -100,7 +100,11 @@ def make_plan(
         "input": _input_entry(entries, programs, rate),
         "storage": _storage_entry(programs, retrainings),
         "fits": fits,
-        "advice": [] if fits else [text for each in taken for text in _advice(each, programs)],
+        "advice": [
+            advice_of(each, entry["memory"], programs)
+            for each, entry in zip(taken, entries, strict=True)
+            if not entry["memory"]["fits"]
+        ],
     }
 
 
@@ -115,13 +119,10 @@ def _network_entry(programs: Programs) -> dict[str, Any]:
 
 def _recording_entry(programs: Programs) -> dict[str, Any]:
     recording = programs.recording
-    widths = {
-        kind: math.prod(shape) * np.dtype(dtype).itemsize for kind, (shape, dtype) in recording.kinds.layout().items()
-    }
     return {
         "epochs": recording.recipe.epochs,
         "capture": recording.capture,
-        "bytes_an_example_and_epoch": widths,
+        "bytes_an_example_and_epoch": recording.kinds.widths(),
     }
 
 
@@ -140,7 +141,7 @@ def _program_entry(taken: Taken, programs: Programs) -> dict[str, Any]:
     if compiled:
         # A program is not given what it does not look at, as a sweep the optimiser's state: it is there all the same.
         memory["beside"] += max(0, taken.arguments - compiled.arguments)
-    memory["needed"] = memory["peak"] + memory["beside"]
+    memory["needed"] = max(memory["peak"], taken.wanted) + memory["beside"]
     memory["limit"] = topology.memory
     memory["refused"] = taken.refused
     memory["fits"] = not taken.refused and memory["needed"] <= topology.memory
@@ -345,44 +346,3 @@ def _storage_entry(programs: Programs, retrainings: int) -> dict[str, Any]:
 
 def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
-
-
-# --- what would fit
-
-
-def _advice(taken: Taken, programs: Programs) -> list[str]:
-    """Says what would make a program fit, if it does not."""
-    program = taken.program
-    entry = _program_entry(taken, programs)["memory"]
-    if entry["fits"]:
-        return []
-
-    size = programs.machine.topology.size
-    limit = programs.machine.topology.memory
-    # What every device has, and what they share.
-    fixed = _bytes(programs.state) if program.phase != "scoring" else 0
-    if not programs.images.is_streamed(programs.config):
-        fixed += programs.images.examples * programs.images.size
-    shared = max(0, entry["needed"] - fixed) * size
-
-    said = f"the {program.name} needs {gib(entry['needed'])} of the {gib(limit)} of a device"
-    if taken.refused:
-        said = f"the compiler refuses the {program.name}: {taken.refused}"
-    advice = [said]
-    if fixed < limit and shared:
-        advice.append(f"{math.ceil(shared / (limit - fixed)):,} devices or more would have room, in place of {size:,}")
-
-    spec = programs.recording.spec
-    # Where it is the column that is too large, neither would help.
-    layers = program.keeps and entry["temporaries"] > entry["needed"] / 10
-    if layers and spec.dtype == "float32":
-        advice.append("--config.model.dtype=bfloat16 halves what the network's layers leave")
-    if layers:
-        key = "retraining" if program.phase == "retraining" else "recording"
-        key = "evaluation" if program.name == "sweep step" else key
-        advice.append(f"a smaller --config.{key}.batch_size than {program.rows:,}")
-    widths = _recording_entry(programs)["bytes_an_example_and_epoch"]
-    if program.phase == "recording" and len(widths) > 1:
-        sizes = ", ".join(f"{kind} {width}" for kind, width in widths.items())
-        advice.append(f"fewer --config.recording.kinds (bytes an example: {sizes})")
-    return advice

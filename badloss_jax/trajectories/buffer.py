@@ -6,7 +6,6 @@ of one's own hold all T epochs, [N', T, ...]. N' is N rounded up to a multiple o
 An update gathers ids and values of one batch and nothing else: every device scatters what falls into its own rows.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -48,8 +47,7 @@ def column_bytes(kinds: Kinds, num_examples: int, mesh: AnyMesh) -> int:
     Returns:
       Bytes, of all kinds together.
     """
-    width = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in kinds.layout().values())
-    return round_up(num_examples, mesh) // mesh.size * width
+    return round_up(num_examples, mesh) // mesh.size * sum(kinds.widths().values())
 
 
 def create_column(kinds: Kinds, names: Sequence[str], num_examples: int, mesh: Mesh) -> Column:

@@ -1,5 +1,6 @@
 """The kinds of trajectory: what of a network's output is kept for each example and epoch."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -44,6 +45,10 @@ class Kinds:
             "features": ((self.feature_dim,), half),
         }
         return {"loss": ((), single)} | {name: layouts[name] for name in self.names}
+
+    def widths(self) -> dict[str, int]:
+        """Returns for each recorded kind the bytes of an example and epoch."""
+        return {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in self.layout().items()}
 
     def observe(
         self, logits: Float[Array, "B K"], features: Float[Array, "B F"], labels: Int[Array, "B"]

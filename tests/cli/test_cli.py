@@ -68,6 +68,18 @@ def test_errors_fit_a_screen_and_start_nothing(arguments, message, capsys, tmp_p
     assert not workdir.exists()
 
 
+def test_a_user_without_a_home_is_told_to_name_one(monkeypatch, capsys):
+    """As pods run as some number: nobody knows a folder of theirs."""
+
+    def unknown(_):
+        raise KeyError
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert main(["plan", "--config", "configs/digits.py", "--quick"]) == 2
+    assert "export HOME=FOLDER" in capsys.readouterr().err
+
+
 def test_report_renders_the_same_page_again(finished, tmp_path, capsys):
     shutil.copytree(finished[0], tmp_path / "run")
     made = ("report.html", "report.md", "roc.png", "trajectories.png")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from badloss_jax.core.errors import UsageError
 from badloss_jax.core.mesh import make_mesh
 from badloss_jax.core.progress import Progress
 from badloss_jax.core.topology import parse
+from badloss_jax.report.plan import as_lines
 from badloss_jax.runs.images import DATA_SETS, Images, Sizes, images_of
 from badloss_jax.runs.plan import make_plan
 from badloss_jax.runs.programs import Machine, Programs
@@ -118,16 +120,49 @@ def test_what_does_not_fit_says_what_would():
               "--config.retraining.variants=()"]  # fmt: skip
     plan = planned(overrides=config, images=Images(2_000_000_000, 1000, (12, 12, 1)))
     assert not plan["fits"]
-    said = "\n".join(plan["advice"])
+    said = "\n".join(as_lines(plan))
     assert "the sweep step needs" in said
     assert "of the 14.90 GiB of a device" in said
     assert "bytes an example: loss 4, logits 2000, features" in said
+    assert "batch_size=" not in said
 
-    # As many devices as it says suffice: their shares fit.
-    number = int(said.partition(" devices or more")[0].splitlines()[-1].replace(",", ""))
-    assert number > 8
+    # As many devices as it says suffice, and half of them do not.
+    number = int(re.search(r"([\d,]+) devices in place of 8", said)[1].replace(",", ""))
     width = sum(plan["recording"]["bytes_an_example_and_epoch"].values())
-    assert 2_000_000_000 / number * width < 16e9
+    assert 2_000_000_000 / number * width < 16e9 < 2_000_000_000 / (number / 2) * width
+
+
+def test_a_batch_that_does_not_fit_is_cut_to_what_does():
+    images = Images(2**24, 10, (128, 128, 3))
+    overrides = ["--config.data.input=streamed", "--config.recording.batch_size=262144",
+                 "--config.retraining.batch_size=256"]  # fmt: skip
+    plan = planned(overrides=overrides, images=images)
+    said = "\n".join(as_lines(plan))
+    assert "the training step needs" in said
+    assert "--config.model.dtype=bfloat16 (halves" in said
+    assert "fewer --config.recording.kinds" not in said
+
+    fewer = re.search(r"--config\.recording\.batch_size=(\S+) or less, in place of 262144", said)[1]
+    assert int(fewer) % 8 == 0
+    assert planned(overrides=[*overrides, f"--config.recording.batch_size={fewer}"], images=images)["fits"]
+
+    number = int(re.search(r"([\d,]+) devices in place of 8", said)[1].replace(",", ""))
+    wide = {16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+    assert planned(overrides=overrides, images=images, topology=f"v5e:{wide[number]}")["fits"]
+    assert not planned(overrides=overrides, images=images, topology=f"v5e:{wide.get(number // 2, '2x4')}")["fits"]
+
+
+def test_a_sweep_that_does_not_fit_is_cut_by_the_images_of_a_device():
+    """Its batch grows with the devices: more of them would not help."""
+    images = Images(2**22, 10, (2048, 2048, 3))
+    overrides = ["--config.data.input=streamed", "--config.recording.batch_size=8", "--config.retraining.batch_size=8"]
+    plan = planned(overrides=overrides, images=images)
+    said = "\n".join(as_lines(plan))
+    assert "the sweep step needs" in said
+    assert "devices in place" not in said
+
+    fewer = re.search(r"(--config\.evaluation\.batch_size=\d+) \(images of a device\) or less", said)[1]
+    assert planned(overrides=[*overrides, fewer], images=images)["fits"]
 
 
 def test_a_precision_that_the_units_do_not_know_has_no_bound():
@@ -198,6 +233,7 @@ def test_the_command_ends_with_2_where_it_does_not_fit(capsys):
         (["--rate", "nan"], "--rate nan: expected a positive number"),
         (["--steps", "3", "--quick"], "--steps times what runs on this machine"),
         (["--out", "plan.txt"], "expected a file name that ends in .json"),
+        (["--out", "/proc/plan.json"], "--out /proc/plan.json: nothing can be written there"),
         (["--config.sed=1", "--quick"], "did you mean 'seed'?"),
     ],
 )

@@ -16,8 +16,8 @@ The programs of the run are compiled for the machine, where a compiler for it is
 GPUs by the extra 'cuda'. A ResNet-50 takes minutes, once: what is read of a compiled program is kept in ~/.cache. Else,
 and with --quick, all is arithmetic. Each figure says which it is.
 
-TOPOLOGY is v4, v5e, v5p or v6e with the chips along each axis (v5e:16x16, v5p:4x4x4), h100:NODESxGPUS, or local. Exit
-code 2 means that the run does not fit; what would make it fit is said.
+TOPOLOGY is v4, v5e, v5p or v6e with the chips along each axis (v5e:1x1, v5e:16x16, v5p:4x4x4), h100:NODESxGPUS, or
+local. Exit code 2 means that the run does not fit; what would make it fit is said.
 """
 EPILOG = settings_and(
     [

@@ -235,14 +235,15 @@ def parse(text: str) -> Topology:
     chip = CHIPS[kind]
     sizes = [int(size) for size in shape.split("x")] if _SHAPE.fullmatch(shape) else []
     divisible = all(size % unit == 0 for size, unit in zip(sizes, chip.unit, strict=False))
-    if len(sizes) != chip.axes or not divisible:
+    alone = chip.axes == 2 and sizes == [1, 1]
+    if len(sizes) != chip.axes or not (divisible or alone):
         expected = "NODESxGPUS"
         if chip.unit:
-            expected = f"{chip.axes} sizes, of which the first two are even"
+            expected = f"{chip.axes} sizes, of which the first two are even{', or 1x1' if chip.axes == 2 else ''}"
         raise UsageError(f"--topology {text}: expected {kind}: and {expected}, such as {_EXAMPLES}")
 
     size = math.prod(sizes)
-    hosts = size // math.prod(chip.unit) if chip.unit else sizes[0]
+    hosts = max(1, size // math.prod(chip.unit)) if chip.unit else sizes[0]
     return Topology(text, chip, size, hosts, chip.memory)
 
 
@@ -297,7 +298,9 @@ def compiler_devices(topology: Topology) -> Sequence["jax.Device"]:
     _, _, shape = topology.name.partition(":")
     try:
         if topology.chip.platform == "tpu":
-            return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+            # A chip alone has a host of its own; in larger slices it shares one.
+            alone = {"chips_per_host_bounds": [1, 1, 1]} if topology.size == 1 else {}
+            return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **alone).devices
 
         name = "1x" + shape  # slices, nodes, GPUs
         return topologies.get_topology_desc(

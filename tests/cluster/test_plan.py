@@ -114,7 +114,8 @@ def test_a_resnet50_trains_on_eight_chips_at_14000_images_a_second_by_its_cycles
 
 @tpu
 @pytest.mark.slow
-def test_a_small_run_is_compiled_for_chips_that_are_not_there(tmp_path):
+@pytest.mark.parametrize("machine", ["v5e:1x1", "v5e:2x4"])
+def test_a_small_run_is_compiled_for_chips_that_are_not_there(tmp_path, machine):
     out = tmp_path / "plan.json"
     command = [sys.executable, "-m", "badloss_jax", "plan", "--config", "configs/digits.py"]
     environment = ENVIRONMENT | {"HOME": str(tmp_path)}  # where nothing is kept yet
@@ -123,7 +124,7 @@ def test_a_small_run_is_compiled_for_chips_that_are_not_there(tmp_path):
         for file in tmp_path.rglob("plans/*.json") if damage else ():
             file.write_text("{")
         done = subprocess.run(
-            [*command, "--topology", "v5e:2x4", "--out", str(out)],
+            [*command, "--topology", machine, "--out", str(out)],
             env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

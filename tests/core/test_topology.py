@@ -15,6 +15,7 @@ from tests.conftest import ENVIRONMENT
     ("name", "size", "hosts"),
     [
         ("v4:2x2x1", 4, 1),
+        ("v5e:1x1", 1, 1),
         ("v5e:2x4", 8, 2),
         ("v5e:16x16", 256, 64),
         ("v5p:4x4x4", 64, 16),
@@ -33,10 +34,12 @@ def test_topologies_are_named_by_their_chips_along_each_axis(name, size, hosts):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5e", "expected v5e: and 2 sizes, of which the first two are even, such as v5e:2x4"),
+        ("v5e", "expected v5e: and 2 sizes, of which the first two are even, or 1x1, such as v5e:2x4"),
         ("v5e:16", "expected v5e: and 2 sizes"),
         ("v5e:3x3", "expected v5e: and 2 sizes"),
         ("v5e:0x4", "expected v5e: and 2 sizes"),
+        ("v5e:1x4", "expected v5e: and 2 sizes"),
+        ("v5p:1x1x1", "expected v5p: and 3 sizes, of which the first two are even, such as"),
         ("v5p:4x4", "expected v5p: and 3 sizes"),
         ("h100:8", "expected h100: and NODESxGPUS"),
         ("h10:1x8", "expected one of v4, v5e, v5p, v6e, h100, local"),

@@ -31,7 +31,8 @@ from badloss_jax.training.footprint import kept_bytes
 
 _LONGEST = 300  # characters of what a compiler says
 _FEWEST_BYTES = 2**16  # of an array whose copies count
-_USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG])")
+# What is needed and what there is, in the two ways in which XLA says it.
+_USED = re.compile(r"(?:Used |\()([\d.]+)([KMG])\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMG])")
 
 
 @dataclass(frozen=True)

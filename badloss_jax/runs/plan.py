@@ -35,6 +35,7 @@ ASSUMED = "assumed"
 
 # Images a second that a core decodes and resizes to 224 px (configs/results/README.md).
 DECODED = {"JPEG files": 370, "prepared": 10_800}
+_TAKE_IMAGES = ("training step", "sweep step", "retraining step")
 _SWEEP = 1 / 3  # of an epoch of training, at the same rate
 _HOUR = 3600
 _AHEAD = 2  # batches that wait on the devices
@@ -307,7 +308,7 @@ def _input_entry(entries: Sequence[Mapping[str, Any]], programs: Programs, rate:
             entry["source"] = source
     for program in entries:
         seconds = _likely(program["seconds"]) or program["seconds"]["at_least"]
-        if seconds and program["name"].endswith("step"):
+        if seconds and program["name"] in _TAKE_IMAGES and program["memory"]["fits"]:
             entry["images_a_second"][program["name"]] = program["rows"] / seconds
     if rate:
         entry["images_a_second"] = {"training": rate * programs.machine.topology.size}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -141,6 +142,34 @@ def test_a_small_run_is_compiled_for_chips_that_are_not_there(tmp_path, machine)
 
     # The second time nothing is compiled, but what is damaged is once more.
     assert ["compiling" in lines for lines in progress] == [True, False, True]
+
+
+@tpu
+@pytest.mark.slow
+def test_what_the_compiler_refuses_is_cut_to_what_it_takes(tmp_path):
+    command = [
+        sys.executable, "-m", "badloss_jax", "plan", "--config", "configs/digits.py", "--topology", "v5e:1x1",
+        "--image_size", "224", "--examples", "1000000", "--out", str(tmp_path / "plan.json"),
+        "--config.data.input=streamed", "--config.recording.capture=step", "--config.recording.kinds=()",
+        "--config.scoring.kinds=('loss',)", "--config.retraining.enabled=False", "--config.retraining.variants=()",
+    ]  # fmt: skip
+    images = "16384"
+    for code in (2, 0):
+        done = subprocess.run(
+            [*command, f"--config.recording.batch_size={images}"],
+            env=ENVIRONMENT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+        plan = json.loads((tmp_path / "plan.json").read_text())
+        assert plan["fits"] == (code == 0)
+        if plan["fits"]:
+            assert set(plan["input"]["images_a_second"]) == {"training step"}
+            break
+
+        assert re.search(r"the compiler refuses the training step: [\d.]+ GiB of 15.75 GiB; what helps:", done.stdout)
+        assert plan["input"]["images_a_second"] == {}
+        images = re.search(r"batch_size=(\d+) or less, in place of 16384", done.stdout)[1]
+        assert 200 < int(images) < 2000
 
 
 @gpu

@@ -291,7 +291,7 @@ _SETTINGS: dict[str, Any] = {
         "variants": (("loss/fraction", "logits/fraction", "combined/fraction"), FREE),
     },
     "evaluation": {
-        # of all devices together, in sweeps, too; with many devices so many that each has 64 images
+        # of all devices together, in sweeps, too; with many of them 64 for each, or this for each if it is less
         "batch_size": (500, AT_LEAST_ONE),
         "max_triggered": (10_000, AT_LEAST_ONE),  # test images per attack
         "boost": (2.0, POSITIVE),  # how much stronger the "boosted" trigger is

@@ -36,8 +36,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from badloss_jax.report.tables import as_text, attack_table
     from badloss_jax.runs.poison import picture_attacks
 
-    check_writable(arguments.out, ".png")
     config = load_config(arguments.config, overrides)
+    check_writable(arguments.out, ".png")
     set_up_jax()
     results = picture_attacks(config, arguments.out, Progress())
     print(f"\n{as_text(attack_table(results))}\n\nPicture: {arguments.out}")

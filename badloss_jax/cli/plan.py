@@ -73,9 +73,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from badloss_jax.runs.plan import make_plan
     from badloss_jax.runs.programs import Machine
 
+    config = load_config(arguments.config, overrides)
     if arguments.out:
         check_writable(arguments.out, ".json")
-    config = load_config(arguments.config, overrides)
     if topology is None:
         set_up_jax()
     name = Path(arguments.config.partition(":")[0]).stem
